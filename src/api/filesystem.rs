@@ -1,0 +1,277 @@
+//! The service `filesystem.Filesystem`.
+
+use std::{path::PathBuf, pin::Pin, sync::Arc};
+
+use futures_util::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{
+    identity,
+    keepalive::{self, Source, Step},
+    legacy::View,
+    status,
+};
+use crate::{
+    fs::{
+        FsError, dir,
+        entry::{self, Entry, EntryKind},
+        path,
+        watch::{WatchEvent, WatchKind, WatchOptions, Watcher},
+    },
+    guest::users::{User, Users},
+    proto::filesystem::{self as pb, filesystem_server::Filesystem, watch_dir_response},
+    sandbox::Sandbox,
+    wire::metadata::ResponseMetadata,
+};
+
+/// The service.
+#[derive(Debug)]
+pub struct Files {
+    sandbox: Arc<Sandbox>,
+}
+
+/// What a call needs besides its message.
+struct Call<T> {
+    user: Arc<User>,
+    view: View,
+    metadata: Option<ResponseMetadata>,
+    message: T,
+}
+
+impl Files {
+    /// Serves a sandbox's files.
+    pub fn new(sandbox: Arc<Sandbox>) -> Self {
+        Self { sandbox }
+    }
+
+    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+        Ok(Call {
+            user: identity::caller(request.extensions(), &self.sandbox)?,
+            view: View::of(&request),
+            metadata: request.extensions().get().cloned(),
+            message: request.into_inner(),
+        })
+    }
+
+    fn resolve(&self, path: &str, user: &User) -> Result<PathBuf, Status> {
+        path::resolve(path, user, self.sandbox.defaults.workdir.as_deref())
+            .map_err(|error| status::of_files(&error))
+    }
+
+    /// Runs file work where it may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let users = Arc::clone(&self.sandbox.users);
+        tokio::task::spawn_blocking(move || work(&users))
+            .await
+            .map_err(|error| status::of_task(&error))?
+            .map_err(|error| status::of_files(&error))
+    }
+}
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<pb::WatchDirResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Filesystem for Files {
+    async fn stat(
+        &self,
+        request: Request<pb::StatRequest>,
+    ) -> Result<Response<pb::StatResponse>, Status> {
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        let entry = self.blocking(move |users| entry::stat(&path, users)).await?;
+        call.view.announce(call.metadata.as_ref());
+        Ok(Response::new(pb::StatResponse { entry: Some(call.view.entry(info(entry))) }))
+    }
+
+    async fn make_dir(
+        &self,
+        request: Request<pb::MakeDirRequest>,
+    ) -> Result<Response<pb::MakeDirResponse>, Status> {
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        let user = Arc::clone(&call.user);
+        let entry = self.blocking(move |users| dir::make_dir(&path, &user, users)).await?;
+        call.view.announce(call.metadata.as_ref());
+        Ok(Response::new(pb::MakeDirResponse { entry: Some(call.view.entry(info(entry))) }))
+    }
+
+    async fn r#move(
+        &self,
+        request: Request<pb::MoveRequest>,
+    ) -> Result<Response<pb::MoveResponse>, Status> {
+        let call = self.call(request)?;
+        let source = self.resolve(&call.message.source, &call.user)?;
+        let destination = self.resolve(&call.message.destination, &call.user)?;
+        let user = Arc::clone(&call.user);
+        let entry = self
+            .blocking(move |users| dir::move_entry(&source, &destination, &user, users))
+            .await?;
+        call.view.announce(call.metadata.as_ref());
+        Ok(Response::new(pb::MoveResponse { entry: Some(call.view.entry(info(entry))) }))
+    }
+
+    async fn list_dir(
+        &self,
+        request: Request<pb::ListDirRequest>,
+    ) -> Result<Response<pb::ListDirResponse>, Status> {
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        let depth = call.message.depth;
+        let entries = self.blocking(move |users| dir::list(&path, depth, users)).await?;
+        call.view.announce(call.metadata.as_ref());
+        let entries = entries.into_iter().map(|entry| call.view.entry(info(entry))).collect();
+        Ok(Response::new(pb::ListDirResponse { entries }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<pb::RemoveRequest>,
+    ) -> Result<Response<pb::RemoveResponse>, Status> {
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        self.blocking(move |_| dir::remove(&path)).await?;
+        call.view.announce(call.metadata.as_ref());
+        Ok(Response::new(pb::RemoveResponse {}))
+    }
+
+    type WatchDirStream = EventStream;
+
+    async fn watch_dir(
+        &self,
+        request: Request<pb::WatchDirRequest>,
+    ) -> Result<Response<EventStream>, Status> {
+        let interval = keepalive::interval(request.metadata());
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        let options = WatchOptions {
+            recursive: call.message.recursive,
+            include_entry: call.message.include_entry,
+            allow_network_mounts: call.message.allow_network_mounts,
+        };
+        let watcher = self
+            .sandbox
+            .watches
+            .watch(&path, options)
+            .await
+            .map_err(|error| status::of_files(&error))?;
+        call.view.announce(call.metadata.as_ref());
+        let start = watch_response(watch_dir_response::Event::Start(
+            watch_dir_response::StartEvent {},
+        ));
+        let follow = Follow { watcher, view: call.view };
+        Ok(Response::new(Box::pin(keepalive::stream(start, follow, interval))))
+    }
+
+    async fn create_watcher(
+        &self,
+        request: Request<pb::CreateWatcherRequest>,
+    ) -> Result<Response<pb::CreateWatcherResponse>, Status> {
+        let call = self.call(request)?;
+        let path = self.resolve(&call.message.path, &call.user)?;
+        let options = WatchOptions {
+            recursive: call.message.recursive,
+            include_entry: call.message.include_entry,
+            allow_network_mounts: call.message.allow_network_mounts,
+        };
+        let watcher_id = self
+            .sandbox
+            .watches
+            .create_polled(&path, options)
+            .await
+            .map_err(|error| status::of_files(&error))?;
+        call.view.announce(call.metadata.as_ref());
+        Ok(Response::new(pb::CreateWatcherResponse { watcher_id }))
+    }
+
+    async fn get_watcher_events(
+        &self,
+        request: Request<pb::GetWatcherEventsRequest>,
+    ) -> Result<Response<pb::GetWatcherEventsResponse>, Status> {
+        let view = View::of(&request);
+        let metadata: Option<ResponseMetadata> = request.extensions().get().cloned();
+        let id = request.into_inner().watcher_id;
+        let events = self
+            .sandbox
+            .watches
+            .take_events(&id)
+            .await
+            .map_err(|error| status::of_files(&error))?;
+        view.announce(metadata.as_ref());
+        let events = events.into_iter().map(|event| view.event(change(event))).collect();
+        Ok(Response::new(pb::GetWatcherEventsResponse { events }))
+    }
+
+    async fn remove_watcher(
+        &self,
+        request: Request<pb::RemoveWatcherRequest>,
+    ) -> Result<Response<pb::RemoveWatcherResponse>, Status> {
+        let id = request.into_inner().watcher_id;
+        self.sandbox
+            .watches
+            .remove_polled(&id)
+            .map_err(|error| status::of_files(&error))?;
+        Ok(Response::new(pb::RemoveWatcherResponse {}))
+    }
+}
+
+/// A watcher's stream of changes.
+struct Follow {
+    watcher: Watcher,
+    view: View,
+}
+
+impl Source for Follow {
+    type Message = pb::WatchDirResponse;
+
+    async fn next(&mut self) -> Option<Step<pb::WatchDirResponse>> {
+        let event = self.view.event(change(self.watcher.next().await?));
+        Some(Step::Message(watch_response(watch_dir_response::Event::Filesystem(event))))
+    }
+
+    fn keepalive(&self) -> pb::WatchDirResponse {
+        watch_response(watch_dir_response::Event::Keepalive(watch_dir_response::KeepAlive {}))
+    }
+}
+
+fn watch_response(event: watch_dir_response::Event) -> pb::WatchDirResponse {
+    pb::WatchDirResponse { event: Some(event) }
+}
+
+fn change(event: WatchEvent) -> pb::FilesystemEvent {
+    let kind = match event.kind {
+        WatchKind::Create => pb::EventType::Create,
+        WatchKind::Write => pb::EventType::Write,
+        WatchKind::Remove => pb::EventType::Remove,
+        WatchKind::Rename => pb::EventType::Rename,
+        WatchKind::Chmod => pb::EventType::Chmod,
+    };
+    pb::FilesystemEvent { name: event.name, r#type: kind.into(), entry: event.entry.map(info) }
+}
+
+fn info(entry: Entry) -> pb::EntryInfo {
+    let kind = match entry.kind {
+        EntryKind::File => pb::FileType::File,
+        EntryKind::Directory => pb::FileType::Directory,
+        EntryKind::Other => pb::FileType::Unspecified,
+    };
+    pb::EntryInfo {
+        name: entry.name,
+        r#type: kind.into(),
+        path: entry.path,
+        size: i64::try_from(entry.size).unwrap_or(i64::MAX),
+        mode: entry.mode,
+        permissions: entry.permissions,
+        owner: entry.owner,
+        group: entry.group,
+        modified_time: entry.modified.map(|(seconds, nanos)| pbjson_types::Timestamp {
+            seconds,
+            nanos: i32::try_from(nanos).unwrap_or(0),
+        }),
+        symlink_target: entry.symlink_target,
+        metadata: entry.metadata.into_iter().collect(),
+        is_symlink: entry.is_symlink,
+    }
+}

@@ -1,0 +1,58 @@
+//! Errors of the domain as statuses: the one place that decides codes.
+
+use tonic::{Code, Status};
+
+use crate::{
+    fs::{FsError, Kind},
+    process::{InputError, ResizeError, SignalError, StartError},
+};
+
+/// The status of a file error.
+pub(super) fn of_files(error: &FsError) -> Status {
+    let code = match error.kind() {
+        Kind::InvalidArgument => Code::InvalidArgument,
+        Kind::NotFound => Code::NotFound,
+        Kind::AlreadyExists => Code::AlreadyExists,
+        Kind::FailedPrecondition => Code::FailedPrecondition,
+        Kind::Internal => Code::Internal,
+        Kind::NoSpace | Kind::ResourceExhausted => Code::ResourceExhausted,
+        Kind::Unimplemented => Code::Unimplemented,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a process that did not start.
+pub(super) fn of_start(error: &StartError) -> Status {
+    let code = match error {
+        StartError::TooMany => Code::ResourceExhausted,
+        StartError::Nul { .. } | StartError::Spawn { .. } => Code::InvalidArgument,
+        StartError::Pipe { .. } | StartError::Task(_) => Code::Internal,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of input that was not taken; `to` is `stdin` or `tty`.
+pub(super) fn of_input(to: &str, error: &InputError) -> Status {
+    Status::internal(format!("error writing to {to}: {error}"))
+}
+
+/// The status of an input that could not be closed.
+pub(super) fn of_close(error: &InputError) -> Status {
+    Status::unknown(format!("error closing stdin: {error}"))
+}
+
+/// The status of a signal that was not sent.
+pub(super) fn of_signal(error: &SignalError) -> Status {
+    Status::internal(format!("error sending signal: {error}"))
+}
+
+/// The status of a terminal that was not resized.
+pub(super) fn of_resize(error: &ResizeError) -> Status {
+    Status::internal(format!("error resizing tty: {error}"))
+}
+
+/// The status of a blocking task that did not come to its end.
+pub(super) fn of_task(error: &tokio::task::JoinError) -> Status {
+    tracing::error!(%error, "a blocking task failed");
+    Status::internal("the daemon could not finish the call; its log says why")
+}

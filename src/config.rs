@@ -1,0 +1,285 @@
+//! The command line, as one validated struct.
+//!
+//! Flags are read as Go reads them, one dash or two, `-port 1` and `-port=1`, so that a unit file
+//! made for upstream's envd starts this one unchanged.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use lexopt::{Arg, Parser, ValueExt};
+
+use crate::wire::listen::{Address, ListenError, Place};
+
+/// The port that E2B's clients and proxies expect.
+pub const DEFAULT_PORT: u16 = 49983;
+
+/// What `-help` prints.
+pub const USAGE: &str = "\
+Usage: envd [flags]
+
+Where to listen:
+  --listen ADDRESS        tcp://HOST:PORT, unix:///PATH[?mode=0660], vsock://[CID:]PORT;
+                          may be given several times; `?optional` behind an address makes
+                          it no error that it cannot be had (default tcp://0.0.0.0:49983)
+  --port N                short for --listen tcp://0.0.0.0:N
+
+Whom to serve:
+  --default-user NAME     the user for calls that name none
+                          (default root, or without root the user who runs envd)
+  --default-workdir PATH  where relative paths and processes start (default the user's home)
+
+Limits:
+  --max-connections N     connections at the same time, over all listeners (default 1024)
+  --max-message-bytes N   the largest request message (default 67108864)
+  --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
+
+Other:
+  -isnotfc                not in a Firecracker VM
+  -no-cgroups             do not use cgroups
+  -cgroup-root PATH       where cgroup2 is mounted (default /sys/fs/cgroup)
+  -verbose                log more
+  -version, -commit       print it and exit
+  -help                   print this and exit
+
+Every flag may be written with one dash or two.
+";
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Serve.
+    Run(Box<Config>),
+    /// Print a text on stdout and exit 0.
+    Print(String),
+    /// Print the usage on stderr and exit 0.
+    Help,
+}
+
+/// A validated configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where to listen; at least one.
+    pub listen: Vec<Address>,
+    /// The user for calls that name none; `None` for the daemon's own.
+    pub default_user: Option<String>,
+    /// Where relative paths start.
+    pub default_workdir: Option<String>,
+    /// Connections at the same time.
+    pub max_connections: usize,
+    /// Bytes of a request message.
+    pub max_message_bytes: usize,
+    /// Seconds that running calls have after SIGTERM.
+    pub shutdown_grace: u64,
+    /// Not in a Firecracker VM.
+    pub is_not_fc: bool,
+    /// Do not use cgroups.
+    pub no_cgroups: bool,
+    /// Where cgroup2 is mounted.
+    pub cgroup_root: PathBuf,
+    /// Log more.
+    pub verbose: bool,
+}
+
+/// What is wrong with the command line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A flag that does not exist or lacks its value.
+    #[error("{0}")]
+    Flag(#[from] lexopt::Error),
+    /// An address that is none.
+    #[error("--listen: {0}")]
+    Listen(#[from] ListenError),
+    /// A value out of range.
+    #[error("--{flag}: {value} is not between {min} and {max}")]
+    Range {
+        /// The flag.
+        flag: &'static str,
+        /// Its value.
+        value: u64,
+        /// The least that is allowed.
+        min: u64,
+        /// The most that is allowed.
+        max: u64,
+    },
+    /// A value that makes no sense.
+    #[error("--{flag}: {why}")]
+    Value {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads the arguments behind the program's name.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the flag.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, ConfigError> {
+        let mut config = Self {
+            listen: Vec::new(),
+            default_user: None,
+            default_workdir: None,
+            max_connections: crate::wire::MAX_CONNECTIONS,
+            max_message_bytes: crate::wire::MAX_MESSAGE_BYTES,
+            shutdown_grace: 5,
+            is_not_fc: false,
+            no_cgroups: false,
+            cgroup_root: PathBuf::from("/sys/fs/cgroup"),
+            verbose: false,
+        };
+        let mut port = None;
+        let mut parser = Parser::from_args(args.into_iter().map(with_two_dashes));
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Arg::Long("listen") => config.listen.push(parser.value()?.string()?.parse()?),
+                Arg::Long("port") => port = Some(parser.value()?.parse::<u16>()?),
+                Arg::Long("default-user") => {
+                    config.default_user = Some(filled("default-user", parser.value()?.string()?)?);
+                }
+                Arg::Long("default-workdir") => {
+                    let workdir = filled("default-workdir", parser.value()?.string()?)?;
+                    if !workdir.starts_with('/') {
+                        let why = "the path is not absolute";
+                        return Err(ConfigError::Value { flag: "default-workdir", why });
+                    }
+                    config.default_workdir = Some(workdir);
+                }
+                Arg::Long("max-connections") => {
+                    let value = parser.value()?.parse()?;
+                    config.max_connections = within("max-connections", value, 1, 1 << 20)?;
+                }
+                Arg::Long("max-message-bytes") => {
+                    let value = parser.value()?.parse()?;
+                    config.max_message_bytes = within("max-message-bytes", value, 1024, 1 << 30)?;
+                }
+                Arg::Long("shutdown-grace") => {
+                    config.shutdown_grace = parser.value()?.parse()?;
+                    within("shutdown-grace", config.shutdown_grace, 0, 3600)?;
+                }
+                Arg::Long("cgroup-root") => config.cgroup_root = parser.value()?.into(),
+                Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,
+                Arg::Long("no-cgroups") => config.no_cgroups = switch(&mut parser)?,
+                Arg::Long("verbose") => config.verbose = switch(&mut parser)?,
+                Arg::Long("version") => {
+                    if switch(&mut parser)? {
+                        return Ok(Command::Print(env!("CARGO_PKG_VERSION").to_owned()));
+                    }
+                }
+                Arg::Long("commit") => {
+                    if switch(&mut parser)? {
+                        let commit = option_env!("ENVD_COMMIT").unwrap_or("unknown");
+                        return Ok(Command::Print(commit.to_owned()));
+                    }
+                }
+                Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
+                // Upstream takes no notice of them either.
+                Arg::Value(_) => {}
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        match (port, config.listen.is_empty()) {
+            (Some(_), false) => {
+                let why = "cannot be given beside --listen; put the port into the address";
+                return Err(ConfigError::Value { flag: "port", why });
+            }
+            (port, true) => {
+                let place =
+                    Place::Tcp { host: "0.0.0.0".into(), port: port.unwrap_or(DEFAULT_PORT) };
+                config.listen.push(Address { place, optional: false });
+            }
+            (None, false) => {}
+        }
+        Ok(Command::Run(Box::new(config)))
+    }
+}
+
+/// Go's single-dash flags as lexopt knows long ones.
+fn with_two_dashes(arg: OsString) -> OsString {
+    match arg.to_str() {
+        Some(text) if text.len() > 2 && text.starts_with('-') && !text.starts_with("--") => {
+            format!("-{text}").into()
+        }
+        _ => arg,
+    }
+}
+
+/// A flag without a value, or Go's `-flag=false`.
+fn switch(parser: &mut Parser) -> Result<bool, lexopt::Error> {
+    match parser.optional_value() {
+        None => Ok(true),
+        Some(value) => match value.string()?.as_str() {
+            "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+            "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+            other => Err(format!("'{other}' is neither true nor false").into()),
+        },
+    }
+}
+
+fn within(flag: &'static str, value: u64, min: u64, max: u64) -> Result<usize, ConfigError> {
+    let wrong = ConfigError::Range { flag, value, min, max };
+    if (min..=max).contains(&value) { usize::try_from(value).map_err(|_| wrong) } else { Err(wrong) }
+}
+
+fn filled(flag: &'static str, value: String) -> Result<String, ConfigError> {
+    match value.is_empty() {
+        true => Err(ConfigError::Value { flag, why: "is empty" }),
+        false => Ok(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Command, String> {
+        Config::parse(args.iter().map(OsString::from)).map_err(|error| error.to_string())
+    }
+
+    fn config(args: &[&str]) -> Config {
+        match parse(args) {
+            Ok(Command::Run(config)) => *config,
+            other => panic!("{args:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn upstream_flags_with_one_dash_and_two() {
+        let upstream =
+            config(&["-isnotfc", "--no-cgroups", "-port", "1234", "-cgroup-root=/cg", "stray"]);
+        assert!(upstream.is_not_fc && upstream.no_cgroups && !upstream.verbose);
+        assert_eq!(upstream.listen, ["tcp://0.0.0.0:1234".parse().unwrap()]);
+        assert_eq!(upstream.cgroup_root, PathBuf::from("/cg"));
+        assert!(!config(&["-verbose=false"]).verbose);
+        assert!(matches!(parse(&["-version"]), Ok(Command::Print(_))));
+        assert!(matches!(parse(&["-commit"]), Ok(Command::Print(_))));
+        assert_eq!(parse(&["-h"]), Ok(Command::Help));
+        assert_eq!(parse(&["--help"]), Ok(Command::Help));
+    }
+
+    #[test]
+    fn listens_on_upstreams_port_unless_told_otherwise() {
+        assert_eq!(config(&[]).listen, ["tcp://0.0.0.0:49983".parse().unwrap()]);
+        let two = config(&["--listen", "unix:///a", "--listen=vsock://5?optional"]);
+        assert_eq!(two.listen.len(), 2);
+    }
+
+    #[test]
+    fn bad_flags_are_named() {
+        for (args, name) in [
+            (&["--what"][..], "--what"),
+            (&["-port", "99999"], "99999"),
+            (&["-port"], "--port"),
+            (&["-isnotfc=maybe"], "maybe"),
+            (&["--listen", "nowhere"], "nowhere"),
+            (&["--listen", "unix:///a", "-port", "1"], "--port"),
+            (&["--max-connections", "0"], "--max-connections"),
+            (&["--max-message-bytes", "1"], "--max-message-bytes"),
+            (&["--default-workdir", "relative"], "--default-workdir"),
+            (&["--default-user", ""], "--default-user"),
+        ] {
+            let error = parse(args).unwrap_err();
+            assert!(error.contains(name), "{args:?}: {error}");
+        }
+    }
+}

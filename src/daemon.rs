@@ -1,0 +1,136 @@
+//! The daemon's life: build the parts, listen, serve, end in order.
+//!
+//! On SIGTERM or SIGINT it stops accepting, lets running calls end for the configured grace, and
+//! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
+//! them is the service manager's task (systemd's `KillMode`).
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use crate::{
+    api,
+    config::Config,
+    fs::watch::Hub,
+    guest::{limits, users::Users},
+    http,
+    process::Manager,
+    sandbox::{Defaults, Sandbox},
+    wire::{
+        self, Limits,
+        listen::{self, Address, ListenError, Listener, Place},
+        server::Server,
+    },
+};
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A listener cannot be had.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// All listeners are optional and none can be had.
+    #[error("none of the optional listeners can be had")]
+    NoListener,
+    /// The default user is none, or one that the daemon may not act as.
+    #[error("--default-user: {0}")]
+    DefaultUser(String),
+    /// The descriptors in the binary are broken.
+    #[error("the descriptors in this binary cannot be read: {0}")]
+    Descriptors(String),
+    /// No signals can be received.
+    #[error("cannot receive signals: {0}")]
+    Signals(std::io::Error),
+}
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// [`DaemonError`] when it cannot start.
+pub async fn run(config: Config) -> Result<(), DaemonError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
+
+    let sandbox = sandbox(&config)?;
+    let limits = Limits {
+        message_bytes: config.max_message_bytes,
+        connections: config.max_connections,
+        ..Limits::default()
+    };
+    let (router, methods) =
+        api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
+    let router = router.merge(http::router(&sandbox)).fallback(http::not_found);
+    let service = wire::stack(api::identity::Identity::new(router, sandbox), methods, &limits);
+
+    let listeners = bind(&config.listen).await?;
+    if listeners.is_empty() {
+        return Err(DaemonError::NoListener);
+    }
+    let (stop, stopped) = watch::channel(false);
+    let server = Server::new(service, limits, stopped);
+    for listener in listeners {
+        tracing::info!(address = listener.local(), "listening");
+        tokio::spawn(Arc::clone(&server).accept(listener));
+    }
+
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    }
+    stop.send_replace(true);
+    let grace = Duration::from_secs(config.shutdown_grace);
+    tokio::select! {
+        () = server.drained() => tracing::info!("drained"),
+        () = tokio::time::sleep(grace) => tracing::warn!("calls still ran after the grace"),
+        _ = terminate.recv() => tracing::warn!("second SIGTERM: not waiting"),
+        _ = interrupt.recv() => tracing::warn!("second SIGINT: not waiting"),
+    }
+    Ok(())
+}
+
+fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
+    let users = Arc::new(Users::system());
+    let own = users.own_name();
+    if !nix::unistd::geteuid().is_root() {
+        tracing::warn!(user = own, "running without root: calls can act only as this user");
+    }
+    let user = config.default_user.clone().unwrap_or(own);
+    let workdir = config.default_workdir.clone();
+    let env = vec![("E2B_SANDBOX".to_owned(), (!config.is_not_fc).to_string())];
+    let sandbox = Sandbox {
+        processes: Manager::with_nofile(limits::raise_open_files()),
+        watches: Hub::new(Arc::clone(&users)),
+        users,
+        defaults: Defaults { user, workdir, env },
+    };
+    match sandbox.default_user() {
+        Ok(user) => tracing::info!(user = user.name, "default user"),
+        // With a user given, a typing error must not wait for the first call.
+        Err(error) if config.default_user.is_some() => {
+            return Err(DaemonError::DefaultUser(error.message()));
+        }
+        Err(error) => tracing::warn!(error = error.message(), "calls must name a user"),
+    }
+    Ok(Arc::new(sandbox))
+}
+
+async fn bind(addresses: &[Address]) -> Result<Vec<Listener>, ListenError> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        let v6_only = match address.place {
+            Place::Tcp { port, .. } => {
+                addresses.iter().any(|other| listen::is_v4_wildcard(other, port))
+            }
+            _ => false,
+        };
+        match listen::bind(address, v6_only).await {
+            Ok(bound) => listeners.extend(bound),
+            Err(error) if address.optional => tracing::warn!(%error, "going on without it"),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listeners)
+}

@@ -1,0 +1,322 @@
+//! What can go wrong with files, in the words that clients of E2B's daemon know.
+
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
+
+use nix::errno::Errno;
+
+use super::errno;
+
+/// What the two API layers need to know of an error: they map it to a gRPC code or HTTP status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The request cannot be right.
+    InvalidArgument,
+    /// What the request names does not exist.
+    NotFound,
+    /// What the request would make exists.
+    AlreadyExists,
+    /// The state of the file system does not allow it.
+    FailedPrecondition,
+    /// The kernel refused.
+    Internal,
+    /// No room on the disk (HTTP 507).
+    NoSpace,
+    /// A bound of this daemon was reached.
+    ResourceExhausted,
+    /// Not offered.
+    Unimplemented,
+}
+
+/// A failed system call on a path, printed as Go prints it: `lstat /x: no such file or directory`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PathError {
+    /// The call.
+    pub op: &'static str,
+    /// Its path.
+    pub path: PathBuf,
+    /// Its error.
+    pub errno: Errno,
+}
+
+impl PathError {
+    pub(super) fn new(op: &'static str, path: &Path, errno: Errno) -> Self {
+        Self {
+            op,
+            path: path.to_owned(),
+            errno,
+        }
+    }
+
+    pub(super) fn io(op: &'static str, path: &Path, error: &io::Error) -> Self {
+        Self::new(op, path, errno::of(error))
+    }
+}
+
+impl fmt::Display for PathError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} {}: {}",
+            self.op,
+            self.path.display(),
+            errno::text(self.errno)
+        )
+    }
+}
+
+impl std::error::Error for PathError {}
+
+/// A failed rename, printed as Go prints it: `rename /a /b: file exists`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RenameError {
+    /// The source.
+    pub from: PathBuf,
+    /// The destination.
+    pub to: PathBuf,
+    /// The error.
+    pub errno: Errno,
+}
+
+impl fmt::Display for RenameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from, to) = (self.from.display(), self.to.display());
+        write!(f, "rename {from} {to}: {}", errno::text(self.errno))
+    }
+}
+
+impl std::error::Error for RenameError {}
+
+/// Why an operation on files failed. The message is what clients see.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// `~name` is not expanded. (Upstream prints the path empty.)
+    #[error("failed to expand path '' for user '{0}': cannot expand user-specific home dir")]
+    ExpandHome(String),
+    /// The path holds a NUL byte, which no path can.
+    #[error("path {0:?} contains a NUL byte")]
+    NulByte(String),
+
+    /// A part of the path to be made is a file.
+    #[error("path is a file: {}", .0.display())]
+    PathIsFile(PathBuf),
+    /// A part of the path to be made could not be looked at.
+    #[error("failed to stat directory: {0}")]
+    StatDirectory(PathError),
+    /// A directory could not be made.
+    #[error("failed to create directory: {0}")]
+    CreateDirectory(PathError),
+    /// A new directory could not be given to its user.
+    #[error("failed to chown directory: {0}")]
+    ChownDirectory(PathError),
+    /// The directories above an uploaded file could not be made.
+    #[error("error ensuring directories: {0}")]
+    EnsureDirectories(Box<FsError>),
+
+    /// There is no such file.
+    #[error("file not found: {0}")]
+    FileNotFound(PathError),
+    /// The file could not be looked at.
+    #[error("error getting file info: {0}")]
+    FileInfo(PathError),
+    /// The directory to be made exists.
+    #[error("directory already exists: {}", .0.display())]
+    DirectoryExists(PathBuf),
+    /// What was to become a directory is a file.
+    #[error("path already exists but it is not a directory: {}", .0.display())]
+    ExistsAsFile(PathBuf),
+    /// There is nothing to move.
+    #[error("source file not found: {0}")]
+    SourceNotFound(RenameError),
+    /// The move failed.
+    #[error("error renaming: {0}")]
+    Rename(RenameError),
+    /// There is no such path to list.
+    #[error("path not found: {0}")]
+    PathNotFound(PathError),
+    /// The path to list has too many symbolic links.
+    #[error("cyclic symlink or chain >255 links at {0:?}")]
+    SymlinkLoop(PathBuf),
+    /// The path to list could not be resolved.
+    #[error("error resolving symlink: {0}")]
+    ResolveSymlink(PathError),
+    /// The path to list is not a directory.
+    #[error("path is not a directory: {}", .0.display())]
+    NotADirectory(PathBuf),
+    /// A directory could not be read.
+    #[error("error reading directory {}: {error}", .root.display())]
+    ReadDirectory {
+        /// The directory that was to be listed.
+        root: PathBuf,
+        /// The call that failed, at or below it.
+        error: PathError,
+    },
+    /// A listing would be longer than this daemon answers.
+    #[error("directory {}: more than {limit} entries; list it with a smaller depth", .path.display())]
+    TooManyEntries {
+        /// The directory that was to be listed.
+        path: PathBuf,
+        /// The bound.
+        limit: usize,
+    },
+    /// The root directory is not removed.
+    #[error("error removing file or directory: {}: refusing to remove the root directory", .0.display())]
+    RemoveRoot(PathBuf),
+    /// The removal failed.
+    #[error("error removing file or directory: {0}")]
+    Remove(PathError),
+
+    /// There is no such file to read.
+    #[error("path '{}' does not exist", .0.display())]
+    NotThere(PathBuf),
+    /// The file to read could not be looked at.
+    #[error("error checking if path exists '{}': {error}", .error.path.display())]
+    CheckPath {
+        /// The call that failed.
+        error: PathError,
+    },
+    /// A directory cannot be read as a file.
+    #[error("path '{}' is a directory", .0.display())]
+    ReadOfDirectory(PathBuf),
+    /// A device, FIFO or socket cannot be transferred.
+    #[error("path '{}' is not a regular file", .0.display())]
+    NotRegular(PathBuf),
+    /// The file could not be opened for reading.
+    #[error("error opening file '{}': {error}", .error.path.display())]
+    OpenForReading {
+        /// The call that failed.
+        error: PathError,
+    },
+
+    /// A directory cannot be written as a file.
+    #[error("path is a directory: {}", .0.display())]
+    WriteOfDirectory(PathBuf),
+    /// The file could not be given to its user.
+    #[error("error changing file ownership: {0}")]
+    ChangeOwner(PathError),
+    /// No inode for a new file.
+    #[error("not enough inodes available: {0}")]
+    NoInodes(PathError),
+    /// The file could not be opened for writing.
+    #[error("error opening file: {0}")]
+    OpenForWriting(PathError),
+    /// No room for the content.
+    #[error("{}not enough disk space available", attempted(*.0))]
+    NoSpace(Option<u64>),
+    /// The content could not be written.
+    #[error("error writing file: {0}")]
+    WriteFile(PathError),
+    /// The metadata that was sent is not allowed.
+    #[error("invalid metadata: {0}")]
+    InvalidMetadata(String),
+    /// No room for the metadata.
+    #[error("not enough space for file metadata: {0}")]
+    NoSpaceForMetadata(PathError),
+    /// The metadata could not be written.
+    #[error("error writing file metadata: {0}")]
+    WriteMetadata(PathError),
+
+    /// There is no such path to watch.
+    #[error("path {} not found: {error}", .error.path.display())]
+    WatchNotFound {
+        /// The call that failed.
+        error: PathError,
+    },
+    /// The path to watch could not be looked at.
+    #[error("error statting path {}: {error}", .error.path.display())]
+    WatchStat {
+        /// The call that failed.
+        error: PathError,
+    },
+    /// Only directories are watched.
+    #[error("path {} not a directory", .0.display())]
+    WatchNotDirectory(PathBuf),
+    /// inotify is silent about what other machines do.
+    #[error("cannot watch path on network filesystem: {}", .0.display())]
+    WatchNetwork(PathBuf),
+    /// The file system of the path to watch could not be told.
+    #[error("error checking mount status: {0}")]
+    WatchMount(PathError),
+    /// The watching thread could not be started, or has ended.
+    #[error("error creating watcher: {0}")]
+    WatchStart(String),
+    /// The kernel did not take the watch.
+    #[error("error adding path {} to watcher: {}", .path.display(), errno::text(*.errno))]
+    WatchAdd {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        errno: Errno,
+    },
+    /// A recursive watch would hold more directories than this daemon watches.
+    #[error("error adding path {} to watcher: more than {limit} directories are watched", .path.display())]
+    TooManyDirectories {
+        /// The path.
+        path: PathBuf,
+        /// The bound.
+        limit: usize,
+    },
+    /// No such polled watcher.
+    #[error("watcher with id {0} not found")]
+    WatcherNotFound(String),
+    /// As many polled watchers as this daemon keeps.
+    #[error("more than {0} watchers; remove one that is no longer polled")]
+    TooManyWatchers(usize),
+}
+
+fn attempted(bytes: Option<u64>) -> String {
+    bytes.map_or_else(String::new, |n| format!("attempted to write {n} bytes: "))
+}
+
+impl FsError {
+    /// The class of the error.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::ExpandHome(_)
+            | Self::NulByte(_)
+            | Self::ExistsAsFile(_)
+            | Self::NotADirectory(_)
+            | Self::RemoveRoot(_)
+            | Self::ReadOfDirectory(_)
+            | Self::NotRegular(_)
+            | Self::WriteOfDirectory(_)
+            | Self::InvalidMetadata(_)
+            | Self::WatchNotDirectory(_)
+            | Self::WatchNetwork(_) => Kind::InvalidArgument,
+            Self::FileNotFound(_)
+            | Self::SourceNotFound(_)
+            | Self::PathNotFound(_)
+            | Self::NotThere(_)
+            | Self::WatchNotFound { .. }
+            | Self::WatcherNotFound(_) => Kind::NotFound,
+            Self::DirectoryExists(_) => Kind::AlreadyExists,
+            Self::SymlinkLoop(_) => Kind::FailedPrecondition,
+            Self::NoInodes(_) | Self::NoSpace(_) | Self::NoSpaceForMetadata(_) => Kind::NoSpace,
+            Self::TooManyEntries { .. }
+            | Self::TooManyDirectories { .. }
+            | Self::TooManyWatchers(_) => Kind::ResourceExhausted,
+            Self::PathIsFile(_)
+            | Self::StatDirectory(_)
+            | Self::CreateDirectory(_)
+            | Self::ChownDirectory(_)
+            | Self::EnsureDirectories(_)
+            | Self::FileInfo(_)
+            | Self::Rename(_)
+            | Self::ResolveSymlink(_)
+            | Self::ReadDirectory { .. }
+            | Self::Remove(_)
+            | Self::CheckPath { .. }
+            | Self::OpenForReading { .. }
+            | Self::ChangeOwner(_)
+            | Self::OpenForWriting(_)
+            | Self::WriteFile(_)
+            | Self::WriteMetadata(_)
+            | Self::WatchStat { .. }
+            | Self::WatchMount(_)
+            | Self::WatchStart(_)
+            | Self::WatchAdd { .. } => Kind::Internal,
+        }
+    }
+}

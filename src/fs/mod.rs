@@ -1,0 +1,25 @@
+//! The domain of files: paths, entries, directories, transfers, watches. It knows no protobuf and
+//! no HTTP; the texts of its errors are those that clients of E2B's daemon have seen.
+//!
+//! Everything but watching is synchronous and may block: async callers go through
+//! `tokio::task::spawn_blocking`. Paths come in as the client wrote them, are resolved once
+//! ([`path::resolve`]) and are used verbatim from there on: cleaning `a/../b` would change what a
+//! path through a symbolic link means.
+//!
+//! * [`path`]: from a client's path to an absolute one, and the directories above it.
+//! * [`entry`]: what is told about one file; [`metadata`]: the attributes clients attach to it.
+//! * [`dir`]: make, move, list, remove.
+//! * [`transfer`]: reading and writing whole files.
+//! * [`watch`]: what changes below a directory.
+
+pub mod dir;
+pub mod entry;
+pub mod errno;
+mod error;
+pub mod metadata;
+pub mod path;
+mod remove;
+pub mod transfer;
+pub mod watch;
+
+pub use error::{FsError, Kind, PathError, RenameError};

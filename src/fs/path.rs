@@ -1,0 +1,412 @@
+//! Paths: from what a client wrote to an absolute path, as Go's `path/filepath` does it, and the
+//! directories above it.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs, io,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::{DirBuilderExt, MetadataExt, lchown},
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use nix::errno::Errno;
+
+use super::{FsError, PathError, errno};
+use crate::guest::users::User;
+
+/// The symbolic links that one path may lead through, Go's number.
+pub const MAX_LINKS: usize = 255;
+
+/// The permissions of a directory that is made on the way.
+const DIR_MODE: u32 = 0o755;
+
+/// Makes a client's path absolute: `~` and relative paths start at the user's home directory, an
+/// empty path is `workdir` or else the home directory, an absolute path stays as it is.
+///
+/// # Errors
+/// [`FsError::ExpandHome`] for `~name`, [`FsError::NulByte`] for a path that holds one.
+pub fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf, FsError> {
+    let path = if path.is_empty() {
+        workdir.unwrap_or_default()
+    } else {
+        path
+    };
+    if path.contains('\0') {
+        return Err(FsError::NulByte(path.to_owned()));
+    }
+    // login(1)'s rule for a user without a home directory.
+    let home = if user.home.is_absolute() {
+        user.home.as_path()
+    } else {
+        Path::new("/")
+    };
+    match path.strip_prefix('~') {
+        // Go's `~\x` keeps the backslash as part of a name.
+        Some(rest) if rest.is_empty() || rest.starts_with(['/', '\\']) => Ok(join(home, rest)),
+        Some(_) => Err(FsError::ExpandHome(user.name.clone())),
+        None if path.starts_with('/') => Ok(PathBuf::from(path)),
+        None => Ok(join(home, path)),
+    }
+}
+
+/// Go's `filepath.Join` of two elements: an absolute second one is not taken as absolute.
+fn join(base: &Path, rest: &str) -> PathBuf {
+    let mut joined = base.as_os_str().to_owned();
+    joined.push("/");
+    joined.push(rest);
+    clean(Path::new(&joined))
+}
+
+/// Go's `filepath.Clean`: no `.`, no `//`, no `x/..`, no trailing slash, by text alone.
+pub fn clean(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir => match out.components().next_back() {
+                Some(Component::Normal(_)) => {
+                    out.pop();
+                }
+                Some(Component::RootDir) => {}
+                _ => out.push(".."),
+            },
+            Component::CurDir => {}
+            other => out.push(other),
+        }
+    }
+    if out.as_os_str().is_empty() {
+        out.push(".");
+    }
+    out
+}
+
+/// Go's `filepath.Dir`: what stands before the last slash, cleaned. Of `/a/b/` it is `/a/b`.
+pub(super) fn dir_of(path: &Path) -> PathBuf {
+    let bytes = path.as_os_str().as_bytes();
+    let end = bytes
+        .iter()
+        .rposition(|&b| b == b'/')
+        .map_or(0, |slash| slash + 1);
+    clean(Path::new(OsStr::from_bytes(
+        bytes.get(..end).unwrap_or_default(),
+    )))
+}
+
+/// Go's base name: the last part, without trailing slashes; `/` for the root.
+pub(super) fn base_name(path: &Path) -> &OsStr {
+    let whole = without_trailing_slashes(path).as_os_str().as_bytes();
+    let start = whole
+        .iter()
+        .rposition(|&b| b == b'/')
+        .map_or(0, |slash| slash + 1);
+    match whole.get(start..) {
+        Some([]) | None => OsStr::new("/"),
+        Some(name) => OsStr::from_bytes(name),
+    }
+}
+
+/// The path without the slashes at its end, except the root's.
+pub(super) fn without_trailing_slashes(path: &Path) -> &Path {
+    let mut bytes = path.as_os_str().as_bytes();
+    while let [rest @ .., b'/'] = bytes
+        && !rest.is_empty()
+    {
+        bytes = rest;
+    }
+    Path::new(OsStr::from_bytes(bytes))
+}
+
+/// Makes every directory of `path` that is missing, 0755, and gives the new ones to `owner`.
+/// Directories that exist stay untouched.
+///
+/// # Errors
+/// [`FsError::PathIsFile`], or the call that failed.
+pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
+    // The common case in one call; everything above a directory is one.
+    if fs::metadata(path).is_ok_and(|meta| meta.is_dir()) {
+        return Ok(());
+    }
+    let mut prefixes = vec![path.to_owned()];
+    let mut above = dir_of(path);
+    while above != Path::new("/") && above != Path::new(".") {
+        let next = dir_of(&above);
+        prefixes.push(above);
+        above = next;
+    }
+    prefixes
+        .iter()
+        .rev()
+        .try_for_each(|prefix| ensure_dir(prefix, owner))
+}
+
+fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => return Ok(()),
+        Ok(_) => return Err(FsError::PathIsFile(path.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(FsError::StatDirectory(PathError::io("stat", path, &error))),
+    }
+    match fs::DirBuilder::new().mode(DIR_MODE).create(path) {
+        Ok(()) => {}
+        // Somebody else was faster, or it is a symbolic link to nowhere, which upstream finds out
+        // when it changes the owner.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::metadata(path)
+                .map_err(|error| FsError::ChownDirectory(PathError::io("chown", path, &error)))?;
+        }
+        Err(error) => {
+            return Err(FsError::CreateDirectory(PathError::io(
+                "mkdir", path, &error,
+            )));
+        }
+    }
+    // Not through a link: a user who swaps the new directory for a link to a file of root's must
+    // not be given that file.
+    lchown(path, Some(owner.0), Some(owner.1))
+        .or_else(|error| tolerate_own(error, owner.0, || fs::symlink_metadata(path)))
+        .map_err(|error| FsError::ChownDirectory(PathError::io("chown", path, &error)))
+}
+
+/// Lets a daemon without root keep a file that is its own already: it may be refused the group,
+/// and has nobody else to give the file to.
+pub(super) fn tolerate_own(
+    error: io::Error,
+    uid: u32,
+    meta: impl FnOnce() -> io::Result<fs::Metadata>,
+) -> io::Result<()> {
+    let refused = error.raw_os_error() == Some(libc::EPERM);
+    if refused && !nix::unistd::geteuid().is_root() && meta()?.uid() == uid {
+        return Ok(());
+    }
+    Err(error)
+}
+
+/// Why a path could not be followed to its end.
+#[derive(Debug)]
+pub(super) enum WalkError {
+    /// More than [`MAX_LINKS`] links.
+    TooManyLinks,
+    /// A part could not be looked at.
+    Path(PathError),
+}
+
+/// Go's `filepath.EvalSymlinks` of an absolute path: the path without links, `.` and `..`.
+/// Unlike `realpath` it names the part that failed, and follows 255 links, not 40.
+pub(super) fn eval_symlinks(path: &Path) -> Result<PathBuf, WalkError> {
+    let mut done = PathBuf::from("/");
+    let mut todo = parts_backwards(path);
+    let mut links = 0;
+    while let Some(part) = todo.pop() {
+        if part == ".." {
+            done.pop();
+            continue;
+        }
+        let next = done.join(&part);
+        let failed = |errno| WalkError::Path(PathError::new("lstat", &next, errno));
+        let meta = fs::symlink_metadata(&next).map_err(|error| failed(errno::of(&error)))?;
+        if meta.is_symlink() {
+            links += 1;
+            if links > MAX_LINKS {
+                return Err(WalkError::TooManyLinks);
+            }
+            let target = fs::read_link(&next).map_err(|error| failed(errno::of(&error)))?;
+            if target.is_absolute() {
+                done = PathBuf::from("/");
+            }
+            todo.append(&mut parts_backwards(&target));
+            continue;
+        }
+        if !meta.is_dir() && !todo.is_empty() {
+            return Err(failed(Errno::ENOTDIR));
+        }
+        done = next;
+    }
+    Ok(done)
+}
+
+/// The names of a path, the last first, for a stack. `.` and slashes do not count.
+fn parts_backwards(path: &Path) -> Vec<OsString> {
+    let parts = path.as_os_str().as_bytes().split(|&b| b == b'/');
+    let named = parts.filter(|part| !part.is_empty() && *part != b".");
+    let mut parts: Vec<OsString> = named
+        .map(|part| OsString::from_vec(part.to_vec()))
+        .collect();
+    parts.reverse();
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn user(home: &str) -> User {
+        User {
+            name: "u".into(),
+            uid: 0,
+            gid: 0,
+            home: home.into(),
+            groups: vec![0],
+        }
+    }
+
+    fn resolved(path: &str, workdir: Option<&str>) -> String {
+        resolve(path, &user("/home/u"), workdir)
+            .unwrap()
+            .display()
+            .to_string()
+    }
+
+    #[test]
+    fn resolves_as_upstream() {
+        for (path, workdir, wanted) in [
+            ("", None, "/home/u"),
+            ("", Some("/w/./"), "/w/./"),
+            ("", Some("w/.."), "/home/u"),
+            ("", Some("~/w"), "/home/u/w"),
+            ("~", None, "/home/u"),
+            ("~/", None, "/home/u"),
+            ("~/x/../y", None, "/home/u/y"),
+            ("~\\x", None, "/home/u/\\x"),
+            ("/a/../b//", Some("/w"), "/a/../b//"),
+            ("a//b/", Some("/w"), "/home/u/a/b"),
+            ("../../../x", None, "/x"),
+            (".", None, "/home/u"),
+            ("a~", None, "/home/u/a~"),
+        ] {
+            assert_eq!(resolved(path, workdir), wanted, "{path:?} {workdir:?}");
+        }
+        assert_eq!(resolve("~/x", &user(""), None).unwrap(), Path::new("/x"));
+    }
+
+    #[test]
+    fn refuses_other_homes_and_nul_bytes() {
+        let error = resolve("~bob/x", &user("/h"), None).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "failed to expand path '' for user 'u': cannot expand user-specific home dir"
+        );
+        let error = resolve("/a\0b", &user("/h"), None).unwrap_err();
+        assert_eq!(error.to_string(), "path \"/a\\0b\" contains a NUL byte");
+        assert_eq!(error.kind(), super::super::Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn dir_and_base_are_gos() {
+        for (path, dir, base) in [
+            ("/a/b", "/a", "b"),
+            ("/a/b/", "/a/b", "b"),
+            ("/", "/", "/"),
+            ("/a", "/", "a"),
+        ] {
+            assert_eq!(dir_of(Path::new(path)), Path::new(dir));
+            assert_eq!(base_name(Path::new(path)), base);
+        }
+        assert_eq!(base_name(Path::new("/a/..")), "..");
+    }
+
+    #[test]
+    fn makes_missing_directories_only() {
+        let tmp = tempfile::tempdir().unwrap();
+        let own = (
+            nix::unistd::getuid().as_raw(),
+            nix::unistd::getgid().as_raw(),
+        );
+        ensure_dirs(&tmp.path().join("a/b/c"), own).unwrap();
+        ensure_dirs(&tmp.path().join("a/b/c/"), own).unwrap();
+        let meta = fs::metadata(tmp.path().join("a/b/c")).unwrap();
+        assert_eq!(meta.mode() & 0o7777, 0o755);
+
+        let file = tmp.path().join("f");
+        fs::write(&file, "").unwrap();
+        let error = ensure_dirs(&file.join("x"), own).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("path is a file: {}", file.display())
+        );
+
+        let link = tmp.path().join("dangling");
+        symlink("nowhere", &link).unwrap();
+        let error = ensure_dirs(&link, own).unwrap_err();
+        let wanted = format!(
+            "failed to chown directory: chown {}: no such file or directory",
+            link.display()
+        );
+        assert_eq!(error.to_string(), wanted);
+
+        let error = ensure_dirs(&tmp.path().join("new/../x"), own).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("failed to create directory: mkdir "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn follows_links_and_names_what_is_missing() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = eval_symlinks(tmp.path()).unwrap();
+        fs::create_dir_all(root.join("d/e")).unwrap();
+        symlink("../d/./e", root.join("d/l")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        assert_eq!(
+            eval_symlinks(&root.join("d/l/../e")).unwrap(),
+            root.join("d/e")
+        );
+        assert!(matches!(
+            eval_symlinks(&root.join("loop")),
+            Err(WalkError::TooManyLinks)
+        ));
+        let Err(WalkError::Path(error)) = eval_symlinks(&root.join("no/where")) else {
+            panic!("it is not there")
+        };
+        assert_eq!((error.path, error.errno), (root.join("no"), Errno::ENOENT));
+    }
+
+    /// Clean by its definition: split, drop, join.
+    fn model(path: &str) -> String {
+        let mut out: Vec<&str> = Vec::new();
+        for part in path.split('/') {
+            match part {
+                "" | "." => {}
+                ".." if out.last().is_some_and(|last| *last != "..") => {
+                    out.pop();
+                }
+                ".." if path.starts_with('/') => {}
+                other => out.push(other),
+            }
+        }
+        match (path.starts_with('/'), out.join("/")) {
+            (true, rest) => format!("/{rest}"),
+            (false, rest) if rest.is_empty() => ".".to_owned(),
+            (false, rest) => rest,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn clean_is_the_model(path in "[a.~/]{0,12}") {
+            prop_assert_eq!(clean(Path::new(&path)).display().to_string(), model(&path));
+        }
+
+        #[test]
+        fn resolve_is_the_model(path in "[a.~/]{1,12}") {
+            let got = resolve(&path, &user("/home/u"), None);
+            let wanted = if path.starts_with('/') {
+                Some(path.clone())
+            } else if path == "~" || path.starts_with("~/") {
+                Some(model(&format!("/home/u/{}", &path[1..])))
+            } else if path.starts_with('~') {
+                None
+            } else {
+                Some(model(&format!("/home/u/{path}")))
+            };
+            prop_assert_eq!(got.ok().map(|p| p.display().to_string()), wanted);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Removing a whole tree.
+//!
+//! Not `std::fs::remove_dir_all`: it recurses, with an open directory and a stack frame for each
+//! level, so that a user's tree of many thousand levels could overflow the stack of a daemon.
+//! Here the number of open levels is fixed: what lies deeper is moved to the top and removed from
+//! there. As in std, nothing is ever reached through a symbolic link, because each step is
+//! relative to a directory that is held open.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open, openat, renameat},
+    sys::stat::Mode,
+    unistd::{UnlinkatFlags, unlinkat},
+};
+
+use super::{
+    FsError, PathError, errno,
+    path::{base_name, dir_of, without_trailing_slashes},
+};
+
+/// The directories that one removal holds open.
+pub const MAX_OPEN_LEVELS: usize = 64;
+/// The names that one removal holds of each open directory.
+pub const NAMES_AT_ONCE: usize = 1024;
+/// What the name of a deep directory begins with while it waits at the top of the tree.
+const MOVED_UP: &str = ".envd-remove-";
+
+/// Removes a file, a link or a whole directory; what does not exist is as good as removed.
+///
+/// # Errors
+/// [`FsError::RemoveRoot`], or [`FsError::Remove`] with the first call that failed.
+pub fn remove(path: &Path) -> Result<(), FsError> {
+    let invalid = || FsError::Remove(PathError::new("RemoveAll", path, Errno::EINVAL));
+    let target = without_trailing_slashes(path);
+    let at_root = fs::symlink_metadata("/")
+        .ok()
+        .map(|root| (root.dev(), root.ino()));
+    match fs::symlink_metadata(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => {
+            let error = PathError::io("open", &dir_of(target), &error);
+            return Err(FsError::Remove(error));
+        }
+        Ok(meta) if Some((meta.dev(), meta.ino())) == at_root => {
+            return Err(FsError::RemoveRoot(path.to_owned()));
+        }
+        // `x/.` and `x/..` cannot be removed, and nothing inside them shall be before that is found.
+        Ok(_) if matches!(base_name(target).as_bytes(), b"." | b"..") => return Err(invalid()),
+        Ok(meta) if meta.is_dir() && !Path::new("/proc/self/fd").exists() => {
+            let removed = fs::remove_dir_all(target);
+            return removed.map_err(|e| FsError::Remove(PathError::io("unlinkat", path, &e)));
+        }
+        Ok(_) => {}
+    }
+    // Not cleaned: `..` after a link leads elsewhere.
+    let parent = target.parent().unwrap_or_else(|| Path::new("/"));
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    match open(parent, flags, Mode::empty()) {
+        Ok(fd) => remove_in(fd, parent, base_name(target)).map_err(FsError::Remove),
+        Err(Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(FsError::Remove(PathError::new("open", parent, errno))),
+    }
+}
+
+/// A directory on the way down: open, with names that are still to be removed from it.
+struct Level {
+    fd: OwnedFd,
+    name: OsString,
+    names: Vec<OsString>,
+}
+
+/// Removes `name` in the directory `parent`, which is called `path`.
+fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
+    let mut moved_up = 0_u64;
+    // The first level is the directory around, of which only one name is removed.
+    let mut levels = vec![Level {
+        fd: parent,
+        name: OsString::new(),
+        names: vec![name.to_owned()],
+    }];
+    loop {
+        let depth = levels.len();
+        let Some(level) = levels.last_mut() else {
+            return Ok(());
+        };
+        let Some(name) = level.names.pop() else {
+            if depth == 1 {
+                return Ok(());
+            }
+            match read_names(&level.fd) {
+                Ok(names) => level.names = names,
+                Err(e) => return Err(failed("open", path, &levels, None, e)),
+            }
+            if levels.last().is_some_and(|level| level.names.is_empty())
+                && let Some(empty) = levels.pop()
+                && let Some(above) = levels.last()
+            {
+                vanished_is_fine(unlinkat(
+                    &above.fd,
+                    empty.name.as_os_str(),
+                    UnlinkatFlags::RemoveDir,
+                ))
+                .map_err(|e| failed("unlinkat", path, &levels, Some(&empty.name), e))?;
+            }
+            continue;
+        };
+        match unlinkat(&level.fd, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => continue,
+            // The kernel says EISDIR; POSIX would have it EPERM.
+            Err(Errno::EISDIR | Errno::EPERM) => {}
+            Err(e) => return Err(failed("unlinkat", path, &levels, Some(&name), e)),
+        }
+        if depth > MAX_OPEN_LEVELS {
+            move_up(&levels, &name, &mut moved_up)
+                .map_err(|e| failed("renameat", path, &levels, Some(&name), e))?;
+            continue;
+        }
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        match openat(&level.fd, name.as_os_str(), flags, Mode::empty()) {
+            Ok(fd) => levels.push(Level {
+                fd,
+                name,
+                names: Vec::new(),
+            }),
+            Err(Errno::ENOENT) => {}
+            // It was no directory after all: its removal was refused.
+            Err(Errno::ENOTDIR) => {
+                return Err(failed("unlinkat", path, &levels, Some(&name), Errno::EPERM));
+            }
+            Err(e) => return Err(failed("openat", path, &levels, Some(&name), e)),
+        }
+    }
+}
+
+/// Moves a directory of the deepest level into the uppermost directory that is being removed.
+fn move_up(levels: &[Level], name: &OsStr, counter: &mut u64) -> nix::Result<()> {
+    let (Some(top), Some(deepest)) = (levels.get(1), levels.last()) else {
+        return Err(Errno::EINVAL);
+    };
+    loop {
+        *counter += 1;
+        let new = format!("{MOVED_UP}{counter}");
+        match renameat(&deepest.fd, name, &top.fd, new.as_str()) {
+            // A file or directory of that name is there.
+            Err(Errno::ENOTDIR | Errno::ENOTEMPTY | Errno::EEXIST) => {}
+            other => return vanished_is_fine(other),
+        }
+    }
+}
+
+fn vanished_is_fine(result: nix::Result<()>) -> nix::Result<()> {
+    if result == Err(Errno::ENOENT) {
+        Ok(())
+    } else {
+        result
+    }
+}
+
+fn read_names(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
+    let link = format!("/proc/self/fd/{}", dir.as_fd().as_raw_fd());
+    let read = || -> io::Result<Vec<OsString>> {
+        let entries = fs::read_dir(link)?.take(NAMES_AT_ONCE);
+        entries.map(|entry| entry.map(|e| e.file_name())).collect()
+    };
+    match read() {
+        Ok(names) => Ok(names),
+        // Somebody else removed the directory.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(errno::of(&error)),
+    }
+}
+
+fn failed(
+    op: &'static str,
+    path: &Path,
+    levels: &[Level],
+    name: Option<&OsStr>,
+    errno: Errno,
+) -> PathError {
+    let mut at: PathBuf = path.to_owned();
+    at.extend(
+        levels
+            .iter()
+            .map(|level| level.name.as_os_str())
+            .filter(|name| !name.is_empty()),
+    );
+    at.extend(name);
+    PathError {
+        op,
+        path: at,
+        errno,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use nix::unistd::mkdir;
+
+    use super::*;
+    use crate::fs::Kind;
+
+    #[test]
+    fn removes_files_links_and_trees() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = tmp.path();
+        fs::create_dir_all(root.join("d/e/f")).unwrap();
+        fs::create_dir(root.join("kept")).unwrap();
+        fs::write(root.join("kept/file"), "").unwrap();
+        symlink("../kept", root.join("d/link")).unwrap();
+        symlink("kept", root.join("link")).unwrap();
+        for i in 0..3000 {
+            fs::write(root.join(format!("d/{i}")), "").unwrap();
+        }
+        remove(&root.join("d/")).unwrap();
+        remove(&root.join("link/")).unwrap();
+        remove(&root.join("missing/x")).unwrap();
+        let left: Vec<_> = fs::read_dir(root)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["kept"]);
+        remove(&root.join("kept/file")).unwrap();
+        assert!(!root.join("kept/file").exists());
+    }
+
+    #[test]
+    fn refuses_the_root_and_dots_and_paths_below_files() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = tmp.path();
+        fs::create_dir_all(root.join("d/e")).unwrap();
+        fs::write(root.join("f"), "").unwrap();
+        for path in ["/", "///", "/proc/..", "/.", "/proc/self/root/."] {
+            let error = remove(Path::new(path)).unwrap_err();
+            assert_eq!(error.kind(), Kind::InvalidArgument, "{path}: {error}");
+        }
+        let shown = root.display();
+        for (path, wanted) in [
+            ("d/.", format!("RemoveAll {shown}/d/.: invalid argument")),
+            (
+                "d/e/..",
+                format!("RemoveAll {shown}/d/e/..: invalid argument"),
+            ),
+            ("f/x", format!("open {shown}/f: not a directory")),
+        ] {
+            let error = remove(&root.join(path)).unwrap_err().to_string();
+            assert_eq!(error, format!("error removing file or directory: {wanted}"));
+        }
+        assert!(root.join("d/e").exists());
+    }
+
+    #[test]
+    fn a_tree_of_ten_thousand_levels_is_no_danger() {
+        let tmp = tempfile::tempdir().unwrap();
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        fs::create_dir(tmp.path().join("top")).unwrap();
+        let mut at = open(&tmp.path().join("top"), flags, Mode::empty()).unwrap();
+        for _ in 0..10_000 {
+            nix::sys::stat::mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
+            at = openat(&at, "d", flags, Mode::empty()).unwrap();
+        }
+        drop(at);
+        mkdir(&tmp.path().join("top/.envd-remove-1"), Mode::S_IRWXU).unwrap();
+        remove(&tmp.path().join("top")).unwrap();
+        assert!(!tmp.path().join("top").exists());
+    }
+}

@@ -1,0 +1,208 @@
+//! What each event of the kernel means for whom.
+
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+
+use nix::{
+    errno::Errno,
+    sys::inotify::{AddWatchFlags, InotifyEvent},
+};
+
+use super::{
+    WatchKind,
+    tree::{Moving, Sub, Tree, Wd},
+};
+
+/// The events that are handled before the commands are looked at again, so that writers without
+/// end cannot keep a command waiting for ever. More than the kernel queues (16,384 unless
+/// `fs.inotify.max_queued_events` was raised), so that a flush tells all that came before it.
+pub const MAX_EVENTS_AT_ONCE: usize = 131_072;
+
+impl Tree {
+    /// Handles the events that the kernel has queued.
+    ///
+    /// # Errors
+    /// When the queue cannot be read.
+    pub(super) fn drain(&mut self) -> Result<(), Errno> {
+        let mut handled = 0;
+        while handled < MAX_EVENTS_AT_ONCE {
+            match self.inotify.read_events() {
+                Ok(events) => {
+                    handled += events.len();
+                    events.into_iter().for_each(|event| self.handle(event));
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    // What a scan found had its event by now.
+                    self.fresh.clear();
+                    self.gone.clear();
+                    return Ok(());
+                }
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle(&mut self, event: InotifyEvent) {
+        if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+            return self.rescan();
+        }
+        // An event of a directory that is no longer watched can still have been queued.
+        let Some(dir) = self.dirs.get(&event.wd) else {
+            return;
+        };
+        let subs = dir.subs.clone();
+        match event.name {
+            Some(name) => self.handle_child(event.wd, &subs, event.mask, event.cookie, &name),
+            None => self.handle_own(event.wd, &subs, event.mask),
+        }
+    }
+
+    /// Something happened to `name` in the directory `wd`.
+    fn handle_child(
+        &mut self,
+        wd: Wd,
+        subs: &[Sub],
+        mask: AddWatchFlags,
+        cookie: u32,
+        name: &OsStr,
+    ) {
+        let is_dir = mask.contains(AddWatchFlags::IN_ISDIR);
+        let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
+        if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
+            self.learn(wd, name, is_dir);
+            let told = !self.fresh.is_empty() && self.fresh.remove(&(wd, name.to_owned()));
+            for sub in subs {
+                let rel = sub.rel.join(name);
+                if !told {
+                    self.emit(sub.watcher, WatchKind::Create, &rel);
+                }
+                if is_dir
+                    && self.is_recursive(sub.watcher)
+                    && !(moved_to && self.arrive(sub.watcher, cookie, &rel))
+                {
+                    self.adopt_later(sub.watcher, rel);
+                }
+            }
+            return;
+        }
+        let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
+        if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
+            self.forget(wd, name);
+            let told = !self.gone.is_empty() && self.gone.remove(&(wd, name.to_owned()));
+            for sub in subs {
+                let rel = sub.rel.join(name);
+                if !told {
+                    let kind = if moved_from {
+                        WatchKind::Rename
+                    } else {
+                        WatchKind::Remove
+                    };
+                    self.emit(sub.watcher, kind, &rel);
+                }
+                if is_dir && moved_from {
+                    self.depart(sub.watcher, cookie, &rel);
+                } else if is_dir {
+                    self.detach(sub.watcher, &rel);
+                }
+            }
+            return;
+        }
+        if self.is_unnamed(wd, name) {
+            return;
+        }
+        for (bit, kind) in [
+            (AddWatchFlags::IN_ATTRIB, WatchKind::Chmod),
+            (AddWatchFlags::IN_MODIFY, WatchKind::Write),
+        ] {
+            if mask.contains(bit) {
+                for sub in subs {
+                    self.emit(sub.watcher, kind, &sub.rel.join(name));
+                }
+            }
+        }
+    }
+
+    /// Something happened to the directory itself. Of a directory inside a tree, the directory
+    /// above tells it already.
+    fn handle_own(&mut self, wd: Wd, subs: &[Sub], mask: AddWatchFlags) {
+        let roots = || {
+            subs.iter()
+                .filter(|sub| sub.rel.as_os_str().is_empty())
+                .map(|s| s.watcher)
+        };
+        if mask.contains(AddWatchFlags::IN_MOVE_SELF) {
+            // It comes after both halves of the rename: what has not arrived has left its tree.
+            let left = self
+                .moving
+                .extract_if(.., |moving| moving.top == wd)
+                .collect();
+            self.lose(left);
+            for id in roots() {
+                self.emit(id, WatchKind::Rename, Path::new(""));
+                self.detach(id, Path::new(""));
+            }
+        }
+        if mask.contains(AddWatchFlags::IN_ATTRIB) {
+            roots().for_each(|id| self.emit(id, WatchKind::Chmod, Path::new("")));
+        }
+        if mask.contains(AddWatchFlags::IN_DELETE_SELF) {
+            roots().for_each(|id| self.emit(id, WatchKind::Remove, Path::new("")));
+        }
+        if mask.contains(AddWatchFlags::IN_IGNORED) {
+            // The kernel has dropped the watch: deleted or unmounted.
+            for sub in self.drop_dir(wd) {
+                if let Some(root) = self.watchers.get_mut(&sub.watcher)
+                    && root.rels.get(&sub.rel) == Some(&wd)
+                {
+                    root.rels.remove(&sub.rel);
+                }
+            }
+        }
+    }
+
+    /// The first half of a rename of a directory.
+    fn depart(&mut self, id: u64, cookie: u32, rel: &Path) {
+        let Some(&top) = self.watchers.get(&id).and_then(|root| root.rels.get(rel)) else {
+            return;
+        };
+        // RENAME_EXCHANGE tells two renames: by the second one, the directory that has arrived
+        // under this name looks as if it left.
+        if self
+            .path_of(id, rel)
+            .is_some_and(|path| self.watch_at(&path, rel) == Ok(top))
+        {
+            return;
+        }
+        let dirs = self.take_subtree(id, rel);
+        self.moving.push(Moving {
+            cookie,
+            watcher: id,
+            top,
+            dirs,
+        });
+    }
+
+    /// The second half: whether the directory was the watcher's before.
+    fn arrive(&mut self, id: u64, cookie: u32, rel: &Path) -> bool {
+        let ours = |moving: &Moving| (moving.cookie, moving.watcher) == (cookie, id);
+        let Some(at) = self.moving.iter().position(ours) else {
+            return false;
+        };
+        let moving = self.moving.swap_remove(at);
+        // An empty directory of that name can have been replaced.
+        self.detach(id, rel);
+        self.put_subtree(id, rel, moving.dirs);
+        true
+    }
+
+    /// Whether it is a file of `O_TMPFILE`, which has no name; the kernel tells `#` and its inode.
+    fn is_unnamed(&self, wd: Wd, name: &OsStr) -> bool {
+        let [b'#', digits @ ..] = name.as_bytes() else {
+            return false;
+        };
+        let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+        digits.iter().all(u8::is_ascii_digit)
+            && known.is_some_and(|known| !known.contains_key(name))
+    }
+}

@@ -1,0 +1,253 @@
+//! Users and groups, read from `/etc/passwd` and `/etc/group` directly.
+//!
+//! libc's `getpwnam` is not used: a static glibc crashes in it (it loads NSS modules), and a
+//! sandbox image has no name service but these two files. The files are parsed once and again only
+//! when they have changed, so a directory listing costs one `stat` an entry at most, not one parse.
+//!
+//! Formats: passwd(5), group(5). Lines that do not parse are skipped, as libc does.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+
+/// Why a user cannot be had.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum UserError {
+    /// user: unknown user {0}
+    #[error("user: unknown user {0}")]
+    Unknown(String),
+    /// The user exists, but a daemon without root cannot become them.
+    #[error(
+        "user '{wanted}': this envd runs without root, as '{own}', and can act only as that user"
+    )]
+    NotOwn {
+        /// The user that was asked for.
+        wanted: String,
+        /// The user that the daemon runs as.
+        own: String,
+    },
+}
+
+/// A user that a process can run as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// The login name.
+    pub name: String,
+    /// The user id.
+    pub uid: u32,
+    /// The primary group id.
+    pub gid: u32,
+    /// The home directory.
+    pub home: PathBuf,
+    /// The groups to set for a process: the primary group first, then every group of
+    /// `/etc/group` that lists the user.
+    pub groups: Vec<u32>,
+}
+
+/// What tells that a file is still the one that was parsed.
+type Stamp = Option<(u64, u64, i64, i64, u64)>;
+
+#[derive(Debug, Default)]
+struct Tables {
+    stamps: (Stamp, Stamp),
+    users: HashMap<String, User>,
+    user_names: HashMap<u32, Arc<str>>,
+    group_names: HashMap<u32, Arc<str>>,
+}
+
+/// The users and groups of one root directory, cached.
+#[derive(Debug)]
+pub struct Users {
+    passwd: PathBuf,
+    group: PathBuf,
+    /// The user whom a daemon without root is bound to.
+    bound_to: Option<u32>,
+    tables: Mutex<Arc<Tables>>,
+}
+
+impl Users {
+    /// The users of this machine, as the process that calls may use them: all of them for root,
+    /// else only its own.
+    pub fn system() -> Self {
+        let own = nix::unistd::geteuid();
+        Self::at(Path::new("/"), (!own.is_root()).then_some(own.as_raw()))
+    }
+
+    /// The users described below `root`; with `bound_to`, only that user can be used.
+    pub fn at(root: &Path, bound_to: Option<u32>) -> Self {
+        Self {
+            passwd: root.join("etc/passwd"),
+            group: root.join("etc/group"),
+            bound_to,
+            tables: Mutex::default(),
+        }
+    }
+
+    /// Finds a user by name, for running processes and owning files.
+    ///
+    /// # Errors
+    /// [`UserError::Unknown`] when `/etc/passwd` has no such name, and [`UserError::NotOwn`] when
+    /// the daemon has no right to become them.
+    pub fn by_name(&self, name: &str) -> Result<User, UserError> {
+        let tables = self.tables();
+        let user = match tables.users.get(name) {
+            Some(user) => user.clone(),
+            // A container started with a bare uid has no line in /etc/passwd.
+            None if self.bound_to.is_some() && name == self.own_name() => self.unlisted(),
+            None => return Err(UserError::Unknown(name.to_owned())),
+        };
+        match self.bound_to {
+            Some(own) if own != user.uid => Err(UserError::NotOwn {
+                wanted: name.to_owned(),
+                own: self.own_name(),
+            }),
+            _ => Ok(user),
+        }
+    }
+
+    /// The name that a daemon uses for itself: that of its effective user.
+    pub fn own_name(&self) -> String {
+        self.user_name(self.bound_to.unwrap_or(0)).to_string()
+    }
+
+    /// The name of a user id, or the number in decimal where it has none.
+    pub fn user_name(&self, uid: u32) -> Arc<str> {
+        let known = self.tables().user_names.get(&uid).cloned();
+        known.unwrap_or_else(|| uid.to_string().into())
+    }
+
+    /// The name of a group id, or the number in decimal where it has none.
+    pub fn group_name(&self, gid: u32) -> Arc<str> {
+        let known = self.tables().group_names.get(&gid).cloned();
+        known.unwrap_or_else(|| gid.to_string().into())
+    }
+
+    fn unlisted(&self) -> User {
+        let gid = nix::unistd::getegid().as_raw();
+        User {
+            name: self.own_name(),
+            uid: self.bound_to.unwrap_or(0),
+            gid,
+            home: std::env::var_os("HOME").map_or_else(|| PathBuf::from("/"), PathBuf::from),
+            groups: vec![gid],
+        }
+    }
+
+    fn tables(&self) -> Arc<Tables> {
+        let stamps = (stamp(&self.passwd), stamp(&self.group));
+        let mut tables = self.tables.lock();
+        if tables.stamps != stamps || stamps == (None, None) {
+            *tables = Arc::new(Tables::parse(stamps, &read(&self.passwd), &read(&self.group)));
+        }
+        Arc::clone(&tables)
+    }
+}
+
+impl Tables {
+    fn parse(stamps: (Stamp, Stamp), passwd: &str, group: &str) -> Self {
+        let mut tables = Self { stamps, ..Self::default() };
+        for line in passwd.lines() {
+            let Some(user) = parse_user(line) else { continue };
+            tables.user_names.entry(user.uid).or_insert_with(|| user.name.as_str().into());
+            tables.users.entry(user.name.clone()).or_insert(user);
+        }
+        for line in group.lines() {
+            let fields: Vec<&str> = line.split(':').collect();
+            let [name, _, gid, members] = fields[..] else { continue };
+            let Ok(gid) = gid.parse::<u32>() else { continue };
+            tables.group_names.entry(gid).or_insert_with(|| name.into());
+            for member in members.split(',') {
+                let Some(user) = tables.users.get_mut(member.trim()) else { continue };
+                if !user.groups.contains(&gid) {
+                    user.groups.push(gid);
+                }
+            }
+        }
+        tables
+    }
+}
+
+fn parse_user(line: &str) -> Option<User> {
+    let fields: Vec<&str> = line.split(':').collect();
+    let [name, _, uid, gid, _, home, _] = fields[..] else { return None };
+    let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
+    (!name.is_empty() && !name.starts_with('#')).then(|| User {
+        name: name.to_owned(),
+        uid,
+        gid,
+        home: PathBuf::from(home),
+        groups: vec![gid],
+    })
+}
+
+fn stamp(path: &Path) -> Stamp {
+    let meta = fs::metadata(path).ok()?;
+    Some((meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size()))
+}
+
+fn read(path: &Path) -> String {
+    match fs::read(path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(path = %path.display(), %error, "cannot be read");
+            }
+            String::new()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root_with(passwd: &str, group: &str) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        fs::write(root.path().join("etc/passwd"), passwd).unwrap();
+        fs::write(root.path().join("etc/group"), group).unwrap();
+        root
+    }
+
+    #[test]
+    fn finds_users_with_all_their_groups_and_skips_broken_lines() {
+        let root = root_with(
+            "root:x:0:0:root:/root:/bin/bash\nbroken\n:x:1:1::/:\nuser:x:1000:1001::/home/user:/bin/sh\n",
+            "root:x:0:\nsudo:x:27:other,user\nnonsense:x:y:user\nuser:x:1001:user\n",
+        );
+        let users = Users::at(root.path(), None);
+        let user = users.by_name("user").unwrap();
+        assert_eq!((user.uid, user.gid), (1000, 1001));
+        assert_eq!(user.groups, [1001, 27]);
+        assert_eq!(user.home, Path::new("/home/user"));
+        assert_eq!(users.by_name("broken"), Err(UserError::Unknown("broken".into())));
+        assert_eq!(users.by_name(""), Err(UserError::Unknown(String::new())));
+        assert_eq!(&*users.group_name(27), "sudo");
+        assert_eq!(&*users.user_name(4242), "4242");
+    }
+
+    #[test]
+    fn sees_a_user_that_was_added_later() {
+        let root = root_with("root:x:0:0::/root:/bin/sh\n", "");
+        let users = Users::at(root.path(), None);
+        assert!(users.by_name("late").is_err());
+        let passwd = root.path().join("etc/passwd");
+        fs::write(&passwd, "root:x:0:0::/root:/bin/sh\nlate:x:5:5::/:/bin/sh\n").unwrap();
+        assert_eq!(users.by_name("late").unwrap().uid, 5);
+    }
+
+    #[test]
+    fn without_root_only_the_own_user_can_be_used() {
+        let root = root_with("root:x:0:0::/root:\nme:x:7:7::/me:/bin/sh\n", "");
+        let users = Users::at(root.path(), Some(7));
+        assert_eq!(users.by_name("me").unwrap().uid, 7);
+        let error = users.by_name("root").unwrap_err().to_string();
+        assert!(error.contains("'root'") && error.contains("'me'"), "{error}");
+    }
+}

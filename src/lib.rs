@@ -1,0 +1,28 @@
+//! envd is the daemon inside a sandbox: it runs processes and touches files for whoever owns the
+//! sandbox, over gRPC, gRPC-Web, Connect and plain HTTP, on TCP, vsock and unix sockets.
+//!
+//! The map, from the wire inwards; imports go in this direction only:
+//!
+//! * [`wire`] turns bytes into calls: listeners, connections and their limits, the translation of
+//!   Connect and gRPC-Web to gRPC, CORS. It knows no domain.
+//! * [`api`] holds the RPC services: protobuf to domain, domain error to status.
+//! * [`http`] holds the REST faces of the same domain: health and files.
+//! * [`process`] is the domain of processes: spawn, output, input, ending, registry.
+//! * [`fs`] is the domain of files: paths, entries, directories, transfers, watches.
+//! * [`sandbox`] is what those two share.
+//! * [`guest`] knows the machine around them: its users.
+//! * [`sys`] holds every `unsafe` block, each behind a safe function.
+//! * [`config`] and [`daemon`] read the arguments and put the parts together.
+//! * [`proto`] is what build.rs generates from `proto/`.
+
+pub mod api;
+pub mod config;
+pub mod daemon;
+pub mod fs;
+pub mod guest;
+pub mod http;
+pub mod process;
+pub mod proto;
+pub mod sandbox;
+pub mod sys;
+pub mod wire;

@@ -1,0 +1,73 @@
+//! The `envd` binary: arguments, logs, runtime, and then [`envd::daemon::run`].
+
+use std::{
+    io::{self, IsTerminal, Write},
+    process::ExitCode,
+};
+
+use envd::{
+    config::{self, Command, Config},
+    daemon,
+};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{Layer, filter::Targets, fmt, prelude::*, registry};
+
+/// Threads that run tasks. The daemon waits more than it computes; more threads only cost memory.
+const WORKERS: usize = 2;
+/// The most threads for calls that block: files, spawning.
+const BLOCKING_THREADS: usize = 128;
+
+fn main() -> ExitCode {
+    let config = match Config::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Run(config)) => *config,
+        Ok(Command::Print(text)) => {
+            // A closed stdout is the reader's choice.
+            let _ = writeln!(io::stdout(), "{text}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Help) => {
+            let _ = write!(io::stderr(), "{}", config::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            let _ = write!(io::stderr(), "envd: {error}\n\n{}", config::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    log(config.verbose);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("envd")
+        .enable_all()
+        .build();
+    let result = match runtime {
+        Ok(runtime) => {
+            let result = runtime.block_on(daemon::run(config));
+            // A blocking call that hangs, on a dead network mount say, must not hold the exit.
+            runtime.shutdown_background();
+            result.map_err(|error| error.to_string())
+        }
+        Err(error) => Err(format!("cannot start the runtime: {error}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to stderr: text for a person at a terminal, JSON lines for a machine. Of the libraries
+/// below only warnings are of interest.
+fn log(verbose: bool) {
+    let level = if verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    let of_interest = Targets::new().with_target("envd", level).with_default(LevelFilter::WARN);
+    let lines = fmt::layer().with_writer(io::stderr);
+    if io::stderr().is_terminal() {
+        registry().with(lines.with_filter(of_interest)).init();
+    } else {
+        registry().with(lines.json().flatten_event(true).with_filter(of_interest)).init();
+    }
+}

@@ -1,0 +1,40 @@
+//! The domain of processes: starting them, their output, their input and their ending.
+//!
+//! The contract of this module:
+//!
+//! * [`Manager::start`] starts a process as a user, in a session of its own, with pipes or a
+//!   terminal, and hands out a [`Subscription`] that misses no byte.
+//! * A process belongs to the daemon, not to the client that started it: dropping a subscription,
+//!   or the future of the start itself, leaves it running.
+//! * One task per channel reads the output into the process's [`journal`], and every subscriber
+//!   reads from there at its own pace. A live subscriber loses nothing; one that takes nothing for
+//!   [`STALL_LIMIT`](journal::STALL_LIMIT) is let go; an absent one costs the process nothing.
+//! * [`Event::End`] comes when the process has exited and all that it wrote before has been put
+//!   in the journal. Background children that keep a pipe open delay it by
+//!   [`DRAIN_GRACE`](supervise::DRAIN_GRACE) at most.
+//! * Whoever sees the end does not find the process among the live ones any more; for
+//!   [`RETENTION`](registry::RETENTION) its ending can still be asked for.
+//! * A process is known by its pidfd; its pid is not reused before it has left the registry.
+//! * Nothing here wakes up while nothing happens, and no lock is held over an await.
+//!
+//! It knows no protobuf and no HTTP. Texts of errors are those that upstream's clients know.
+
+pub mod ending;
+pub mod input;
+pub mod journal;
+pub mod live;
+pub mod output;
+pub mod registry;
+pub mod spec;
+pub mod start;
+pub mod supervise;
+#[cfg(test)]
+mod tests;
+
+pub use ending::Ending;
+pub use input::InputError;
+pub use journal::{Channel, Event, Subscription};
+pub use live::{Process, ResizeError, SignalError};
+pub use registry::{Found, Manager, Selector};
+pub use spec::{StartSpec, Stdio};
+pub use start::StartError;

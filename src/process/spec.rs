@@ -1,0 +1,139 @@
+//! What a caller says about a process to start.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    time::Duration,
+};
+
+use crate::guest::users::User;
+
+/// A process to start. Paths and defaults are resolved by the caller.
+#[derive(Debug, Clone)]
+pub struct StartSpec {
+    /// The command: a path if it has a slash, else a name to find on the PATH of `env`.
+    pub cmd: String,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// The variables as asked for, for listing.
+    pub requested_env: BTreeMap<String, String>,
+    /// The working directory as asked for, for listing.
+    pub requested_cwd: Option<String>,
+    /// The whole environment; of two of one name the later wins. PWD is added from `cwd`.
+    pub env: Vec<(String, String)>,
+    /// The working directory, absolute.
+    pub cwd: PathBuf,
+    /// Who runs it.
+    pub user: User,
+    /// Pipes or a terminal.
+    pub stdio: Stdio,
+    /// A name to select it by; need not be unique.
+    pub tag: Option<String>,
+    /// When it gets SIGKILL, however many clients look on.
+    pub timeout: Option<Duration>,
+}
+
+/// What a process reads from and writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdio {
+    /// Two pipes for its output, and one for its input or /dev/null.
+    Pipes {
+        /// Whether it has an input.
+        stdin: bool,
+    },
+    /// A terminal of this size.
+    Pty {
+        /// Columns.
+        cols: u16,
+        /// Rows.
+        rows: u16,
+    },
+}
+
+impl StartSpec {
+    /// The command and its arguments in one line, as messages quote it.
+    pub(super) fn command_line(&self) -> String {
+        let mut line = self.cmd.clone();
+        for arg in &self.args {
+            line.push(' ');
+            line.push_str(arg);
+        }
+        line
+    }
+
+    /// The name of the first field with a NUL inside, which no program can be given.
+    pub(super) fn field_with_nul(&self) -> Option<String> {
+        if self.cmd.contains('\0') {
+            return Some("command contains NUL".to_owned());
+        }
+        if let Some(index) = self.args.iter().position(|arg| arg.contains('\0')) {
+            return Some(format!("argument {index} contains NUL"));
+        }
+        if self.cwd.as_os_str().as_encoded_bytes().contains(&0) {
+            return Some("working directory contains NUL".to_owned());
+        }
+        let variable = self
+            .env
+            .iter()
+            .find(|(name, value)| name.contains('\0') || value.contains('\0'));
+        // The name alone: the value may be a secret.
+        variable.map(|(name, _)| format!("environment variable contains NUL: {name:?}"))
+    }
+
+    /// The environment as the kernel gets it: one entry a name, and `pwd` for PWD, as a shell sets
+    /// it. A name that is empty or has a `=` is no name that a program could look up.
+    pub(super) fn environment(&self, pwd: String) -> Vec<(String, String)> {
+        let mut places: HashMap<&str, usize> = HashMap::new();
+        let mut env: Vec<(String, String)> = Vec::with_capacity(self.env.len() + 1);
+        for (name, value) in &self.env {
+            if name.is_empty() || name.contains('=') || name == "PWD" {
+                continue;
+            }
+            let place = *places.entry(name).or_insert(env.len());
+            match env.get_mut(place) {
+                Some(known) => known.1.clone_from(value),
+                None => env.push((name.clone(), value.clone())),
+            }
+        }
+        env.push(("PWD".to_owned(), pwd));
+        env
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::spec;
+
+    #[test]
+    fn the_later_variable_wins_and_pwd_is_the_directory() {
+        let mut spec = spec("true", &[]);
+        spec.env = [
+            ("A", "1"),
+            ("PWD", "/x"),
+            ("", "y"),
+            ("B=", "z"),
+            ("A", "2"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
+        let env = spec.environment("/here".to_owned());
+        assert_eq!(
+            env,
+            [("A", "2"), ("PWD", "/here")].map(|(n, v)| (n.to_owned(), v.to_owned()))
+        );
+    }
+
+    #[test]
+    fn a_nul_is_found_and_the_value_is_not_told() {
+        let mut spec = spec("true", &["a"]);
+        assert_eq!(spec.field_with_nul(), None);
+        spec.env.push(("KEY".to_owned(), "secret\0".to_owned()));
+        let field = spec.field_with_nul().unwrap();
+        assert!(
+            field.contains("KEY") && !field.contains("secret"),
+            "{field}"
+        );
+        spec.args = vec!["ok".to_owned(), "\0".to_owned()];
+        assert_eq!(spec.field_with_nul().unwrap(), "argument 1 contains NUL");
+    }
+}

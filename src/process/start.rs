@@ -1,0 +1,369 @@
+//! Starting a process: its pipes or terminal, the spawn, and its place in the registry.
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::stat::Mode,
+    unistd::{Uid, fchown, geteuid, getgroups, getresgid, getresuid, pipe2},
+};
+use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit};
+
+use super::{
+    Manager, Process, StartSpec, Stdio, Subscription, journal::Channel, output::Source,
+    supervise::supervise,
+};
+use crate::{
+    guest::users::User,
+    sys::{
+        errno, pidfd, pty, ready,
+        spawn::{self, Child, Credentials, SpawnError, Stage},
+    },
+};
+
+/// Why a process was not started.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    /// There are as many processes as there may be.
+    #[error("too many processes: {max} are running or still hold their output open", max = super::registry::MAX_PROCESSES)]
+    TooMany,
+    /// A NUL in something that becomes a C string.
+    #[error("{attempt}: exec: {field}")]
+    Nul {
+        /// What was attempted.
+        attempt: Attempt,
+        /// Where the NUL is.
+        field: String,
+    },
+    /// A pipe could not be made: the daemon is short of something.
+    #[error("error creating {pipe} pipe for command '{command}': {reason}")]
+    Pipe {
+        /// `stdin`, `stdout` or `stderr`.
+        pipe: &'static str,
+        /// The command and its arguments.
+        command: String,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// The process or its terminal could not be made as asked for.
+    #[error("{attempt}: {reason}")]
+    Spawn {
+        /// What was attempted.
+        attempt: Attempt,
+        /// What failed, with the kernel's word for it.
+        reason: String,
+    },
+    /// The task that starts processes broke down; a fault of the daemon.
+    #[error("error starting process: {0}")]
+    Task(String),
+}
+
+/// What was attempted, in upstream's words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attempt {
+    /// A process with pipes.
+    Process {
+        /// The command and its arguments.
+        command: String,
+    },
+    /// A process with a terminal.
+    Terminal {
+        /// The command and its arguments.
+        command: String,
+        /// The working directory.
+        dir: String,
+        /// The terminal's columns.
+        cols: u16,
+        /// The terminal's rows.
+        rows: u16,
+    },
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { command } => write!(f, "error starting process '{command}'"),
+            Self::Terminal {
+                command,
+                dir,
+                cols,
+                rows,
+            } => write!(
+                f,
+                "error starting pty with command '{command}' in dir '{dir}' with '{cols}' cols \
+                 and '{rows}' rows"
+            ),
+        }
+    }
+}
+
+impl Attempt {
+    fn of(spec: &StartSpec) -> Self {
+        let command = spec.command_line();
+        match spec.stdio {
+            Stdio::Pipes { .. } => Self::Process { command },
+            Stdio::Pty { cols, rows } => Self::Terminal {
+                command,
+                dir: spec.cwd.display().to_string(),
+                cols,
+                rows,
+            },
+        }
+    }
+}
+
+/// The child's ends and ours.
+#[derive(Debug)]
+struct Ends {
+    child: [OwnedFd; 3],
+    input: Option<Arc<AsyncFd<OwnedFd>>>,
+    sources: Vec<Source>,
+}
+
+/// Does what [`Manager::start`] says.
+pub(super) async fn start(
+    manager: Arc<Manager>,
+    spec: StartSpec,
+    slot: OwnedSemaphorePermit,
+) -> Result<(Arc<Process>, Subscription), StartError> {
+    if let Some(field) = spec.field_with_nul() {
+        return Err(StartError::Nul {
+            attempt: Attempt::of(&spec),
+            field,
+        });
+    }
+    let Ends {
+        child: stdio,
+        input,
+        sources,
+    } = open_ends(&spec)?;
+
+    let nofile = manager.nofile;
+    let spawned = tokio::task::spawn_blocking(move || {
+        let child = spawn(&spec, &stdio, nofile);
+        // Our copies of the child's ends must go, or its output never ends.
+        drop(stdio);
+        (child, spec)
+    });
+    let (child, spec) = spawned
+        .await
+        .map_err(|error| StartError::Task(error.to_string()))?;
+    let Child {
+        pid,
+        pidfd,
+        exec_error,
+    } = child.map_err(|error| spawn_error(&spec, &error))?;
+    let pidfd = ready::watch(pidfd).map_err(|error| {
+        let (pidfd, error) = error.into_parts();
+        abandon(pidfd);
+        refused(&spec, "pidfd", &error)
+    })?;
+
+    let (cmd, timeout) = (spec.cmd.clone(), spec.timeout);
+    let process = Arc::new(Process::new(pid, manager.next_number(), spec, pidfd, input));
+    // Before anything can be read, so that the first subscriber misses nothing.
+    let subscription = process.subscribe();
+    if let Some(error) = exec_error {
+        let (channel, end) = match process.is_pty() {
+            true => (Channel::Pty, "\r\n"),
+            false => (Channel::Stderr, "\n"),
+        };
+        let text = format!("envd: '{cmd}': {}{end}", errno::capitalised(error));
+        process.journal.append(channel, text.into()).await;
+    }
+    tracing::debug!(pid, cmd, "process started");
+    manager.register(&process);
+    supervise(manager, Arc::clone(&process), sources, timeout, slot);
+    Ok((process, subscription))
+}
+
+/// Blocks: resolves the directory, starts the child and waits until it has executed.
+fn spawn(
+    spec: &StartSpec,
+    stdio: &[OwnedFd; 3],
+    nofile: Option<(u64, u64)>,
+) -> Result<Child, SpawnError> {
+    // What a shell would put there: the directory without symbolic links, if we may know it.
+    let pwd = spec.cwd.canonicalize().unwrap_or_else(|_| spec.cwd.clone());
+    let env = spec.environment(pwd.to_string_lossy().into_owned());
+    let credentials = credentials(&spec.user);
+    let [stdin, stdout, stderr] = stdio;
+    spawn::spawn(&spawn::Spec {
+        cmd: &spec.cmd,
+        args: &spec.args,
+        env: &env,
+        cwd: &spec.cwd,
+        stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        terminal: matches!(spec.stdio, Stdio::Pty { .. }),
+        credentials: credentials.as_ref(),
+        nofile,
+    })
+}
+
+/// What the child has to become, or `None` when the daemon is that already: then it needs no right
+/// to change, which a daemon without root (or in a container without CAP_SETGID) has not.
+fn credentials(user: &User) -> Option<Credentials> {
+    let (Ok(uids), Ok(gids)) = (getresuid(), getresgid()) else {
+        return Some(wanted(user));
+    };
+    let is_user = [uids.real, uids.effective, uids.saved]
+        .iter()
+        .all(|id| id.as_raw() == user.uid)
+        && [gids.real, gids.effective, gids.saved]
+            .iter()
+            .all(|id| id.as_raw() == user.gid);
+    let sorted = |mut groups: Vec<u32>| {
+        groups.push(user.gid);
+        groups.sort_unstable();
+        groups.dedup();
+        groups
+    };
+    let has_groups = || {
+        let own = getgroups()
+            .unwrap_or_default()
+            .iter()
+            .map(|gid| gid.as_raw())
+            .collect();
+        sorted(own) == sorted(user.groups.clone())
+    };
+    // Without root the groups are what they are.
+    let as_is = is_user && (!geteuid().is_root() || has_groups());
+    (!as_is).then(|| wanted(user))
+}
+
+fn wanted(user: &User) -> Credentials {
+    Credentials {
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups.clone(),
+    }
+}
+
+fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {
+    match spec.stdio {
+        Stdio::Pipes { stdin } => {
+            let (child_stdout, stdout) = output_pipe(spec, "stdout", Channel::Stdout)?;
+            let (child_stderr, stderr) = output_pipe(spec, "stderr", Channel::Stderr)?;
+            let failed = |error: io::Error| pipe_error(spec, "stdin", &error);
+            let (child_stdin, input) = if stdin {
+                input_pipe().map_err(failed)?
+            } else {
+                no_input().map_err(failed)?
+            };
+            Ok(Ends {
+                child: [child_stdin, child_stdout, child_stderr],
+                input,
+                sources: vec![stdout, stderr],
+            })
+        }
+        Stdio::Pty { cols, rows } => {
+            let failed = |error: io::Error| refused(spec, "open terminal", &error);
+            let pty = pty::open_pty(cols, rows, spec.user.uid).map_err(failed)?;
+            let master = Arc::new(ready::watch(pty.master).map_err(|error| failed(error.into()))?);
+            let again = || pty.slave.try_clone().map_err(failed);
+            Ok(Ends {
+                child: [again()?, again()?, pty.slave],
+                input: Some(Arc::clone(&master)),
+                sources: vec![Source {
+                    channel: Channel::Pty,
+                    fd: master,
+                }],
+            })
+        }
+    }
+}
+
+fn output_pipe(
+    spec: &StartSpec,
+    name: &'static str,
+    channel: Channel,
+) -> Result<(OwnedFd, Source), StartError> {
+    let open = || {
+        let (ours, childs) = pipe2(OFlag::O_CLOEXEC)?;
+        // A program that opens /dev/stdout or /dev/stderr opens the pipe again, which only its
+        // owner may. Where that cannot be changed the descriptor itself still works.
+        let _ = fchown(&childs, Some(Uid::from_raw(spec.user.uid)), None);
+        let fd = Arc::new(nonblocking(ours)?);
+        Ok((childs, Source { channel, fd }))
+    };
+    open().map_err(|error| pipe_error(spec, name, &error))
+}
+
+type InputEnds = (OwnedFd, Option<Arc<AsyncFd<OwnedFd>>>);
+
+fn input_pipe() -> io::Result<InputEnds> {
+    let (childs, ours) = pipe2(OFlag::O_CLOEXEC)?;
+    Ok((childs, Some(Arc::new(nonblocking(ours)?))))
+}
+
+fn no_input() -> io::Result<InputEnds> {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    Ok((nix::fcntl::open("/dev/null", flags, Mode::empty())?, None))
+}
+
+/// Our end only: the flag belongs to the open file, and programs do not expect it on theirs.
+fn nonblocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(ready::watch(fd)?)
+}
+
+/// Ends a child that cannot be watched. It does not take long to die, but may.
+fn abandon(pidfd: OwnedFd) {
+    tokio::task::spawn_blocking(move || {
+        let _ = pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL);
+        let _ = pidfd::wait_blocking(pidfd.as_fd());
+    });
+}
+
+fn pipe_error(spec: &StartSpec, pipe: &'static str, error: &io::Error) -> StartError {
+    StartError::Pipe {
+        pipe,
+        command: spec.command_line(),
+        reason: errno::text_of(error),
+    }
+}
+
+fn refused(spec: &StartSpec, what: &str, error: &io::Error) -> StartError {
+    let reason = format!("{what}: {}", errno::text_of(error));
+    StartError::Spawn {
+        attempt: Attempt::of(spec),
+        reason,
+    }
+}
+
+fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
+    let attempt = Attempt::of(spec);
+    let reason = match error {
+        SpawnError::Nul(_) => {
+            return StartError::Nul {
+                attempt,
+                field: "a string contains NUL".to_owned(),
+            };
+        }
+        SpawnError::System { what, source } => {
+            format!("fork/exec {}: {what}: {}", spec.cmd, errno::text_of(source))
+        }
+        SpawnError::Child {
+            stage,
+            errno: number,
+        } => {
+            let text = errno::text(*number);
+            let user = &spec.user;
+            match stage {
+                Stage::Session => format!("setsid: {text}"),
+                Stage::Terminal => format!("set controlling terminal: {text}"),
+                Stage::Stdio => format!("dup stdio: {text}"),
+                Stage::Groups => format!("set groups of user '{}': {text}", user.name),
+                Stage::Gid => format!("set group {}: {text}", user.gid),
+                Stage::Uid => format!("set user '{}' ({}): {text}", user.name, user.uid),
+                Stage::Chdir => format!("chdir '{}': {text}", spec.cwd.display()),
+                Stage::Exec => format!("fork/exec {}: {text}", spec.cmd),
+            }
+        }
+    };
+    StartError::Spawn { attempt, reason }
+}

@@ -1,0 +1,35 @@
+//! The generated messages and services, one module a protobuf package, and their descriptors.
+
+/// The encoded `FileDescriptorSet` of all that is below, for reflection and the method table.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Package `process`: E2B's process service.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+pub mod process {
+    include!(concat!(env!("OUT_DIR"), "/process.rs"));
+    include!(concat!(env!("OUT_DIR"), "/process.serde.rs"));
+}
+
+/// Package `filesystem`: E2B's filesystem service.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+pub mod filesystem {
+    include!(concat!(env!("OUT_DIR"), "/filesystem.rs"));
+    include!(concat!(env!("OUT_DIR"), "/filesystem.serde.rs"));
+}
+
+/// The full name of the process service.
+pub const PROCESS: &str = "process.Process";
+/// The full name of the filesystem service.
+pub const FILESYSTEM: &str = "filesystem.Filesystem";

@@ -1,0 +1,372 @@
+//! What a child does between clone and exec.
+//!
+//! The child usually shares the daemon's memory (CLONE_VM) while one thread of the daemon waits for
+//! it (CLONE_VFORK). So [`run`] allocates nothing, takes no lock, panics nowhere and calls nothing
+//! but `syscall(2)`: not even libc's `setuid`, which would change every thread of the daemon. All
+//! that it needs is in a [`Plan`], made before.
+//!
+//! While a child that has dropped its privileges still shares memory with a root daemon, its user
+//! must not be able to look into it. The kernel sees to that: a change of uid makes the memory
+//! undumpable, hence closed to ptrace, for as long as it lives. The daemon must therefore
+//! **never** set PR_SET_DUMPABLE again: it would open the next child's window. The price is that
+//! the daemon itself writes no core dump once it has started a process as another user.
+
+// The numbers here are descriptors, flags and addresses on their way into registers.
+#![allow(
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::cast_possible_truncation
+)]
+
+use std::{
+    convert::Infallible,
+    ffi::{CString, NulError},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    ptr,
+};
+
+use libc::{c_char, c_int, c_long, c_void};
+
+use super::spawn::{Spec, Stage};
+
+/// The search path of a command whose environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Longer names cannot be opened; a candidate beyond it is not even tried. Together with the
+/// kernel's bound on one environment string (128 KiB) this bounds the memory of a search.
+const PATH_MAX: usize = libc::PATH_MAX as usize;
+
+/// A longer name is in no directory.
+const NAME_MAX: usize = 255;
+
+/// The last signal number on Linux.
+const LAST_SIGNAL: c_int = 64;
+
+/// The size of the kernel's signal set, which the raw calls ask for.
+const SIGSET_SIZE: usize = 8;
+
+/// ioprio_set(2): a process, class best-effort, level 4; libc has no names for them.
+const IOPRIO_WHO_PROCESS: usize = 1;
+const IOPRIO_BEST_EFFORT_4: usize = (2 << 13) | 4;
+
+/// How willingly the kernel kills a command for want of memory: sooner than the daemon.
+const OOM_SCORE_ADJ: &[u8] = b"100";
+
+type Failure = (Stage, c_int);
+
+/// Everything that the child needs, allocated before it exists.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Owns what the pointers below point to.
+    strings: Vec<CString>,
+    /// The files to try, in order.
+    candidates: Vec<*const c_char>,
+    /// Null-terminated, as the next two.
+    argv: Vec<*const c_char>,
+    /// `sh FILE args...`, for a script without `#!`; the child sets FILE.
+    script_argv: Vec<*const c_char>,
+    envp: Vec<*const c_char>,
+    cwd: CString,
+    stdio: [c_int; 3],
+    report: OwnedFd,
+    terminal: bool,
+    credentials: Option<(u32, u32)>,
+    groups: Vec<u32>,
+    nofile: Option<libc::rlimit64>,
+}
+
+impl Plan {
+    /// Makes the plan. The descriptors of `spec` and `report` are above 2 (the caller sees to it).
+    pub(super) fn new(
+        spec: &Spec<'_>,
+        stdio: [c_int; 3],
+        report: OwnedFd,
+    ) -> Result<Self, NulError> {
+        let mut plan = Self {
+            strings: Vec::new(),
+            candidates: Vec::new(),
+            argv: Vec::new(),
+            script_argv: vec![c"sh".as_ptr(), ptr::null()],
+            envp: Vec::new(),
+            cwd: CString::new(spec.cwd.as_os_str().as_bytes())?,
+            stdio,
+            report,
+            terminal: spec.terminal,
+            credentials: spec.credentials.map(|to| (to.uid, to.gid)),
+            groups: spec
+                .credentials
+                .map(|to| to.groups.clone())
+                .unwrap_or_default(),
+            nofile: spec.nofile.map(|(soft, hard)| libc::rlimit64 {
+                rlim_cur: soft,
+                rlim_max: hard,
+            }),
+        };
+        let cmd = plan.own(spec.cmd.as_bytes().to_vec())?;
+        plan.argv.push(cmd);
+        for arg in spec.args {
+            let arg = plan.own(arg.as_bytes().to_vec())?;
+            plan.argv.push(arg);
+            plan.script_argv.push(arg);
+        }
+        plan.argv.push(ptr::null());
+        plan.script_argv.push(ptr::null());
+        for (name, value) in spec.env {
+            let variable = plan.own([name.as_bytes(), b"=", value.as_bytes()].concat())?;
+            plan.envp.push(variable);
+        }
+        plan.envp.push(ptr::null());
+        // Of two variables of one name getenv finds the first, and so does this search.
+        let path = spec
+            .env
+            .iter()
+            .find(|(name, _)| name == "PATH")
+            .map(|(_, path)| path.as_str());
+        plan.search(spec.cmd, path.unwrap_or(DEFAULT_PATH), cmd)?;
+        Ok(plan)
+    }
+
+    /// Fills in the files to try, as execvp(3) finds them.
+    fn search(&mut self, cmd: &str, path: &str, whole: *const c_char) -> Result<(), NulError> {
+        // An empty name, or one too long for a directory entry, gets its errno from the kernel.
+        if cmd.is_empty() || cmd.contains('/') || cmd.len() > NAME_MAX {
+            self.candidates.push(whole);
+            return Ok(());
+        }
+        for dir in path.split(':') {
+            if dir.len() + 1 + cmd.len() >= PATH_MAX {
+                continue;
+            }
+            // An empty element is the working directory.
+            let file = match dir {
+                "" => whole,
+                dir => self.own([dir.as_bytes(), b"/", cmd.as_bytes()].concat())?,
+            };
+            self.candidates.push(file);
+        }
+        Ok(())
+    }
+
+    fn own(&mut self, bytes: Vec<u8>) -> Result<*const c_char, NulError> {
+        let string = CString::new(bytes)?;
+        // The bytes are on the heap and stay where they are when the CString moves.
+        let pointer = string.as_ptr();
+        self.strings.push(string);
+        Ok(pointer)
+    }
+}
+
+/// The child: becomes the command, or reports why it cannot and exits as a shell would.
+///
+/// `plan` must point to a [`Plan`] that nobody else touches while the child runs.
+pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
+    // SAFETY: as the contract above says; the parent's thread is suspended or has its own copy.
+    let plan = unsafe { &mut *plan.cast::<Plan>() };
+    // SAFETY: we are the child, and the plan's pointers are valid.
+    let Err((stage, errno)) = unsafe { become_command(plan) };
+    let report = [stage as i32, errno];
+    let code = if errno == libc::ENOENT { 127 } else { 126 };
+    // SAFETY: writes eight bytes that live on this stack, and ends the child without running the
+    // daemon's exit handlers.
+    unsafe {
+        let bytes = size_of_val(&report);
+        let to = plan.report.as_raw_fd() as usize;
+        let _ = raw(libc::SYS_write, [to, addr(report.as_ptr()), bytes, 0, 0]);
+        let _ = raw(libc::SYS_exit_group, [code, 0, 0, 0, 0]);
+    }
+    // Not reached; without exit_group there is no system to speak of.
+    0
+}
+
+/// # Safety
+/// Only in a child whose memory nobody else writes to, with valid pointers in `plan`.
+unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
+    // SAFETY: every call gets valid pointers or none: to the plan, to constants, or to this stack.
+    unsafe {
+        // Always a session and a group of its own: `kill 0` then hits this command alone.
+        at(Stage::Session, raw(libc::SYS_setsid, [0; 5]))?;
+        let [stdin, stdout, stderr] = plan.stdio;
+        if plan.terminal {
+            let request = libc::TIOCSCTTY as usize;
+            at(
+                Stage::Terminal,
+                raw(libc::SYS_ioctl, [stdin as usize, request, 0, 0, 0]),
+            )?;
+        }
+        for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
+            at(
+                Stage::Stdio,
+                raw(libc::SYS_dup3, [from as usize, to, 0, 0, 0]),
+            )?;
+        }
+        set_priorities();
+        if let Some(limit) = &plan.nofile {
+            let args = [0, libc::RLIMIT_NOFILE as usize, addr(limit), 0, 0];
+            let _ = raw(libc::SYS_prlimit64, args);
+        }
+        if let Some((uid, gid)) = plan.credentials {
+            let groups = [plan.groups.len(), addr(plan.groups.as_ptr()), 0, 0, 0];
+            at(Stage::Groups, raw(libc::SYS_setgroups, groups))?;
+            at(
+                Stage::Gid,
+                raw(libc::SYS_setgid, [gid as usize, 0, 0, 0, 0]),
+            )?;
+            at(
+                Stage::Uid,
+                raw(libc::SYS_setuid, [uid as usize, 0, 0, 0, 0]),
+            )?;
+            if uid != 0 {
+                // The kernel has set fs.suid_dumpable, which systems with a core dump service set
+                // to 2; and before Linux 5.16 a core dump kills all who share the memory.
+                let _ = raw(
+                    libc::SYS_prctl,
+                    [libc::PR_SET_DUMPABLE as usize, 0, 0, 0, 0],
+                );
+            }
+        }
+        // With the user's rights: a directory that they cannot enter is an error, not a way in.
+        at(
+            Stage::Chdir,
+            raw(libc::SYS_chdir, [addr(plan.cwd.as_ptr()), 0, 0, 0, 0]),
+        )?;
+        reset_signals();
+        // Ours are close-on-exec anyway; whoever started the daemon may have left others open.
+        let range = [
+            3,
+            u32::MAX as usize,
+            libc::CLOSE_RANGE_CLOEXEC as usize,
+            0,
+            0,
+        ];
+        let _ = raw(libc::SYS_close_range, range);
+        exec(plan)
+    }
+}
+
+/// The command is an ordinary citizen, whatever the daemon is. What fails here is not needed.
+///
+/// # Safety
+/// Only in the child.
+unsafe fn set_priorities() {
+    // SAFETY: the pointers are to constants.
+    unsafe {
+        let path = addr(c"/proc/self/oom_score_adj".as_ptr());
+        let here = libc::AT_FDCWD as isize as usize;
+        let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as usize;
+        // The kernel leaves the daemon's own score alone though the memory is shared: it
+        // recognises a vfork.
+        if let Ok(file) = raw(libc::SYS_openat, [here, path, flags, 0, 0]) {
+            let text = [
+                file as usize,
+                addr(OOM_SCORE_ADJ.as_ptr()),
+                OOM_SCORE_ADJ.len(),
+                0,
+                0,
+            ];
+            let _ = raw(libc::SYS_write, text);
+            let _ = raw(libc::SYS_close, [file as usize, 0, 0, 0, 0]);
+        }
+        let _ = raw(
+            libc::SYS_setpriority,
+            [libc::PRIO_PROCESS as usize, 0, 0, 0, 0],
+        );
+        let _ = raw(
+            libc::SYS_ioprio_set,
+            [IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4, 0, 0],
+        );
+    }
+}
+
+/// Default dispositions first, then an empty mask: the daemon's handlers must never run here.
+///
+/// # Safety
+/// Only in the child.
+unsafe fn reset_signals() {
+    // The kernel's sigaction is at most four words, and zeros in it mean SIG_DFL.
+    let default = [0_u64; 8];
+    let empty = 0_u64;
+    // SAFETY: the pointers are to this stack, and larger than what the kernel reads.
+    unsafe {
+        for signal in 1..=LAST_SIGNAL {
+            let action = [signal as usize, addr(default.as_ptr()), 0, SIGSET_SIZE, 0];
+            let _ = raw(libc::SYS_rt_sigaction, action);
+        }
+        let mask = [
+            libc::SIG_SETMASK as usize,
+            addr(&raw const empty),
+            0,
+            SIGSET_SIZE,
+            0,
+        ];
+        let _ = raw(libc::SYS_rt_sigprocmask, mask);
+    }
+}
+
+/// execvp(3): the first candidate that can be executed; a file that exists but must not be
+/// executed is remembered, and reported when no other is found.
+///
+/// # Safety
+/// Only in the child, with valid pointers in `plan`.
+unsafe fn exec(plan: &mut Plan) -> Result<Infallible, Failure> {
+    let mut found = libc::ENOENT;
+    let envp = addr(plan.envp.as_ptr());
+    for &file in &plan.candidates {
+        // SAFETY: the strings are valid and the arrays null-terminated.
+        let mut result = unsafe {
+            raw(
+                libc::SYS_execve,
+                [addr(file), addr(plan.argv.as_ptr()), envp, 0, 0],
+            )
+        };
+        if result == Err(libc::ENOEXEC) {
+            if let Some(slot) = plan.script_argv.get_mut(1) {
+                *slot = file;
+            }
+            let shell = [
+                addr(c"/bin/sh".as_ptr()),
+                addr(plan.script_argv.as_ptr()),
+                envp,
+                0,
+                0,
+            ];
+            // SAFETY: as above. Where there is no shell the format error stands.
+            let _ = unsafe { raw(libc::SYS_execve, shell) };
+            result = Err(libc::ENOEXEC);
+        }
+        match result {
+            Err(libc::EACCES) => found = libc::EACCES,
+            Err(libc::ENOENT | libc::ENOTDIR | libc::ESTALE | libc::ENODEV | libc::ETIMEDOUT) => {}
+            Err(errno) => return Err((Stage::Exec, errno)),
+            Ok(_) => {}
+        }
+    }
+    Err((Stage::Exec, found))
+}
+
+/// # Safety
+/// As the system call demands of its arguments.
+unsafe fn raw(number: c_long, [a, b, c, d, e]: [usize; 5]) -> Result<c_long, c_int> {
+    // SAFETY: `syscall` is the bare instruction; it sets errno in the memory of the thread that
+    // waits for us, which does not read it.
+    let result = unsafe { libc::syscall(number, a, b, c, d, e) };
+    if result < 0 {
+        // SAFETY: errno of the thread whose registers we have inherited.
+        Err(unsafe { *libc::__errno_location() })
+    } else {
+        Ok(result)
+    }
+}
+
+fn at(stage: Stage, result: Result<c_long, c_int>) -> Result<(), Failure> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(errno) => Err((stage, errno)),
+    }
+}
+
+fn addr<T>(pointer: *const T) -> usize {
+    pointer.expose_provenance()
+}

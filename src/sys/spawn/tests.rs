@@ -1,0 +1,294 @@
+use std::{os::unix::fs::PermissionsExt, sync::LazyLock, thread};
+
+use nix::sys::stat::Mode as FileMode;
+
+use super::*;
+use crate::sys::pidfd::Exit;
+
+static NULL: LazyLock<File> = LazyLock::new(|| {
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .unwrap()
+});
+
+static ENV: LazyLock<Vec<(String, String)>> = LazyLock::new(|| env("/usr/bin:/bin"));
+
+fn env(path: &str) -> Vec<(String, String)> {
+    vec![("PATH".to_owned(), path.to_owned())]
+}
+
+fn base() -> Spec<'static> {
+    Spec {
+        cmd: "true",
+        args: &[],
+        env: &ENV,
+        cwd: Path::new("/"),
+        stdio: [NULL.as_fd(), NULL.as_fd(), NULL.as_fd()],
+        terminal: false,
+        credentials: None,
+        nofile: None,
+    }
+}
+
+struct Ran {
+    child: Result<Child, SpawnError>,
+    output: String,
+    exit: Option<Exit>,
+}
+
+/// Runs to the end, and gives what was written to stdout and stderr.
+fn run(mode: Mode, spec: &Spec<'_>) -> Ran {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let stdio = [NULL.as_fd(), write.as_fd(), write.as_fd()];
+    let child = spawn_as(
+        &Spec {
+            stdio,
+            ..spec.clone()
+        },
+        mode,
+    );
+    drop(write);
+    let mut output = String::new();
+    File::from(read).read_to_string(&mut output).unwrap();
+    let exit = child
+        .as_ref()
+        .ok()
+        .and_then(|child| pidfd::wait_blocking(child.pidfd.as_fd()).unwrap());
+    Ran {
+        child,
+        output,
+        exit,
+    }
+}
+
+fn shell(script: &str) -> [String; 2] {
+    ["-c".to_owned(), script.to_owned()]
+}
+
+const MODES: [Mode; 2] = [Mode::Vfork, Mode::Fork];
+
+#[test]
+fn the_child_is_an_ordinary_citizen_of_its_own_session() {
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap();
+    for mode in MODES {
+        let script = "cut -d' ' -f1,5,6,19 /proc/self/stat; cat /proc/self/oom_score_adj; \
+                      echo $$; grep -E 'Sig(Blk|Ign)' /proc/self/status; ulimit -n";
+        let ran = run(
+            mode,
+            &Spec {
+                cmd: "sh",
+                args: &shell(script),
+                nofile: Some((123, 456)),
+                ..base()
+            },
+        );
+        let lines: Vec<&str> = ran.output.lines().collect();
+        let pid = ran.child.unwrap().pid.to_string();
+        let [stat, oom, shell, blocked, ignored, nofile] = lines[..] else {
+            panic!("{lines:?}")
+        };
+        let stat: Vec<&str> = stat.split(' ').collect();
+        assert_eq!(
+            stat[1..],
+            [pid.as_str(), pid.as_str(), "0"],
+            "group, session, nice"
+        );
+        assert_eq!((oom, shell, nofile), ("100", pid.as_str(), "123"));
+        assert_eq!(blocked, "SigBlk:\t0000000000000000");
+        assert_eq!(ignored, "SigIgn:\t0000000000000000");
+        assert_eq!(ran.exit, Some(Exit::Exited(0)));
+    }
+    assert_eq!(
+        std::fs::read_to_string("/proc/self/oom_score_adj").unwrap(),
+        own
+    );
+}
+
+#[test]
+fn only_the_three_descriptors_reach_the_child() {
+    // One that is not close-on-exec, as a careless starter of the daemon leaves them.
+    let leaky = nix::fcntl::open("/dev/null", OFlag::O_RDONLY, FileMode::empty()).unwrap();
+    for mode in MODES {
+        let ran = run(
+            mode,
+            &Spec {
+                cmd: "ls",
+                args: &["/proc/self/fd".to_owned()],
+                ..base()
+            },
+        );
+        // The fourth is the directory that ls reads.
+        assert_eq!(ran.output, "0\n1\n2\n3\n");
+    }
+    drop(leaky);
+}
+
+#[test]
+fn a_user_switch_sets_exactly_the_given_groups() {
+    let nobody = Credentials {
+        uid: 65534,
+        gid: 65534,
+        groups: vec![65534, 7777],
+    };
+    for mode in MODES {
+        let ran = run(
+            mode,
+            &Spec {
+                cmd: "sh",
+                args: &shell("id -u; id -g; id -G"),
+                credentials: Some(&nobody),
+                ..base()
+            },
+        );
+        assert_eq!(ran.output, "65534\n65534\n65534 7777\n");
+    }
+    assert!(nix::unistd::geteuid().is_root());
+}
+
+#[test]
+fn the_directory_is_entered_with_the_users_rights() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let nobody = Credentials {
+        uid: 65534,
+        gid: 65534,
+        groups: vec![65534],
+    };
+    for mode in MODES {
+        let ran = run(
+            mode,
+            &Spec {
+                cwd: dir.path(),
+                credentials: Some(&nobody),
+                ..base()
+            },
+        );
+        match ran.child {
+            Err(SpawnError::Child {
+                stage: Stage::Chdir,
+                errno: libc::EACCES,
+            }) => {}
+            other => panic!("{other:?}"),
+        }
+        let ran = run(
+            mode,
+            &Spec {
+                cwd: Path::new("/etc/passwd"),
+                ..base()
+            },
+        );
+        match ran.child {
+            Err(SpawnError::Child {
+                stage: Stage::Chdir,
+                errno: libc::ENOTDIR,
+            }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn commands_are_found_as_execvp_finds_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str, mode| {
+        std::fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
+        std::fs::write(dir.path().join(name), text).unwrap();
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(dir.path().join(name), mode).unwrap();
+    };
+    file("a/tool", "", 0o644);
+    file("b/tool", "echo script $0 $1\n", 0o755);
+    file("c/-dash", "#!/bin/sh\necho dash\n", 0o755);
+    file("a/closed", "", 0o644);
+    let root = dir.path().to_str().unwrap();
+    let path = format!("{root}/none:{root}/a:{root}/b:/etc/passwd:{root}/c");
+    let arg = ["x".to_owned()];
+    for mode in MODES {
+        let search = |cmd: &str| {
+            let env = env(&path);
+            run(
+                mode,
+                &Spec {
+                    cmd,
+                    args: &arg,
+                    env: &env,
+                    ..base()
+                },
+            )
+        };
+        let tool = search("tool");
+        assert_eq!(tool.output, format!("script {root}/b/tool x\n"));
+        assert_eq!(search("-dash").output, "dash\n");
+        for (cmd, errno, code) in [
+            ("closed", libc::EACCES, 126),
+            ("missing", libc::ENOENT, 127),
+            ("", libc::ENOENT, 127),
+            ("/etc", libc::EACCES, 126),
+            ("/etc/passwd/x", libc::ENOENT, 127),
+        ] {
+            let ran = search(cmd);
+            assert_eq!(ran.child.unwrap().exec_error, Some(errno), "{cmd}");
+            assert_eq!(ran.exit, Some(Exit::Exited(code)), "{cmd}");
+        }
+        // An empty element is the working directory.
+        let env = env("");
+        let ran = run(
+            mode,
+            &Spec {
+                cmd: "sh",
+                args: &shell("echo here"),
+                env: &env,
+                cwd: Path::new("/bin"),
+                ..base()
+            },
+        );
+        assert_eq!(ran.output, "here\n");
+    }
+}
+
+#[test]
+fn arguments_beyond_the_kernels_bound_are_an_error_and_leave_no_zombie() {
+    for mode in MODES {
+        let ran = run(
+            mode,
+            &Spec {
+                args: &["x".repeat(200_000)],
+                ..base()
+            },
+        );
+        match ran.child {
+            Err(SpawnError::Child {
+                stage: Stage::Exec,
+                errno: libc::E2BIG,
+            }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn many_threads_can_spawn_at_once() {
+    let workers: Vec<_> = (0..8)
+        .map(|worker| {
+            thread::spawn(move || {
+                for mode in MODES.into_iter().cycle().take(40) {
+                    let ran = run(
+                        mode,
+                        &Spec {
+                            cmd: "echo",
+                            args: &[worker.to_string()],
+                            ..base()
+                        },
+                    );
+                    assert_eq!(ran.output, format!("{worker}\n"));
+                    assert_eq!(ran.exit, Some(Exit::Exited(0)));
+                }
+            })
+        })
+        .collect();
+    for worker in workers {
+        worker.join().unwrap();
+    }
+}

@@ -1,0 +1,388 @@
+//! One connection, from its first byte to its last: which HTTP it speaks, and how long it may take.
+//!
+//! * The first bytes decide between HTTP/2 with prior knowledge and HTTP/1.1. A client that sends
+//!   too few to tell is let go after the header timeout.
+//! * An HTTP/1.1 request head that has begun must be complete within the header timeout, else 408.
+//!   hyper's own timer cannot serve: it also runs while a kept-alive connection is idle, which here
+//!   may last [`super::IDLE_TIMEOUT`].
+//! * A connection without a call is closed after the idle timeout. One timer an idle connection,
+//!   none while calls run.
+//! * Above the limit on connections a call is answered with `unavailable` or 503.
+
+use std::{
+    convert::Infallible,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use http::{HeaderValue, Request, Response, Version, header};
+use http_body::{Frame, SizeHint};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    sync::{Notify, OwnedSemaphorePermit, watch},
+    time::Instant,
+};
+use tower::Service;
+
+use super::{
+    Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
+    drain::DrainOnDrop, translate::Refused,
+};
+
+/// What an HTTP/2 client sends first (RFC 9113, section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+const REQUEST_TIMEOUT: &[u8] =
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+
+/// How often HTTP/2 clients are asked whether they are there, and how long they may take to
+/// answer. A client that vanished without closing would hold its calls for ever.
+const PING_INTERVAL: Duration = Duration::from_secs(60);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The client's place on a connection.
+#[derive(Debug)]
+pub struct Place {
+    /// Held while the connection lives.
+    pub permit: OwnedSemaphorePermit,
+    /// Present when the connection is one too many.
+    pub refused: Option<Refused>,
+}
+
+/// Serves one connection until it ends; on `shutdown` after its running calls.
+pub async fn serve<I, S>(
+    mut io: I,
+    service: S,
+    place: Place,
+    limits: &Limits,
+    shutdown: watch::Receiver<bool>,
+) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let start = match tokio::time::timeout(limits.header_timeout, sniff(&mut io)).await {
+        Ok(Ok(start)) => start,
+        Ok(Err(error)) => return tracing::debug!(%error, "connection closed before a request"),
+        Err(_) => return tracing::debug!("connection closed: no request within the time for one"),
+    };
+    let http2 = start.starts_with(PREFACE);
+    let activity = Arc::new(Activity::default());
+    let io = Watched {
+        io: Rewound { start, io },
+        activity: Arc::clone(&activity),
+        heads: !http2,
+    };
+    let service = Calls { inner: service, activity: Arc::clone(&activity), refused: place.refused };
+    let io = TokioIo::new(io);
+    if http2 {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+            .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT);
+        let connection = std::pin::pin!(builder.serve_connection(io, service));
+        supervise(connection, &activity, limits, shutdown, |connection| {
+            connection.graceful_shutdown();
+        })
+        .await;
+    } else {
+        let mut builder = http1::Builder::new();
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(None)
+            .max_header_size(MAX_HEADER_BYTES)
+            .max_headers(MAX_HEADER_LINES);
+        let mut connection = builder.serve_connection(io, service);
+        let late = supervise(Pin::new(&mut connection), &activity, limits, shutdown, |connection| {
+            connection.graceful_shutdown();
+        })
+        .await;
+        if late {
+            let mut io = connection.into_parts().io.into_inner();
+            let _ = tokio::time::timeout(HEADER_TIMEOUT, io.write_all(REQUEST_TIMEOUT)).await;
+            let _ = io.shutdown().await;
+        }
+    }
+    drop(place.permit);
+}
+
+/// Runs a connection; true when it is to be told that its request came too slowly.
+async fn supervise<C>(
+    mut connection: Pin<&mut C>,
+    activity: &Activity,
+    limits: &Limits,
+    mut shutdown: watch::Receiver<bool>,
+    close: impl Fn(Pin<&mut C>),
+) -> bool
+where
+    C: Future<Output = hyper::Result<()>>,
+{
+    let mut closing = false;
+    loop {
+        let timer = activity.timer(limits);
+        let expired = async {
+            match timer {
+                Some((at, _)) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                }
+                return false;
+            }
+            () = activity.changed.notified() => {}
+            () = expired => match timer {
+                // The state may have changed while the timer fired.
+                now if now != activity.timer(limits) => {}
+                Some((_, Waiting::ForHead)) => return true,
+                _ if closing => return false,
+                _ => {
+                    closing = true;
+                    close(connection.as_mut());
+                }
+            },
+            _ = shutdown.wait_for(|stop| *stop), if !closing => {
+                closing = true;
+                close(connection.as_mut());
+            }
+        }
+    }
+}
+
+/// Reads until the client's HTTP version is known.
+async fn sniff(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
+    let mut start = BytesMut::with_capacity(PREFACE.len());
+    while start.len() < PREFACE.len() && PREFACE.starts_with(&start) {
+        let wanted = PREFACE.len() - start.len();
+        if (&mut *io).take(wanted as u64).read_buf(&mut start).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(start.freeze())
+}
+
+/// What a connection without a call waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    ForRequest,
+    ForHead,
+}
+
+/// What happens on a connection.
+#[derive(Debug)]
+struct Activity {
+    calls: AtomicUsize,
+    /// Since when it waits, and for what; of no meaning while calls run.
+    waiting: Mutex<(Instant, Waiting)>,
+    changed: Notify,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        // Its first bytes are there already.
+        let waiting = Mutex::new((Instant::now(), Waiting::ForHead));
+        Self { calls: AtomicUsize::new(0), waiting, changed: Notify::new() }
+    }
+}
+
+impl Activity {
+    fn timer(&self, limits: &Limits) -> Option<(Instant, Waiting)> {
+        if self.calls.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let (since, waiting) = *self.waiting.lock();
+        let patience = match waiting {
+            Waiting::ForRequest => limits.idle_timeout,
+            Waiting::ForHead => limits.header_timeout,
+        };
+        Some((since + patience, waiting))
+    }
+
+    fn bytes_came(&self) {
+        let mut waiting = self.waiting.lock();
+        if self.calls.load(Ordering::Acquire) == 0 && waiting.1 == Waiting::ForRequest {
+            *waiting = (Instant::now(), Waiting::ForHead);
+            self.changed.notify_one();
+        }
+    }
+
+    fn begin(self: &Arc<Self>) -> Running {
+        self.calls.fetch_add(1, Ordering::AcqRel);
+        self.changed.notify_one();
+        Running(Arc::clone(self))
+    }
+
+    fn rest(&self) {
+        *self.waiting.lock() = (Instant::now(), Waiting::ForRequest);
+    }
+}
+
+/// A running call; dropped with its response's body.
+#[derive(Debug)]
+struct Running(Arc<Activity>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.rest();
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}
+
+/// A connection whose first bytes were read already.
+#[derive(Debug)]
+struct Rewound<I> {
+    start: Bytes,
+    io: I,
+}
+
+/// Sees bytes arrive on an HTTP/1.1 connection.
+#[derive(Debug)]
+struct Watched<I> {
+    io: Rewound<I>,
+    activity: Arc<Activity>,
+    heads: bool,
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.io.start.has_remaining() {
+            let some = self.io.start.len().min(buf.remaining());
+            buf.put_slice(&self.io.start.split_to(some));
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io.io).poll_read(cx, buf))?;
+        if self.heads && buf.filled().len() > before {
+            self.activity.bytes_came();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io.io).poll_shutdown(cx)
+    }
+}
+
+/// The service of one connection: counts its calls.
+#[derive(Debug, Clone)]
+struct Calls<S> {
+    inner: S,
+    activity: Arc<Activity>,
+    refused: Option<Refused>,
+}
+
+impl<S> hyper::service::Service<Request<Incoming>> for Calls<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone,
+    S::Future: Send + 'static,
+{
+    type Response = Response<CallBody>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<CallBody>, Infallible>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let running = self.activity.begin();
+        let refused = self.refused.clone();
+        let http1 = request.version() < Version::HTTP_2;
+        let mut request = request.map(|body| match http1 {
+            true => Body::new(DrainOnDrop::new(body)),
+            false => Body::new(body),
+        });
+        let close = http1 && refused.is_some();
+        if let Some(refused) = refused {
+            request.extensions_mut().insert(refused);
+        }
+        let response = self.inner.clone().call(request);
+        Box::pin(async move {
+            let mut response = response.await?;
+            if close {
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(header::CONNECTION, close);
+            }
+            Ok(response.map(|body| CallBody { body, running: Some(running) }))
+        })
+    }
+}
+
+/// A response's body; the call runs until it has been sent.
+#[derive(Debug)]
+struct CallBody {
+    body: Body,
+    running: Option<Running>,
+}
+
+impl http_body::Body for CallBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if frame.is_none() {
+            self.running = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

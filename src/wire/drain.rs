@@ -1,0 +1,77 @@
+//! Reads the rest of a request that nobody wants, so that its answer arrives.
+//!
+//! On HTTP/1.1 a server that answers early and closes with unread bytes in its socket makes the
+//! kernel send a reset (RFC 9112, section 9.6), and the client may never see the answer. A body
+//! that is dropped unread is therefore read on in the background, up to the bounds below; after
+//! that the connection is closed. HTTP/2 resets single streams and needs none of this.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+/// The most bytes that are read for nothing: reading costs little, and an answer beats a reset.
+pub const MAX_DRAINED_BYTES: usize = 128 << 20;
+/// The longest time for it.
+pub const MAX_DRAIN_TIME: Duration = Duration::from_secs(5);
+
+/// An HTTP/1.1 request body that is read on when it is dropped.
+#[derive(Debug)]
+pub struct DrainOnDrop(Option<Incoming>);
+
+impl DrainOnDrop {
+    /// Wraps a body as hyper gave it.
+    pub fn new(body: Incoming) -> Self {
+        Self(Some(body))
+    }
+}
+
+impl Body for DrainOnDrop {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(body) = &mut self.0 else { return Poll::Ready(None) };
+        let frame = std::task::ready!(Pin::new(body).poll_frame(cx));
+        if !matches!(frame, Some(Ok(_))) {
+            self.0 = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+    }
+}
+
+impl Drop for DrainOnDrop {
+    fn drop(&mut self) {
+        let Some(body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async { tokio::time::timeout(MAX_DRAIN_TIME, drain(body)).await });
+        }
+    }
+}
+
+async fn drain(mut body: Incoming) {
+    use http_body_util::BodyExt;
+    let mut drained = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        drained += frame.data_ref().map_or(0, Bytes::len);
+        if drained > MAX_DRAINED_BYTES {
+            return;
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The table of methods, made from the descriptors at start.
+//!
+//! The layer must know of each method whether its request and response are streams: Connect has
+//! other content types for those, and a single-message request is checked to be one.
+
+use std::collections::{HashMap, HashSet};
+
+use prost::Message;
+use prost_types::FileDescriptorSet;
+
+/// Which sides of a method are streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Method {
+    /// Many request messages.
+    pub client_stream: bool,
+    /// Many response messages.
+    pub server_stream: bool,
+    /// Whether the service also speaks JSON.
+    pub json: bool,
+}
+
+impl Method {
+    /// One message each way.
+    pub fn is_unary(self) -> bool {
+        !self.client_stream && !self.server_stream
+    }
+}
+
+/// All methods by their path, `/package.Service/Method`.
+#[derive(Debug, Default)]
+pub struct Methods {
+    by_path: HashMap<String, Method>,
+    services: HashSet<String>,
+}
+
+impl Methods {
+    /// Adds every service of an encoded `FileDescriptorSet`; `json` tells whether their code is
+    /// built on [`super::codec::DualCodec`].
+    ///
+    /// # Errors
+    /// When the bytes are no descriptor set.
+    pub fn add(mut self, descriptors: &[u8], json: bool) -> Result<Self, prost::DecodeError> {
+        for file in FileDescriptorSet::decode(descriptors)?.file {
+            let package = file.package.unwrap_or_default();
+            for service in file.service {
+                let name = service.name.unwrap_or_default();
+                let name = if package.is_empty() { name } else { format!("{package}.{name}") };
+                for method in service.method {
+                    let path = format!("/{name}/{}", method.name());
+                    let method = Method {
+                        client_stream: method.client_streaming(),
+                        server_stream: method.server_streaming(),
+                        json,
+                    };
+                    self.by_path.insert(path, method);
+                }
+                self.services.insert(name);
+            }
+        }
+        Ok(self)
+    }
+
+    /// The method at a path.
+    pub fn get(&self, path: &str) -> Option<Method> {
+        self.by_path.get(path).copied()
+    }
+
+    /// Whether a path lies under a known service, whatever its method.
+    pub fn has_service_of(&self, path: &str) -> bool {
+        let service = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        self.services.contains(service)
+    }
+}

@@ -1,0 +1,106 @@
+//! Bytes to calls: everything between a socket and an ordinary tonic service.
+//!
+//! A request travels through these rooms, outermost first:
+//!
+//! 1. [`listen`] binds TCP, unix and vsock sockets and [`server`] accepts from them; [`connection`]
+//!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
+//! 2. [`cors`] answers browsers.
+//! 3. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
+//!    gRPC request ([`request`]) and the service's gRPC response into the protocol's own
+//!    ([`response`]). Calls that are not RPC pass through it untouched.
+//! 4. [`codec`] lets one generated tonic service speak protobuf and JSON.
+//!
+//! What is behind it sees gRPC over HTTP/2 with uncompressed messages, whatever the client spoke.
+//! Every message is checked against one size limit before and after decompression, so a service
+//! never sees more. Nothing here knows what the calls mean.
+//!
+//! Held to the public Connect conformance suite (`make conformance`).
+
+pub mod codec;
+pub mod connection;
+pub mod cors;
+pub mod drain;
+pub mod envelope;
+pub mod error;
+pub mod listen;
+pub mod metadata;
+pub mod methods;
+pub mod protocol;
+pub mod request;
+pub mod response;
+pub mod server;
+pub mod timeout;
+pub mod translate;
+
+use std::time::Duration;
+
+/// The body of requests and responses inside the daemon.
+pub type Body = axum::body::Body;
+
+/// A boxed error, as tower and hyper pass them.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The largest request message that is accepted, in bytes, before and after decompression.
+/// Upstream has no limit; this one is far above what any client sends and keeps a single request
+/// from taking the sandbox's memory.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// The most bytes of one request's headers. Beyond: 431.
+pub const MAX_HEADER_BYTES: usize = 128 << 10;
+
+/// The most header lines of one request. Beyond: 431.
+pub const MAX_HEADER_LINES: usize = 256;
+
+/// The most connections served at the same time, over all listeners. Beyond: 503, or
+/// `unavailable` in the caller's protocol.
+pub const MAX_CONNECTIONS: usize = 1024;
+
+/// The most connections beyond [`MAX_CONNECTIONS`] that are told so at the same time; more are
+/// closed without an answer.
+pub const MAX_REFUSALS: usize = 64;
+
+/// The most calls at the same time on one HTTP/2 connection (`SETTINGS_MAX_CONCURRENT_STREAMS`).
+pub const MAX_CONCURRENT_STREAMS: u32 = 1024;
+
+/// How long a connection without a call stays open. E2B's proxies keep theirs for 620 s.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(640);
+
+/// How long a client may take for its first bytes, and for the head of each HTTP/1.1 request once
+/// that has begun.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The limits of the wire, as configured.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// See [`MAX_MESSAGE_BYTES`].
+    pub message_bytes: usize,
+    /// See [`MAX_CONNECTIONS`].
+    pub connections: usize,
+    /// See [`IDLE_TIMEOUT`].
+    pub idle_timeout: Duration,
+    /// See [`HEADER_TIMEOUT`].
+    pub header_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            message_bytes: MAX_MESSAGE_BYTES,
+            connections: MAX_CONNECTIONS,
+            idle_timeout: IDLE_TIMEOUT,
+            header_timeout: HEADER_TIMEOUT,
+        }
+    }
+}
+
+// Over the frame that carries them, HTTP/2 messages must fit the length field of an envelope.
+const _: () = assert!(MAX_MESSAGE_BYTES <= u32::MAX as usize);
+
+/// Everything that stands between a connection and a router of tonic services and REST routes.
+pub fn stack<S>(
+    inner: S,
+    methods: methods::Methods,
+    limits: &Limits,
+) -> cors::Cors<translate::Translate<S>> {
+    cors::Cors::new(translate::Translate::new(inner, methods, limits.message_bytes))
+}

@@ -1,0 +1,277 @@
+//! Requests of every protocol as gRPC requests: uncompressed envelopes, one after the other.
+//!
+//! A method that takes one message gets exactly one: it is read whole before the service runs, so
+//! that a second or missing one is an error and not a surprise. A client stream is passed on
+//! envelope by envelope, as they come.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::{Buf, Bytes, BytesMut};
+use http_body::{Body as _, Frame};
+use http_body_util::BodyExt;
+use tonic::Status;
+
+use super::{
+    Body, BoxError,
+    codec::Format,
+    envelope::{self, COMPRESSED, END_STREAM, Encoding, Envelope, Splitter, TRAILERS},
+    protocol::{Framing, Protocol},
+};
+
+/// How to read one request.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    /// The protocol it is in.
+    pub protocol: Protocol,
+    /// How its messages are compressed.
+    pub encoding: Encoding,
+    /// The most bytes of one message.
+    pub limit: usize,
+}
+
+impl Reader {
+    /// Reads a request of exactly one message.
+    ///
+    /// # Errors
+    /// `resource_exhausted` over the limit, `unimplemented` for none or several messages, and what
+    /// a broken envelope or compression deserves.
+    pub async fn single(self, body: Body) -> Result<Body, Status> {
+        let message = match self.protocol.framing {
+            Framing::ConnectUnary => self.bare(body).await?,
+            _ => self.enveloped(body).await?,
+        };
+        let header = Bytes::copy_from_slice(&envelope::header(0, message.len()));
+        Ok(Body::new(Chunks([header, message].into())))
+    }
+
+    /// Passes on a request of many messages.
+    pub fn stream(self, body: Body) -> Body {
+        Body::new(RequestStream(Envelopes::new(self, body)))
+    }
+
+    async fn bare(self, mut body: Body) -> Result<Bytes, Status> {
+        if let Some(announced) = body.size_hint().exact()
+            && announced > self.limit as u64
+        {
+            let announced = usize::try_from(announced).unwrap_or(usize::MAX);
+            return Err(envelope::too_large(announced, self.limit));
+        }
+        // A body that comes in one piece, as small ones do, is not copied.
+        let mut first = Bytes::new();
+        let mut rest = BytesMut::new();
+        let mut total = 0;
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(unreadable)?.into_data() else { continue };
+            total += data.len();
+            if total > self.limit {
+                return Err(envelope::too_large(total, self.limit));
+            }
+            if first.is_empty() {
+                first = data;
+            } else {
+                if rest.is_empty() {
+                    rest.extend_from_slice(&first);
+                }
+                rest.extend_from_slice(&data);
+            }
+        }
+        let message = if rest.is_empty() { first } else { rest.freeze() };
+        let message = match self.encoding {
+            Encoding::Gzip if !message.is_empty() => envelope::decompress(&message, self.limit)?,
+            _ => message,
+        };
+        if message.is_empty() && self.protocol.format == Format::Json {
+            return Err(Status::invalid_argument(
+                "unmarshal message: zero-length payload is not a valid JSON object",
+            ));
+        }
+        Ok(message)
+    }
+
+    async fn enveloped(self, body: Body) -> Result<Bytes, Status> {
+        let mut envelopes = Envelopes::new(self, body);
+        let mut only = None;
+        while let Some(message) =
+            std::future::poll_fn(|cx| envelopes.poll_next(cx)).await.transpose()?
+        {
+            if only.replace(message).is_some() {
+                return Err(Status::unimplemented("unary request has multiple messages"));
+            }
+        }
+        only.ok_or_else(|| Status::unimplemented("unary request has zero messages"))
+    }
+
+    /// The message in an envelope, or `None` where the envelope ends the stream.
+    fn open(&self, envelope: Envelope) -> Result<Option<Bytes>, Status> {
+        let ends = match self.protocol.framing {
+            Framing::ConnectUnary | Framing::ConnectStream => END_STREAM,
+            Framing::GrpcWeb { .. } => TRAILERS,
+            Framing::Grpc => 0,
+        };
+        if envelope.flags & !(COMPRESSED | ends) != 0 {
+            return Err(Status::internal(format!(
+                "protocol error: invalid envelope flags {}",
+                envelope.flags
+            )));
+        }
+        if envelope.flags & ends != 0 {
+            return Ok(None);
+        }
+        match (envelope.flags & COMPRESSED != 0, self.encoding) {
+            (false, _) => Ok(Some(envelope.message)),
+            (true, Encoding::Identity) => Err(Status::internal(
+                "protocol error: sent compressed message without compression support",
+            )),
+            (true, Encoding::Gzip) if envelope.message.is_empty() => Ok(Some(Bytes::new())),
+            (true, Encoding::Gzip) => {
+                envelope::decompress(&envelope.message, self.limit).map(Some)
+            }
+        }
+    }
+}
+
+/// The messages of an enveloped body.
+struct Envelopes {
+    reader: Reader,
+    body: Body,
+    splitter: Splitter,
+    text: Option<TextDecoder>,
+    ended: bool,
+}
+
+impl Envelopes {
+    fn new(reader: Reader, body: Body) -> Self {
+        let text = reader.protocol.framing == Framing::GrpcWeb { text: true };
+        Self {
+            splitter: Splitter::new(reader.limit),
+            text: text.then(TextDecoder::default),
+            reader,
+            body,
+            ended: false,
+        }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Status>>> {
+        loop {
+            match self.splitter.next().transpose() {
+                Some(Ok(envelope)) if !self.ended => match self.reader.open(envelope) {
+                    Ok(Some(message)) => return Poll::Ready(Some(Ok(message))),
+                    Ok(None) => self.ended = true,
+                    Err(status) => return Poll::Ready(Some(Err(status))),
+                },
+                Some(Ok(_)) => {}
+                Some(Err(status)) => return Poll::Ready(Some(Err(status))),
+                None => match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                    None if self.ended => return Poll::Ready(None),
+                    None => return Poll::Ready(self.splitter.end().err().map(Err)),
+                    Some(Err(error)) => return Poll::Ready(Some(Err(unreadable(error)))),
+                    Some(Ok(frame)) => {
+                        let Some(data) = frame.data_ref() else { continue };
+                        match &mut self.text {
+                            None => self.splitter.push(data),
+                            Some(text) => match text.decode(data) {
+                                Ok(bytes) => self.splitter.push(&bytes),
+                                Err(status) => return Poll::Ready(Some(Err(status))),
+                            },
+                        }
+                    }
+                },
+            }
+        }
+    }
+}
+
+/// Envelopes again, for tonic.
+struct RequestStream(Envelopes);
+
+impl http_body::Body for RequestStream {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let message = ready!(self.0.poll_next(cx));
+        Poll::Ready(message.map(|message| message.map(|m| Frame::data(envelope::wrap(0, &m)))))
+    }
+}
+
+/// A body of chunks that are all there.
+struct Chunks(VecDeque<Bytes>);
+
+impl http_body::Body for Chunks {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Poll::Ready(self.0.pop_front().map(|chunk| Ok(Frame::data(chunk))))
+    }
+}
+
+/// The base64 of gRPC-Web's text form: any number of padded pieces, cut anywhere.
+#[derive(Default)]
+struct TextDecoder {
+    /// Fewer than four characters that wait for the rest of their group.
+    pending: BytesMut,
+}
+
+impl TextDecoder {
+    fn decode(&mut self, text: &[u8]) -> Result<Vec<u8>, Status> {
+        self.pending.extend_from_slice(text);
+        let mut groups = self.pending.split_to(self.pending.len() / 4 * 4);
+        let mut bytes = Vec::with_capacity(groups.len() / 4 * 3);
+        while !groups.is_empty() {
+            // Padding ends a piece, and another may follow it.
+            let end = groups.iter().position(|byte| *byte == b'=').map_or(groups.len(), |at| {
+                (at / 4 + 1) * 4
+            });
+            STANDARD.decode_vec(&groups[..end.min(groups.len())], &mut bytes).map_err(|error| {
+                Status::invalid_argument(format!("protocol error: body is not base64: {error}"))
+            })?;
+            groups.advance(end.min(groups.len()));
+        }
+        Ok(bytes)
+    }
+}
+
+/// The client went away or broke its own framing.
+fn unreadable(error: impl std::fmt::Display) -> Status {
+    tracing::debug!(%error, "request body ended early");
+    Status::cancelled("unexpected EOF")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn text_survives_any_cutting_and_padding_inside(
+            pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..6),
+            cut in 1_usize..9,
+        ) {
+            let text: String = pieces.iter().map(|piece| STANDARD.encode(piece)).collect();
+            let mut decoder = TextDecoder::default();
+            let mut bytes = Vec::new();
+            for part in text.as_bytes().chunks(cut) {
+                bytes.extend(decoder.decode(part).unwrap());
+            }
+            prop_assert_eq!(bytes, pieces.concat());
+        }
+
+        #[test]
+        fn text_garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+            let _ = TextDecoder::default().decode(&bytes);
+        }
+    }
+}

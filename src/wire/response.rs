@@ -1,0 +1,333 @@
+//! A service's gRPC response in the protocol that the client speaks.
+//!
+//! tonic answers either with headers that hold the final status already ("Trailers-Only") or with
+//! a body of envelopes and trailers. Both become [`Answer`], and from that each protocol is
+//! written. Messages are passed on as they come, one flush each: nothing is buffered here.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response};
+use http_body::Frame;
+use http_body_util::BodyExt;
+use tokio::time::{Instant, Sleep};
+use tonic::{Code, Status};
+
+use super::{
+    Body,
+    envelope::{self, COMPRESSED, END_STREAM, Encoding, MIN_COMPRESSED_BYTES, Splitter, TRAILERS},
+    error,
+    metadata::{ResponseMetadata, append_all},
+    protocol::{Framing, Protocol},
+    timeout,
+};
+
+const GZIP: HeaderValue = HeaderValue::from_static("gzip");
+/// Headers that tonic sets for itself and that each protocol says in its own way.
+const OWN_HEADERS: [&str; 5] =
+    ["content-type", "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-encoding"];
+
+/// How to write one response.
+#[derive(Debug)]
+pub struct Writer {
+    /// The protocol to write.
+    pub protocol: Protocol,
+    /// How to compress messages.
+    pub encoding: Encoding,
+    /// What the handler adds.
+    pub metadata: ResponseMetadata,
+    /// When the call's time is over.
+    pub deadline: Option<Instant>,
+}
+
+impl Writer {
+    /// A writer for errors that come before a handler.
+    pub fn plain(protocol: Protocol) -> Self {
+        Self {
+            protocol,
+            encoding: Encoding::Identity,
+            metadata: ResponseMetadata::default(),
+            deadline: None,
+        }
+    }
+
+    /// A call that failed before its service could answer.
+    pub fn error(self, status: &Status) -> Response<Body> {
+        let mut trailers = HeaderMap::new();
+        if let Err(error) = status.add_header(&mut trailers) {
+            tracing::warn!(%error, "status cannot be written");
+        }
+        self.finished(HeaderMap::new(), trailers)
+    }
+
+    /// What the service answered.
+    pub async fn response(self, response: Response<Body>) -> Response<Body> {
+        let (parts, body) = response.into_parts();
+        let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+            value.as_bytes().starts_with(b"application/grpc")
+        });
+        if parts.headers.contains_key(Status::GRPC_STATUS) {
+            return self.finished(HeaderMap::new(), parts.headers);
+        }
+        if !grpc {
+            // Not from a service of tonic: a gate in front of it answered in plain HTTP.
+            return Response::from_parts(parts, body);
+        }
+        match self.protocol.framing {
+            Framing::ConnectUnary => self.connect_unary(parts, body).await,
+            _ => self.streaming(parts.headers, body),
+        }
+    }
+
+    /// A response that has its outcome and no message.
+    fn finished(self, leading: HeaderMap, trailers: HeaderMap) -> Response<Body> {
+        let extra = self.metadata.take_headers();
+        match self.protocol.framing {
+            Framing::ConnectUnary => {
+                let mut headers = leading;
+                append_all(&mut headers, extra);
+                self.connect_unary_error(headers, trailers)
+            }
+            Framing::Grpc | Framing::GrpcWeb { .. } if extra.is_empty() => {
+                // Trailers-Only, as gRPC has it: the status is in the headers.
+                let mut headers = trailers;
+                append_all(&mut headers, self.metadata.take_trailers());
+                headers.insert(header::CONTENT_TYPE, self.protocol.content_type);
+                response_with(StatusCode::OK, headers, Body::empty())
+            }
+            _ => {
+                let mut leading = leading;
+                append_all(&mut leading, extra);
+                self.streaming(leading, Body::new(TrailersBody(Some(trailers))))
+            }
+        }
+    }
+
+    fn streaming(self, mut headers: HeaderMap, body: Body) -> Response<Body> {
+        for name in OWN_HEADERS {
+            headers.remove(name);
+        }
+        append_all(&mut headers, self.metadata.take_headers());
+        let (own, accepted) = self.protocol.encoding_headers();
+        if self.encoding == Encoding::Gzip {
+            headers.insert(HeaderName::from_static(own), GZIP);
+        }
+        headers.insert(HeaderName::from_static(accepted), GZIP);
+        headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
+        let body = Outgoing {
+            framing: self.protocol.framing,
+            inner: Some(body),
+            compressor: (self.encoding == Encoding::Gzip).then(|| Splitter::new(usize::MAX)),
+            metadata: self.metadata,
+            deadline: self.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
+            ready: VecDeque::new(),
+        };
+        response_with(StatusCode::OK, headers, Body::new(body))
+    }
+
+    async fn connect_unary(self, parts: response::Parts, mut body: Body) -> Response<Body> {
+        let mut message = BytesMut::new();
+        let mut trailers = None;
+        while let Some(frame) = body.frame().await {
+            match frame.map(Frame::into_data) {
+                Ok(Ok(data)) => message.extend_from_slice(&data),
+                Ok(Err(frame)) => trailers = frame.into_trailers().ok(),
+                Err(error) => return self.error(&Status::from_error(error.into())),
+            }
+        }
+        let trailers = trailers.unwrap_or_default();
+        let mut headers = parts.headers;
+        append_all(&mut headers, self.metadata.take_headers());
+        let status = Status::from_header_map(&trailers);
+        if status.is_some_and(|status| status.code() != Code::Ok) {
+            return self.connect_unary_error(headers, trailers);
+        }
+        if message.len() < envelope::HEADER_BYTES {
+            return self.error(&Status::internal("the service answered without a message"));
+        }
+        let mut message = message.split_off(envelope::HEADER_BYTES).freeze();
+        for name in OWN_HEADERS {
+            headers.remove(name);
+        }
+        if self.encoding == Encoding::Gzip && message.len() >= MIN_COMPRESSED_BYTES {
+            message = envelope::compress(&message);
+            headers.insert(header::CONTENT_ENCODING, GZIP);
+        }
+        headers.insert(header::ACCEPT_ENCODING, GZIP);
+        headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
+        self.prefix_trailers(&mut headers, trailers);
+        response_with(StatusCode::OK, headers, Body::from(message))
+    }
+
+    fn connect_unary_error(self, mut headers: HeaderMap, trailers: HeaderMap) -> Response<Body> {
+        let status = Status::from_header_map(&trailers)
+            .unwrap_or_else(|| Status::unknown("the service gave no status"));
+        for name in OWN_HEADERS {
+            headers.remove(name);
+        }
+        headers.insert(header::ACCEPT_ENCODING, GZIP);
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.prefix_trailers(&mut headers, trailers);
+        let body = Body::from(error::connect_unary_body(&status));
+        response_with(error::connect_code(status.code()).1, headers, body)
+    }
+
+    /// Connect's unary protocol sends trailers as headers with a prefix.
+    fn prefix_trailers(&self, headers: &mut HeaderMap, mut trailers: HeaderMap) {
+        for name in OWN_HEADERS {
+            trailers.remove(name);
+        }
+        append_all(&mut trailers, self.metadata.take_trailers());
+        for (name, value) in &trailers {
+            if let Ok(name) = HeaderName::try_from(format!("trailer-{name}")) {
+                headers.append(name, value.clone());
+            }
+        }
+    }
+}
+
+/// The body of a response with envelopes.
+struct Outgoing {
+    framing: Framing,
+    /// What the service still has to say; `None` once the outcome is known.
+    inner: Option<Body>,
+    /// Present when messages are compressed.
+    compressor: Option<Splitter>,
+    metadata: ResponseMetadata,
+    deadline: Option<Pin<Box<Sleep>>>,
+    ready: VecDeque<Frame<Bytes>>,
+}
+
+impl Outgoing {
+    fn data(&mut self, data: Bytes) -> Result<(), Status> {
+        let Some(splitter) = &mut self.compressor else {
+            self.emit(data);
+            return Ok(());
+        };
+        splitter.push(&data);
+        let mut out = BytesMut::new();
+        while let Some(envelope) = splitter.next()? {
+            if envelope.message.len() < MIN_COMPRESSED_BYTES {
+                out.extend_from_slice(&envelope::wrap(envelope.flags, &envelope.message));
+            } else {
+                let message = envelope::compress(&envelope.message);
+                out.extend_from_slice(&envelope::wrap(envelope.flags | COMPRESSED, &message));
+            }
+        }
+        if !out.is_empty() {
+            self.emit(out.freeze());
+        }
+        Ok(())
+    }
+
+    fn emit(&mut self, data: Bytes) {
+        let data = match self.framing {
+            Framing::GrpcWeb { text: true } => STANDARD.encode(&data).into(),
+            _ => data,
+        };
+        self.ready.push_back(Frame::data(data));
+    }
+
+    fn finish(&mut self, mut trailers: HeaderMap) {
+        self.inner = None;
+        self.deadline = None;
+        append_all(&mut trailers, self.metadata.take_trailers());
+        match self.framing {
+            Framing::Grpc => self.ready.push_back(Frame::trailers(trailers)),
+            Framing::GrpcWeb { .. } => {
+                let mut text = Vec::new();
+                for (name, value) in &trailers {
+                    text.extend_from_slice(name.as_str().as_bytes());
+                    text.extend_from_slice(b": ");
+                    text.extend_from_slice(value.as_bytes());
+                    text.extend_from_slice(b"\r\n");
+                }
+                self.emit(envelope::wrap(TRAILERS, &text));
+            }
+            Framing::ConnectUnary | Framing::ConnectStream => {
+                let status = Status::from_header_map(&trailers)
+                    .unwrap_or_else(|| Status::internal("the service gave no status"));
+                for name in OWN_HEADERS {
+                    trailers.remove(name);
+                }
+                let end = error::connect_end_stream(&status, &trailers);
+                self.emit(envelope::wrap(END_STREAM, &end));
+            }
+        }
+    }
+
+    fn fail(&mut self, status: &Status) {
+        let mut trailers = HeaderMap::new();
+        if let Err(error) = status.add_header(&mut trailers) {
+            tracing::warn!(%error, "status cannot be written");
+        }
+        self.finish(trailers);
+    }
+}
+
+impl http_body::Body for Outgoing {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        loop {
+            if let Some(frame) = self.ready.pop_front() {
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            if let Some(deadline) = &mut self.deadline
+                && deadline.as_mut().poll(cx).is_ready()
+            {
+                self.fail(&timeout::exceeded());
+                continue;
+            }
+            let Some(inner) = &mut self.inner else { return Poll::Ready(None) };
+            match ready!(Pin::new(inner).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        if let Err(status) = self.data(data) {
+                            self.fail(&status);
+                        }
+                    }
+                    Err(frame) => self.finish(frame.into_trailers().unwrap_or_default()),
+                },
+                Some(Err(error)) => self.fail(&Status::from_error(error.into())),
+                None => self.fail(&Status::internal("the service's stream ended without a status")),
+            }
+        }
+    }
+}
+
+/// A body that is only trailers.
+struct TrailersBody(Option<HeaderMap>);
+
+impl http_body::Body for TrailersBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Poll::Ready(self.0.take().map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+}
+
+/// A response of these parts.
+pub(super) fn response_with(
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Body,
+) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}

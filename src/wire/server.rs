@@ -1,0 +1,120 @@
+//! Accepts connections from every listener and serves them, up to a limit over all of them.
+
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
+
+use http::{Request, Response};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{Semaphore, watch},
+};
+use tower::Service;
+
+use super::{
+    Body, Limits, MAX_REFUSALS,
+    connection::{self, Place},
+    listen::Listener,
+    translate::Refused,
+};
+
+/// The pause after an accept that failed for want of descriptors or memory; connections wait in
+/// the backlog meanwhile.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves one service on any number of listeners.
+#[derive(Debug)]
+pub struct Server<S> {
+    service: S,
+    limits: Limits,
+    slots: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
+    shutdown: watch::Receiver<bool>,
+}
+
+impl<S> Server<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + Sync + 'static,
+    S::Future: Send + 'static,
+{
+    /// A server that stops accepting, and lets its connections end, once `shutdown` says true.
+    pub fn new(service: S, limits: Limits, shutdown: watch::Receiver<bool>) -> Arc<Self> {
+        Arc::new(Self {
+            service,
+            slots: Arc::new(Semaphore::new(limits.connections)),
+            refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
+            limits,
+            shutdown,
+        })
+    }
+
+    /// Accepts until shutdown.
+    pub async fn accept(self: Arc<Self>, listener: Listener) {
+        let mut shutdown = self.shutdown.clone();
+        tokio::select! {
+            _ = shutdown.wait_for(|stop| *stop) => {}
+            () = self.accept_forever(&listener) => {}
+        }
+    }
+
+    /// Waits until no connection is left.
+    pub async fn drained(&self) {
+        let all = u32::try_from(self.limits.connections).unwrap_or(u32::MAX);
+        let _ = self.slots.acquire_many(all).await;
+    }
+
+    async fn accept_forever(self: &Arc<Self>, listener: &Listener) {
+        loop {
+            let accepted = match listener {
+                Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
+                    // Streams of small events must not wait for Nagle's algorithm.
+                    let _ = stream.set_nodelay(true);
+                    self.spawn(stream, &peer);
+                }),
+                Listener::Unix(unix, _) => unix.accept().await.map(|(stream, peer)| {
+                    self.spawn(stream, &peer);
+                }),
+                Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, peer)| {
+                    self.spawn(stream, &peer);
+                }),
+            };
+            if let Err(error) = accepted
+                && !is_of_one_connection(&error)
+            {
+                tracing::warn!(listener = listener.local(), %error, "cannot accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+
+    fn spawn<I>(self: &Arc<Self>, io: I, peer: &dyn std::fmt::Debug)
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let place = if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
+            Place { permit, refused: None }
+        } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
+            let limit = self.limits.connections;
+            tracing::warn!(?peer, limit, "too many connections");
+            let why = format!("too many connections: the limit is {limit}");
+            Place { permit, refused: Some(Refused(why.into())) }
+        } else {
+            return;
+        };
+        tracing::debug!(?peer, "connection accepted");
+        let server = Arc::clone(self);
+        tokio::spawn(async move {
+            let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
+            connection::serve(io, service, place, &server.limits, shutdown).await;
+        });
+    }
+}
+
+/// Errors of accept(2) that concern the connection, not the listener.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+    )
+}

@@ -1,0 +1,236 @@
+//! The layer that lets gRPC, gRPC-Web and Connect clients call the same tonic services.
+//!
+//! A request to a path of the method table is translated; any other is passed on as it is, for the
+//! REST routes. Errors before the service runs:
+//!
+//! | what | answer |
+//! |---|---|
+//! | unknown method, gRPC or gRPC-Web | `unimplemented` |
+//! | unknown method of a known service, else | 404, as upstream |
+//! | not POST | 405 with `Allow` |
+//! | content type that the method has not | 415 with `Accept-Post` |
+//! | gRPC over HTTP/1 | 505: it needs trailers |
+//! | `Connect-Protocol-Version` other than 1, a bad timeout, unknown compression | in the caller's protocol |
+
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_util::future::BoxFuture;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method as HttpMethod, Request, Response, StatusCode,
+    Version, header,
+};
+use tokio::time::Instant;
+use tonic::Status;
+use tower::Service;
+
+use super::{
+    Body, codec, error,
+    envelope::Encoding,
+    metadata::ResponseMetadata,
+    methods::{Method, Methods},
+    protocol::{self, Framing, Protocol},
+    request::Reader,
+    response::{Writer, response_with},
+    timeout,
+};
+
+/// In a request's extensions: its connection is one too many, and the text to say so.
+#[derive(Debug, Clone)]
+pub struct Refused(pub Arc<str>);
+
+/// The layer.
+#[derive(Debug, Clone)]
+pub struct Translate<S> {
+    inner: S,
+    methods: Arc<Methods>,
+    message_bytes: usize,
+}
+
+impl<S> Translate<S> {
+    /// Translates calls to `methods` for `inner`, with messages of at most `message_bytes`.
+    pub fn new(inner: S, methods: Methods, message_bytes: usize) -> Self {
+        Self { inner, methods: Arc::new(methods), message_bytes }
+    }
+}
+
+impl<S> Service<Request<Body>> for Translate<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        match self.recognise(&request) {
+            Ok(Some(call)) => Box::pin(call.run(self.inner.clone(), request)),
+            Ok(None) => Box::pin(self.inner.call(request)),
+            Err(response) => Box::pin(async { Ok(*response) }),
+        }
+    }
+}
+
+/// A recognised call.
+struct Call {
+    method: Method,
+    protocol: Protocol,
+    message_bytes: usize,
+}
+
+impl<S> Translate<S> {
+    /// The call that a request is, `None` if it is no RPC, or the answer that it gets instead.
+    fn recognise(&self, request: &Request<Body>) -> Result<Option<Call>, Box<Response<Body>>> {
+        let path = request.uri().path();
+        let protocol = Protocol::of(request.headers());
+        if let Some(Refused(why)) = request.extensions().get() {
+            return Err(Box::new(refuse(protocol, why)));
+        }
+        let Some(method) = self.methods.get(path) else {
+            return match protocol {
+                Some(protocol) if !protocol.is_connect() => {
+                    let status = Status::unimplemented(format!("unknown method {path}"));
+                    Err(Box::new(Writer::plain(protocol).error(&status)))
+                }
+                _ if self.methods.has_service_of(path) => Err(Box::new(error::not_found())),
+                _ => Ok(None),
+            };
+        };
+        if request.method() != HttpMethod::POST {
+            return Err(Box::new(plain(
+                StatusCode::METHOD_NOT_ALLOWED,
+                header::ALLOW,
+                HeaderValue::from_static("POST"),
+            )));
+        }
+        let Some(protocol) = protocol.filter(|protocol| protocol.fits(method)) else {
+            let accepted = HeaderValue::try_from(protocol::accepted(method));
+            return Err(Box::new(plain(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                HeaderName::from_static("accept-post"),
+                accepted.unwrap_or(HeaderValue::from_static("")),
+            )));
+        };
+        if protocol.framing == Framing::Grpc && request.version() < Version::HTTP_2 {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
+            return Err(Box::new(response));
+        }
+        Ok(Some(Call { method, protocol, message_bytes: self.message_bytes }))
+    }
+}
+
+impl Call {
+    async fn run<S>(
+        self,
+        mut inner: S,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, Infallible>
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    {
+        let metadata = ResponseMetadata::default();
+        let mut writer = Writer { metadata: metadata.clone(), ..Writer::plain(self.protocol.clone()) };
+        let (mut parts, body) = request.into_parts();
+        let (encoding, timeout) = match self.negotiate(&parts.headers, &mut writer) {
+            Ok(negotiated) => negotiated,
+            Err(status) => return Ok(writer.error(&status)),
+        };
+        writer.deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = writer.deadline;
+        let reader =
+            Reader { protocol: self.protocol.clone(), encoding, limit: self.message_bytes };
+
+        let call = async move {
+            let body = match self.method.client_stream {
+                true => reader.stream(body),
+                false => match reader.single(body).await {
+                    Ok(body) => body,
+                    Err(status) => return Ok(writer.error(&status)),
+                },
+            };
+            parts.version = Version::HTTP_2;
+            as_grpc(&mut parts.headers);
+            parts.extensions.insert(metadata);
+            let request = Request::from_parts(parts, body);
+            let response = codec::scope(self.protocol.format, inner.call(request)).await?;
+            Ok(writer.response(response).await)
+        };
+        let Some(deadline) = deadline else { return call.await };
+        match tokio::time::timeout_at(deadline, call).await {
+            Ok(response) => response,
+            Err(_) => Ok(Writer::plain(self.protocol).error(&timeout::exceeded())),
+        }
+    }
+
+    /// The request's compression and the time it has.
+    fn negotiate(
+        &self,
+        headers: &HeaderMap,
+        writer: &mut Writer,
+    ) -> Result<(Encoding, Option<std::time::Duration>), Status> {
+        let timeout = if self.protocol.is_connect() {
+            match headers.get("connect-protocol-version") {
+                Some(version) if version != "1" => {
+                    return Err(Status::invalid_argument(format!(
+                        "connect-protocol-version must be \"1\": got {version:?}"
+                    )));
+                }
+                _ => timeout::connect(headers)?,
+            }
+        } else {
+            timeout::grpc(headers)?
+        };
+        if timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err(timeout::exceeded());
+        }
+        let (own, accepted) = self.protocol.encoding_headers();
+        let encoding = headers.get(own).map_or(Ok(""), |name| name.to_str());
+        let encoding = Encoding::of_request(encoding.unwrap_or("not a name"))?;
+        writer.encoding = match headers.contains_key(accepted) {
+            true => Encoding::of_response(
+                headers.get_all(accepted).iter().filter_map(|list| list.to_str().ok()),
+            ),
+            false => encoding,
+        };
+        Ok((encoding, timeout))
+    }
+}
+
+/// Replaces what describes the client's framing by what describes ours.
+fn as_grpc(headers: &mut HeaderMap) {
+    for name in [
+        "accept-encoding",
+        "connect-accept-encoding",
+        "connect-content-encoding",
+        "content-encoding",
+        "content-length",
+        "grpc-accept-encoding",
+        "grpc-encoding",
+        "transfer-encoding",
+    ] {
+        headers.remove(name);
+    }
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(header::TE, HeaderValue::from_static("trailers"));
+}
+
+fn plain(status: StatusCode, name: HeaderName, value: HeaderValue) -> Response<Body> {
+    response_with(status, HeaderMap::from_iter([(name, value)]), Body::empty())
+}
+
+fn refuse(protocol: Option<Protocol>, why: &str) -> Response<Body> {
+    match protocol {
+        Some(protocol) => Writer::plain(protocol).error(&Status::unavailable(why)),
+        None => error::rest(StatusCode::SERVICE_UNAVAILABLE, why),
+    }
+}

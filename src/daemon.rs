@@ -75,6 +75,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         tracing::info!(address = listener.local(), "listening");
         tokio::spawn(Arc::clone(&server).accept(listener));
     }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
 
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),

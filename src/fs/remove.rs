@@ -261,12 +261,12 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_of_ten_thousand_levels_is_no_danger() {
+    fn a_tree_deeper_than_any_path_is_removed() {
         let tmp = tempfile::tempdir().unwrap();
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         fs::create_dir(tmp.path().join("top")).unwrap();
         let mut at = open(&tmp.path().join("top"), flags, Mode::empty()).unwrap();
-        for _ in 0..10_000 {
+        for _ in 0..3_000 {
             nix::sys::stat::mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
             at = openat(&at, "d", flags, Mode::empty()).unwrap();
         }

@@ -380,6 +380,7 @@ async fn a_user_has_exactly_their_groups_and_their_environment() {
     spec.user = Users::system().by_name("nobody").unwrap();
     spec.cwd = PathBuf::from("/tmp");
     let seen = run(spec).await;
+    assert_eq!(seen.stderr(), "again\n");
     let text = seen.stdout();
     assert!(text.starts_with("65534\n65534\n"), "{text}");
     assert!(
@@ -458,6 +459,24 @@ async fn the_last_bytes_of_a_terminal_are_not_lost() {
             "round {round}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_slow_subscriber_gets_the_last_bytes_of_a_terminal() {
+    let (_, mut subscription) = Manager::new()
+        .start(terminal(spec("seq", &["300000"])))
+        .await
+        .unwrap();
+    let mut all = Vec::new();
+    while let Some(Event::Output { data, .. }) = subscription.next().await {
+        all.extend_from_slice(&data);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    let all = String::from_utf8(all).unwrap();
+    assert_eq!(
+        (all.lines().count(), all.lines().last()),
+        (300_000, Some("300000"))
+    );
 }
 
 /// In a process of its own, because it counts what the other tests have too.

@@ -1,15 +1,16 @@
 //! Watching directories.
 //!
 //! One inotify instance serves the whole daemon, whatever the number of watchers: the kernel
-//! allows a user 128. Its thread ([`thread`]) owns the table of who watches what ([`tree`]), turns
-//! the kernel's events into theirs ([`events`]) and compares all files after an overflow
-//! ([`rescan`]); watchers have a bounded queue each ([`queue`]).
+//! allows a user 128. Its thread (`thread`) owns the table of who watches what (`tree`), turns
+//! the kernel's events into theirs (`events`) and compares all files after an overflow
+//! (`rescan`, with what it knew: `known`); watchers have a bounded queue each (`queue`).
 //!
 //! What holds for every watcher: it is set when [`Hub::watch`] returns, and every later change is
 //! told; a recursive one tells a CREATE for everything in a directory that appears, once; nothing
 //! that happens in the file system ends it, only its owner does.
 
 mod events;
+mod known;
 mod queue;
 mod rescan;
 #[cfg(test)]
@@ -30,9 +31,8 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 pub use self::{
-    events::MAX_EVENTS_AT_ONCE,
-    queue::MAX_QUEUED_EVENTS,
-    tree::{MAX_KNOWN_NAMES, MAX_WATCHED_DIRS},
+    events::MAX_EVENTS_AT_ONCE, known::MAX_KNOWN_NAMES, queue::MAX_QUEUED_EVENTS,
+    tree::MAX_WATCHED_DIRS,
 };
 use self::{
     queue::Queue,

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     WatchKind,
-    tree::{MAX_KNOWN_NAMES, Tree, Wd, scan},
+    known::{MAX_KNOWN_NAMES, scan},
+    tree::{Tree, Wd},
 };
 
 impl Tree {

@@ -75,10 +75,10 @@ impl Fixture {
 
     async fn events_of(&self, watcher: usize) -> Vec<(WatchKind, String)> {
         let events = self.hub.take_events(&self.ids[watcher]).await.unwrap();
+        let mut events: Vec<_> = events.into_iter().map(|e| (e.kind, e.name)).collect();
+        // To truncate and to write are two events, unless the kernel joins them in its queue.
+        events.dedup_by(|a, b| a == b && a.0 == Write);
         events
-            .into_iter()
-            .map(|event| (event.kind, event.name))
-            .collect()
     }
 
     async fn expect(&self, wanted: &[(WatchKind, &str)]) {
@@ -131,14 +131,14 @@ async fn entries_are_told_when_asked_for() {
     let f = Fixture::new(options).await;
     fs::write(f.path("root/a"), "abc").unwrap();
     let events = f.hub.take_events(&f.ids[0]).await.unwrap();
-    let entry = events[0].entry.as_ref().unwrap();
+    // Taken when the event is: the write may have been then, or not yet.
+    let entry = events.last().unwrap().entry.as_ref().unwrap();
     assert_eq!((entry.name.as_str(), entry.size), ("a", 3));
     assert_eq!(entry.path, f.path("root/a").display().to_string());
-    fs::write(f.path("root/b"), "").unwrap();
-    fs::rename(f.path("root/b"), f.path("root/c")).unwrap();
+    fs::rename(f.path("root/a"), f.path("root/b")).unwrap();
     let events = f.hub.take_events(&f.ids[0]).await.unwrap();
     let has: Vec<_> = events.iter().map(|e| (e.kind, e.entry.is_some())).collect();
-    assert_eq!(has, [(Create, false), (Rename, false), (Create, true)]);
+    assert_eq!(has, [(Rename, false), (Create, true)]);
 }
 
 #[tokio::test]

@@ -7,8 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    ffi::{OsStr, OsString},
-    fs,
+    ffi::OsString,
     ops::Bound,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,7 +18,11 @@ use nix::{
     sys::inotify::{AddWatchFlags, Inotify, WatchDescriptor},
 };
 
-use super::{WatchEvent, WatchKind, WatchOptions, queue::Queue};
+use super::{
+    WatchEvent, WatchKind, WatchOptions,
+    known::{MAX_KNOWN_NAMES, scan},
+    queue::Queue,
+};
 use crate::{
     fs::{FsError, entry},
     guest::users::Users,
@@ -28,10 +31,6 @@ use crate::{
 /// The directories that are watched at once, for all watchers. Each costs about 1 KiB of kernel
 /// memory. A request beyond it fails; directories that appear later are left out, with a warning.
 pub const MAX_WATCHED_DIRS: usize = 131_072;
-/// The names of files that are kept for finding out what changed when the kernel's queue has
-/// overflowed. In directories beyond it, what such an overflow swallows is not told.
-pub const MAX_KNOWN_NAMES: usize = 1 << 20;
-
 /// A watch descriptor.
 pub(super) type Wd = WatchDescriptor;
 
@@ -48,7 +47,8 @@ pub(super) struct Tree {
     pub(super) fresh: HashSet<(Wd, OsString)>,
     /// The same for names that a scan missed.
     pub(super) gone: HashSet<(Wd, OsString)>,
-    names: usize,
+    /// The names known of all directories together.
+    pub(super) names: usize,
 }
 
 /// One watcher.
@@ -388,65 +388,4 @@ impl Tree {
         let entry = path.and_then(|path| entry::stat(&path, &self.users).ok());
         root.queue.0.push(WatchEvent { name, kind, entry });
     }
-
-    /// Replaces the names that are known of a directory.
-    pub(super) fn set_known(&mut self, wd: Wd, found: Vec<(OsString, bool)>) {
-        let Some(dir) = self.dirs.get_mut(&wd) else {
-            return;
-        };
-        self.names -= dir.known.take().map_or(0, |known| known.len());
-        if self.names + found.len() <= MAX_KNOWN_NAMES {
-            self.names += found.len();
-            dir.known = Some(found.into_iter().collect());
-        }
-    }
-
-    /// A name appeared in a directory.
-    pub(super) fn learn(&mut self, wd: Wd, name: &OsStr, is_dir: bool) {
-        let Some(known) = self.dirs.get_mut(&wd).and_then(|dir| dir.known.as_mut()) else {
-            return;
-        };
-        if known.insert(name.to_owned(), is_dir).is_none() {
-            self.names += 1;
-        }
-        if self.names > MAX_KNOWN_NAMES {
-            self.set_known(wd, Vec::new());
-            if let Some(dir) = self.dirs.get_mut(&wd) {
-                dir.known = None;
-            }
-        }
-    }
-
-    #[cfg(test)]
-    pub(super) fn names_are_counted_to_zero(&self) -> bool {
-        self.dirs.is_empty() && self.names == 0
-    }
-
-    /// A name went away.
-    pub(super) fn forget(&mut self, wd: Wd, name: &OsStr) {
-        let Some(known) = self.dirs.get_mut(&wd).and_then(|dir| dir.known.as_mut()) else {
-            return;
-        };
-        if known.remove(name).is_some() {
-            self.names -= 1;
-        }
-    }
-}
-
-/// The sorted names in a directory, with whether each is a directory; empty when it is gone.
-pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
-    let Ok(entries) = fs::read_dir(path) else {
-        return Vec::new();
-    };
-    let readable = entries.take(MAX_KNOWN_NAMES + 1).filter_map(Result::ok);
-    let mut found: Vec<_> = readable
-        .map(|entry| {
-            (
-                entry.file_name(),
-                entry.file_type().is_ok_and(|kind| kind.is_dir()),
-            )
-        })
-        .collect();
-    found.sort_unstable();
-    found
 }

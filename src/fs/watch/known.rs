@@ -1,0 +1,77 @@
+//! The names that are known to be in watched directories: what the files are compared with after
+//! the kernel's queue has overflowed.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    path::Path,
+};
+
+use super::tree::{Tree, Wd};
+
+/// The names of files that are kept for finding out what changed when the kernel's queue has
+/// overflowed. In directories beyond it, what such an overflow swallows is not told.
+pub const MAX_KNOWN_NAMES: usize = 1 << 20;
+
+impl Tree {
+    /// Replaces the names that are known of a directory.
+    pub(super) fn set_known(&mut self, wd: Wd, found: Vec<(OsString, bool)>) {
+        let Some(dir) = self.dirs.get_mut(&wd) else {
+            return;
+        };
+        self.names -= dir.known.take().map_or(0, |known| known.len());
+        if self.names + found.len() <= MAX_KNOWN_NAMES {
+            self.names += found.len();
+            dir.known = Some(found.into_iter().collect());
+        }
+    }
+
+    /// A name appeared in a directory.
+    pub(super) fn learn(&mut self, wd: Wd, name: &OsStr, is_dir: bool) {
+        let Some(known) = self.dirs.get_mut(&wd).and_then(|dir| dir.known.as_mut()) else {
+            return;
+        };
+        if known.insert(name.to_owned(), is_dir).is_none() {
+            self.names += 1;
+        }
+        if self.names > MAX_KNOWN_NAMES {
+            self.set_known(wd, Vec::new());
+            if let Some(dir) = self.dirs.get_mut(&wd) {
+                dir.known = None;
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn names_are_counted_to_zero(&self) -> bool {
+        self.dirs.is_empty() && self.names == 0
+    }
+
+    /// A name went away.
+    pub(super) fn forget(&mut self, wd: Wd, name: &OsStr) {
+        let Some(known) = self.dirs.get_mut(&wd).and_then(|dir| dir.known.as_mut()) else {
+            return;
+        };
+        if known.remove(name).is_some() {
+            self.names -= 1;
+        }
+    }
+}
+
+/// The sorted names in a directory, with whether each is a directory; empty when it is gone.
+pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
+    let Ok(entries) = fs::read_dir(path) else {
+        return Vec::new();
+    };
+    let readable = entries.take(MAX_KNOWN_NAMES + 1).filter_map(Result::ok);
+    let mut found: Vec<_> = readable
+        .map(|entry| {
+            (
+                entry.file_name(),
+                entry.file_type().is_ok_and(|kind| kind.is_dir()),
+            )
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}

@@ -218,7 +218,11 @@ fn switch(parser: &mut Parser) -> Result<bool, lexopt::Error> {
 
 fn within(flag: &'static str, value: u64, min: u64, max: u64) -> Result<usize, ConfigError> {
     let wrong = ConfigError::Range { flag, value, min, max };
-    if (min..=max).contains(&value) { usize::try_from(value).map_err(|_| wrong) } else { Err(wrong) }
+    if (min..=max).contains(&value) {
+        usize::try_from(value).map_err(|_| wrong)
+    } else {
+        Err(wrong)
+    }
 }
 
 fn filled(flag: &'static str, value: String) -> Result<String, ConfigError> {

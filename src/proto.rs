@@ -4,26 +4,14 @@
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Package `process`: E2B's process service.
-#[allow(
-    missing_docs,
-    unreachable_pub,
-    clippy::all,
-    clippy::pedantic,
-    clippy::restriction
-)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod process {
     include!(concat!(env!("OUT_DIR"), "/process.rs"));
     include!(concat!(env!("OUT_DIR"), "/process.serde.rs"));
 }
 
 /// Package `filesystem`: E2B's filesystem service.
-#[allow(
-    missing_docs,
-    unreachable_pub,
-    clippy::all,
-    clippy::pedantic,
-    clippy::restriction
-)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
 pub mod filesystem {
     include!(concat!(env!("OUT_DIR"), "/filesystem.rs"));
     include!(concat!(env!("OUT_DIR"), "/filesystem.serde.rs"));

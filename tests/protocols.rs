@@ -209,8 +209,11 @@ async fn a_process_outlives_its_client_and_is_found_again() {
         let _: SendInputResponse =
             client.unary("/process.Process/SendInput", &request).await.unwrap();
         let data = again.next().await.unwrap().unwrap().event.unwrap().event.unwrap();
-        assert!(matches!(&data, Event::Data(data)
-            if data.output == Some(Output::Stdout(b"again"[..].into()))), "{wire:?}: {data:?}");
+        assert!(
+            matches!(&data, Event::Data(data)
+            if data.output == Some(Output::Stdout(b"again"[..].into()))),
+            "{wire:?}: {data:?}"
+        );
 
         let request = SendSignalRequest { process: tag, signal: Signal::Sigterm.into() };
         let _: SendSignalResponse =

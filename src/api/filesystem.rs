@@ -158,9 +158,8 @@ impl Filesystem for Files {
             .await
             .map_err(|error| status::of_files(&error))?;
         call.view.announce(call.metadata.as_ref());
-        let start = watch_response(watch_dir_response::Event::Start(
-            watch_dir_response::StartEvent {},
-        ));
+        let start =
+            watch_response(watch_dir_response::Event::Start(watch_dir_response::StartEvent {}));
         let follow = Follow { watcher, view: call.view };
         Ok(Response::new(Box::pin(keepalive::stream(start, follow, interval))))
     }
@@ -209,10 +208,7 @@ impl Filesystem for Files {
         request: Request<pb::RemoveWatcherRequest>,
     ) -> Result<Response<pb::RemoveWatcherResponse>, Status> {
         let id = request.into_inner().watcher_id;
-        self.sandbox
-            .watches
-            .remove_polled(&id)
-            .map_err(|error| status::of_files(&error))?;
+        self.sandbox.watches.remove_polled(&id).map_err(|error| status::of_files(&error))?;
         Ok(Response::new(pb::RemoveWatcherResponse {}))
     }
 }

@@ -9,14 +9,15 @@ mod status;
 
 use std::sync::Arc;
 
-use axum::Router;
 use crate::{
     proto::{
-        self, filesystem::filesystem_server::FilesystemServer, process::process_server::ProcessServer,
+        self, filesystem::filesystem_server::FilesystemServer,
+        process::process_server::ProcessServer,
     },
     sandbox::Sandbox,
     wire::methods::Methods,
 };
+use axum::Router;
 
 /// Routes to every service, and the table of their methods.
 ///

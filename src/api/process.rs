@@ -15,7 +15,7 @@ use crate::{
     guest::users::User,
     process::{self, Channel, Ending, Event, Found, Selector, StartSpec, Stdio, Subscription},
     proto::process::{
-        self as pb, process_event::data_event::Output, process_event::Event as PbEvent,
+        self as pb, process_event::Event as PbEvent, process_event::data_event::Output,
         process_selector, process_server::Process, stream_input_request,
     },
     sandbox::Sandbox,
@@ -44,10 +44,7 @@ impl Processes {
         }
     }
 
-    fn live(
-        &self,
-        selector: Option<pb::ProcessSelector>,
-    ) -> Result<Arc<process::Process>, Status> {
+    fn live(&self, selector: Option<pb::ProcessSelector>) -> Result<Arc<process::Process>, Status> {
         let selector = Self::selector(selector)?;
         self.sandbox.processes.live(&selector).ok_or_else(|| not_found(&selector))
     }
@@ -146,12 +143,8 @@ impl Process for Processes {
             let cwd = spec.cwd.display();
             return Err(Status::invalid_argument(format!("cwd '{cwd}' does not exist")));
         }
-        let (process, subscription) = self
-            .sandbox
-            .processes
-            .start(spec)
-            .await
-            .map_err(|error| status::of_start(&error))?;
+        let (process, subscription) =
+            self.sandbox.processes.start(spec).await.map_err(|error| status::of_start(&error))?;
         tracing::info!(pid = process.pid(), user = user.name, "process started");
         let follow = Follow { subscription, starter: true };
         let events = keepalive::stream(started(process.pid()), follow, interval);

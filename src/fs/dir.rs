@@ -44,11 +44,7 @@ pub fn make_dir(path: &Path, user: &User, users: &Users) -> Result<Entry, FsErro
 /// [`FsError::SourceNotFound`], in which case nothing was made, or the call that failed.
 pub fn move_entry(src: &Path, dst: &Path, user: &User, users: &Users) -> Result<Entry, FsError> {
     let failed = |errno| {
-        let error = RenameError {
-            from: src.to_owned(),
-            to: dst.to_owned(),
-            errno,
-        };
+        let error = RenameError { from: src.to_owned(), to: dst.to_owned(), errno };
         match errno {
             Errno::ENOENT => FsError::SourceNotFound(error),
             _ => FsError::Rename(error),
@@ -87,10 +83,7 @@ fn list_at_most(
     let root = resolve_root(path)?;
     let shown_root = path::clean(path);
     let depth = usize::try_from(depth.max(1)).unwrap_or(usize::MAX);
-    let too_many = || FsError::TooManyEntries {
-        path: path.to_owned(),
-        limit,
-    };
+    let too_many = || FsError::TooManyEntries { path: path.to_owned(), limit };
     let unreadable = |dir: &Path, error: &io::Error| FsError::ReadDirectory {
         root: root.clone(),
         error: PathError::io("open", dir, error),
@@ -158,9 +151,8 @@ fn resolve_root(path: &Path) -> Result<PathBuf, FsError> {
 /// The sorted names in a directory; no more than one above `limit`.
 fn names(dir: &Path, limit: usize) -> io::Result<Vec<OsString>> {
     let found = fs::read_dir(dir)?.take(limit.saturating_add(1));
-    let mut names = found
-        .map(|entry| entry.map(|e| e.file_name()))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut names =
+        found.map(|entry| entry.map(|e| e.file_name())).collect::<Result<Vec<_>, _>>()?;
     names.sort_unstable();
     Ok(names)
 }
@@ -177,26 +169,14 @@ mod tests {
     use crate::fs::Kind;
 
     fn user() -> User {
-        let (uid, gid) = (
-            nix::unistd::getuid().as_raw(),
-            nix::unistd::getgid().as_raw(),
-        );
-        User {
-            name: "me".into(),
-            uid,
-            gid,
-            home: "/".into(),
-            groups: vec![gid],
-        }
+        let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+        User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
     }
 
     fn listed(path: &Path, depth: u32) -> Vec<String> {
         let entries = list(path, depth, &Users::system()).unwrap();
         let prefix = format!("{}/", path::clean(path).display());
-        entries
-            .iter()
-            .map(|e| e.path.strip_prefix(&prefix).unwrap().to_owned())
-            .collect()
+        entries.iter().map(|e| e.path.strip_prefix(&prefix).unwrap().to_owned()).collect()
     }
 
     #[test]
@@ -210,10 +190,7 @@ mod tests {
         symlink("b", root.join("l")).unwrap();
         assert_eq!(listed(&root, 0), ["a", "b", "b.x", "l"]);
         assert_eq!(listed(&root, 2), ["a", "b", "b/c", "b/z", "b.x", "l"]);
-        assert_eq!(
-            listed(&root, 9),
-            ["a", "b", "b/c", "b/c/d", "b/c/y", "b/z", "b.x", "l"]
-        );
+        assert_eq!(listed(&root, 9), ["a", "b", "b/c", "b/c/d", "b/c/y", "b/z", "b.x", "l"]);
         let link = tmp.path().join("link");
         symlink("root", &link).unwrap();
         assert_eq!(listed(&link.join("./"), 1), ["a", "b", "b.x", "l"]);
@@ -231,10 +208,7 @@ mod tests {
         assert!(names.is_sorted());
         assert_eq!(names.last().unwrap(), "\u{fffd}");
         let users = Users::system();
-        assert_eq!(
-            list_at_most(tmp.path(), 1, &users, 2001).unwrap().len(),
-            2001
-        );
+        assert_eq!(list_at_most(tmp.path(), 1, &users, 2001).unwrap().len(), 2001);
         let error = list_at_most(tmp.path(), 1, &users, 2000).unwrap_err();
         assert_eq!(error.kind(), Kind::ResourceExhausted);
     }
@@ -254,9 +228,8 @@ mod tests {
                     }
                 }
             });
-            let results: Vec<_> = (0..300)
-                .map(|_| list(tmp.path(), 3, &Users::system()).map(|e| e.len()))
-                .collect();
+            let results: Vec<_> =
+                (0..300).map(|_| list(tmp.path(), 3, &Users::system()).map(|e| e.len())).collect();
             stop.store(true, Ordering::Relaxed);
             for result in results {
                 result.unwrap();
@@ -273,19 +246,10 @@ mod tests {
         symlink("o", root.join("o")).unwrap();
         let shown = root.display();
         let cases = [
-            (
-                "no/x",
-                format!("path not found: lstat {shown}/no: no such file or directory"),
-            ),
+            ("no/x", format!("path not found: lstat {shown}/no: no such file or directory")),
             ("f", format!("path is not a directory: {shown}/f")),
-            (
-                "o",
-                format!("cyclic symlink or chain >255 links at \"{shown}/o\""),
-            ),
-            (
-                "f/x",
-                format!("error resolving symlink: lstat {shown}/f: not a directory"),
-            ),
+            ("o", format!("cyclic symlink or chain >255 links at \"{shown}/o\"")),
+            ("f/x", format!("error resolving symlink: lstat {shown}/f: not a directory")),
         ];
         for (path, wanted) in cases {
             let error = list(&root.join(path), 1, &Users::system()).unwrap_err();
@@ -298,30 +262,15 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("a/b");
         let made = make_dir(&dir, &user(), &Users::system()).unwrap();
-        assert_eq!(
-            (made.kind, made.permissions.as_str()),
-            (EntryKind::Directory, "drwxr-xr-x")
-        );
+        assert_eq!((made.kind, made.permissions.as_str()), (EntryKind::Directory, "drwxr-xr-x"));
         let error = make_dir(&dir, &user(), &Users::system()).unwrap_err();
         assert_eq!(error.kind(), Kind::AlreadyExists);
-        assert_eq!(
-            error.to_string(),
-            format!("directory already exists: {}", dir.display())
-        );
+        assert_eq!(error.to_string(), format!("directory already exists: {}", dir.display()));
         fs::write(dir.join("f"), "").unwrap();
         let error = make_dir(&dir.join("f"), &user(), &Users::system()).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("path already exists but it is not a directory: ")
-        );
+        assert!(error.to_string().starts_with("path already exists but it is not a directory: "));
         let error = make_dir(&dir.join("f/x"), &user(), &Users::system()).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("error getting file info: stat "),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("error getting file info: stat "), "{error}");
     }
 
     #[test]

@@ -96,13 +96,8 @@ pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Resul
         owner: owners.user(meta.uid()),
         group: owners.group(meta.gid()),
         modified: modified(&meta),
-        symlink_target: is_symlink.then(|| {
-            target
-                .as_deref()
-                .unwrap_or(at)
-                .to_string_lossy()
-                .into_owned()
-        }),
+        symlink_target: is_symlink
+            .then(|| target.as_deref().unwrap_or(at).to_string_lossy().into_owned()),
         is_symlink,
         metadata,
     })
@@ -137,22 +132,13 @@ fn permissions(meta: &Metadata) -> String {
         (kind.is_char_device(), 'c'),
         (mode & libc::S_ISVTX != 0, 't'),
     ];
-    let mut text: String = letters
-        .iter()
-        .filter(|(set, _)| *set)
-        .map(|(_, letter)| letter)
-        .collect();
+    let mut text: String =
+        letters.iter().filter(|(set, _)| *set).map(|(_, letter)| letter).collect();
     if text.is_empty() {
         text.push('-');
     }
     let bits = "rwxrwxrwx".chars().enumerate();
-    text.extend(bits.map(|(i, letter)| {
-        if mode & (0o400 >> i) != 0 {
-            letter
-        } else {
-            '-'
-        }
-    }));
+    text.extend(bits.map(|(i, letter)| if mode & (0o400 >> i) != 0 { letter } else { '-' }));
     text
 }
 
@@ -166,25 +152,15 @@ pub(super) struct Owners<'a> {
 
 impl<'a> Owners<'a> {
     pub(super) fn new(users: &'a Users) -> Self {
-        Self {
-            users,
-            user_names: HashMap::new(),
-            group_names: HashMap::new(),
-        }
+        Self { users, user_names: HashMap::new(), group_names: HashMap::new() }
     }
 
     fn user(&mut self, uid: u32) -> String {
-        self.user_names
-            .entry(uid)
-            .or_insert_with(|| self.users.user_name(uid))
-            .to_string()
+        self.user_names.entry(uid).or_insert_with(|| self.users.user_name(uid)).to_string()
     }
 
     fn group(&mut self, gid: u32) -> String {
-        self.group_names
-            .entry(gid)
-            .or_insert_with(|| self.users.group_name(gid))
-            .to_string()
+        self.group_names.entry(gid).or_insert_with(|| self.users.group_name(gid)).to_string()
     }
 }
 
@@ -241,22 +217,13 @@ mod tests {
         fs::create_dir(root.join("d")).unwrap();
         fs::write(root.join("f"), "abc").unwrap();
         fs::set_permissions(root.join("f"), fs::Permissions::from_mode(0o640)).unwrap();
-        for (link, to) in [
-            ("l1", "f"),
-            ("l2", "l1"),
-            ("ld", "d"),
-            ("no", "nowhere"),
-            ("o", "o"),
-        ] {
+        for (link, to) in [("l1", "f"), ("l2", "l1"), ("ld", "d"), ("no", "nowhere"), ("o", "o")] {
             symlink(to, root.join(link)).unwrap();
         }
         let shown = |name: &str| root.join(name).display().to_string();
 
         let link = entry(&root.join("l2"));
-        assert_eq!(
-            (link.kind, link.mode, link.size),
-            (EntryKind::File, 0o640, 2)
-        );
+        assert_eq!((link.kind, link.mode, link.size), (EntryKind::File, 0o640, 2));
         assert_eq!((link.name.as_str(), link.is_symlink), ("l2", true));
         assert_eq!(link.symlink_target, Some(shown("f")));
         assert_eq!(entry(&root.join("ld")).kind, EntryKind::Directory);
@@ -288,10 +255,7 @@ mod tests {
     fn errors_are_upstreams() {
         let users = Users::system();
         let error = stat(Path::new("/no/where"), &users).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "file not found: lstat /no/where: no such file or directory"
-        );
+        assert_eq!(error.to_string(), "file not found: lstat /no/where: no such file or directory");
         let error = stat(Path::new("/dev/null/x"), &users).unwrap_err();
         assert_eq!(
             error.to_string(),

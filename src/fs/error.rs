@@ -43,11 +43,7 @@ pub struct PathError {
 
 impl PathError {
     pub(super) fn new(op: &'static str, path: &Path, errno: Errno) -> Self {
-        Self {
-            op,
-            path: path.to_owned(),
-            errno,
-        }
+        Self { op, path: path.to_owned(), errno }
     }
 
     pub(super) fn io(op: &'static str, path: &Path, error: &io::Error) -> Self {
@@ -57,13 +53,7 @@ impl PathError {
 
 impl fmt::Display for PathError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} {}: {}",
-            self.op,
-            self.path.display(),
-            errno::text(self.errno)
-        )
+        write!(f, "{} {}: {}", self.op, self.path.display(), errno::text(self.errno))
     }
 }
 

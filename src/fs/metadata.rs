@@ -104,14 +104,12 @@ fn try_replace(
     metadata: &BTreeMap<String, String>,
 ) -> Result<(), (&'static str, io::Error)> {
     let names = file.list_xattr().map_err(|error| ("listxattr", error))?;
-    let old: BTreeSet<_> = names
-        .filter(|name| name.as_bytes().starts_with(PREFIX.as_bytes()))
-        .collect();
+    let old: BTreeSet<_> =
+        names.filter(|name| name.as_bytes().starts_with(PREFIX.as_bytes())).collect();
     for name in &old {
         let key = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         if key.is_none_or(|key| !metadata.contains_key(key)) {
-            file.remove_xattr(name)
-                .map_err(|error| ("removexattr", error))?;
+            file.remove_xattr(name).map_err(|error| ("removexattr", error))?;
         }
     }
     for (key, value) in metadata {
@@ -126,10 +124,7 @@ mod tests {
     use super::*;
 
     fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect()
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
     #[test]
@@ -146,10 +141,7 @@ mod tests {
             map(&[("k", &format!("{full}v"))]),
         ] {
             let error = validate_metadata(&bad).unwrap_err();
-            assert!(
-                error.to_string().starts_with("invalid metadata: "),
-                "{error}"
-            );
+            assert!(error.to_string().starts_with("invalid metadata: "), "{error}");
         }
     }
 

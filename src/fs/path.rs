@@ -28,20 +28,12 @@ const DIR_MODE: u32 = 0o755;
 /// # Errors
 /// [`FsError::ExpandHome`] for `~name`, [`FsError::NulByte`] for a path that holds one.
 pub fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf, FsError> {
-    let path = if path.is_empty() {
-        workdir.unwrap_or_default()
-    } else {
-        path
-    };
+    let path = if path.is_empty() { workdir.unwrap_or_default() } else { path };
     if path.contains('\0') {
         return Err(FsError::NulByte(path.to_owned()));
     }
     // login(1)'s rule for a user without a home directory.
-    let home = if user.home.is_absolute() {
-        user.home.as_path()
-    } else {
-        Path::new("/")
-    };
+    let home = if user.home.is_absolute() { user.home.as_path() } else { Path::new("/") };
     match path.strip_prefix('~') {
         // Go's `~\x` keeps the backslash as part of a name.
         Some(rest) if rest.is_empty() || rest.starts_with(['/', '\\']) => Ok(join(home, rest)),
@@ -84,22 +76,14 @@ pub fn clean(path: &Path) -> PathBuf {
 /// Go's `filepath.Dir`: what stands before the last slash, cleaned. Of `/a/b/` it is `/a/b`.
 pub(super) fn dir_of(path: &Path) -> PathBuf {
     let bytes = path.as_os_str().as_bytes();
-    let end = bytes
-        .iter()
-        .rposition(|&b| b == b'/')
-        .map_or(0, |slash| slash + 1);
-    clean(Path::new(OsStr::from_bytes(
-        bytes.get(..end).unwrap_or_default(),
-    )))
+    let end = bytes.iter().rposition(|&b| b == b'/').map_or(0, |slash| slash + 1);
+    clean(Path::new(OsStr::from_bytes(bytes.get(..end).unwrap_or_default())))
 }
 
 /// Go's base name: the last part, without trailing slashes; `/` for the root.
 pub(super) fn base_name(path: &Path) -> &OsStr {
     let whole = without_trailing_slashes(path).as_os_str().as_bytes();
-    let start = whole
-        .iter()
-        .rposition(|&b| b == b'/')
-        .map_or(0, |slash| slash + 1);
+    let start = whole.iter().rposition(|&b| b == b'/').map_or(0, |slash| slash + 1);
     match whole.get(start..) {
         Some([]) | None => OsStr::new("/"),
         Some(name) => OsStr::from_bytes(name),
@@ -134,10 +118,7 @@ pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
         prefixes.push(above);
         above = next;
     }
-    prefixes
-        .iter()
-        .rev()
-        .try_for_each(|prefix| ensure_dir(prefix, owner))
+    prefixes.iter().rev().try_for_each(|prefix| ensure_dir(prefix, owner))
 }
 
 fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
@@ -156,9 +137,7 @@ fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
                 .map_err(|error| FsError::ChownDirectory(PathError::io("chown", path, &error)))?;
         }
         Err(error) => {
-            return Err(FsError::CreateDirectory(PathError::io(
-                "mkdir", path, &error,
-            )));
+            return Err(FsError::CreateDirectory(PathError::io("mkdir", path, &error)));
         }
     }
     // Not through a link: a user who swaps the new directory for a link to a file of root's must
@@ -229,9 +208,7 @@ pub(super) fn eval_symlinks(path: &Path) -> Result<PathBuf, WalkError> {
 fn parts_backwards(path: &Path) -> Vec<OsString> {
     let parts = path.as_os_str().as_bytes().split(|&b| b == b'/');
     let named = parts.filter(|part| !part.is_empty() && *part != b".");
-    let mut parts: Vec<OsString> = named
-        .map(|part| OsString::from_vec(part.to_vec()))
-        .collect();
+    let mut parts: Vec<OsString> = named.map(|part| OsString::from_vec(part.to_vec())).collect();
     parts.reverse();
     parts
 }
@@ -245,20 +222,11 @@ mod tests {
     use super::*;
 
     fn user(home: &str) -> User {
-        User {
-            name: "u".into(),
-            uid: 0,
-            gid: 0,
-            home: home.into(),
-            groups: vec![0],
-        }
+        User { name: "u".into(), uid: 0, gid: 0, home: home.into(), groups: vec![0] }
     }
 
     fn resolved(path: &str, workdir: Option<&str>) -> String {
-        resolve(path, &user("/home/u"), workdir)
-            .unwrap()
-            .display()
-            .to_string()
+        resolve(path, &user("/home/u"), workdir).unwrap().display().to_string()
     }
 
     #[test]
@@ -297,12 +265,9 @@ mod tests {
 
     #[test]
     fn dir_and_base_are_gos() {
-        for (path, dir, base) in [
-            ("/a/b", "/a", "b"),
-            ("/a/b/", "/a/b", "b"),
-            ("/", "/", "/"),
-            ("/a", "/", "a"),
-        ] {
+        for (path, dir, base) in
+            [("/a/b", "/a", "b"), ("/a/b/", "/a/b", "b"), ("/", "/", "/"), ("/a", "/", "a")]
+        {
             assert_eq!(dir_of(Path::new(path)), Path::new(dir));
             assert_eq!(base_name(Path::new(path)), base);
         }
@@ -312,10 +277,7 @@ mod tests {
     #[test]
     fn makes_missing_directories_only() {
         let tmp = tempfile::tempdir().unwrap();
-        let own = (
-            nix::unistd::getuid().as_raw(),
-            nix::unistd::getgid().as_raw(),
-        );
+        let own = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         ensure_dirs(&tmp.path().join("a/b/c"), own).unwrap();
         ensure_dirs(&tmp.path().join("a/b/c/"), own).unwrap();
         let meta = fs::metadata(tmp.path().join("a/b/c")).unwrap();
@@ -324,10 +286,7 @@ mod tests {
         let file = tmp.path().join("f");
         fs::write(&file, "").unwrap();
         let error = ensure_dirs(&file.join("x"), own).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("path is a file: {}", file.display())
-        );
+        assert_eq!(error.to_string(), format!("path is a file: {}", file.display()));
 
         let link = tmp.path().join("dangling");
         symlink("nowhere", &link).unwrap();
@@ -339,12 +298,7 @@ mod tests {
         assert_eq!(error.to_string(), wanted);
 
         let error = ensure_dirs(&tmp.path().join("new/../x"), own).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("failed to create directory: mkdir "),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("failed to create directory: mkdir "), "{error}");
     }
 
     #[test]
@@ -354,14 +308,8 @@ mod tests {
         fs::create_dir_all(root.join("d/e")).unwrap();
         symlink("../d/./e", root.join("d/l")).unwrap();
         symlink("loop", root.join("loop")).unwrap();
-        assert_eq!(
-            eval_symlinks(&root.join("d/l/../e")).unwrap(),
-            root.join("d/e")
-        );
-        assert!(matches!(
-            eval_symlinks(&root.join("loop")),
-            Err(WalkError::TooManyLinks)
-        ));
+        assert_eq!(eval_symlinks(&root.join("d/l/../e")).unwrap(), root.join("d/e"));
+        assert!(matches!(eval_symlinks(&root.join("loop")), Err(WalkError::TooManyLinks)));
         let Err(WalkError::Path(error)) = eval_symlinks(&root.join("no/where")) else {
             panic!("it is not there")
         };

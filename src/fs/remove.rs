@@ -42,9 +42,7 @@ const MOVED_UP: &str = ".envd-remove-";
 pub fn remove(path: &Path) -> Result<(), FsError> {
     let invalid = || FsError::Remove(PathError::new("RemoveAll", path, Errno::EINVAL));
     let target = without_trailing_slashes(path);
-    let at_root = fs::symlink_metadata("/")
-        .ok()
-        .map(|root| (root.dev(), root.ino()));
+    let at_root = fs::symlink_metadata("/").ok().map(|root| (root.dev(), root.ino()));
     match fs::symlink_metadata(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => {
@@ -83,11 +81,8 @@ struct Level {
 fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
     let mut moved_up = 0_u64;
     // The first level is the directory around, of which only one name is removed.
-    let mut levels = vec![Level {
-        fd: parent,
-        name: OsString::new(),
-        names: vec![name.to_owned()],
-    }];
+    let mut levels =
+        vec![Level { fd: parent, name: OsString::new(), names: vec![name.to_owned()] }];
     loop {
         let depth = levels.len();
         let Some(level) = levels.last_mut() else {
@@ -127,11 +122,7 @@ fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError
         }
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(&level.fd, name.as_os_str(), flags, Mode::empty()) {
-            Ok(fd) => levels.push(Level {
-                fd,
-                name,
-                names: Vec::new(),
-            }),
+            Ok(fd) => levels.push(Level { fd, name, names: Vec::new() }),
             Err(Errno::ENOENT) => {}
             // It was no directory after all: its removal was refused.
             Err(Errno::ENOTDIR) => {
@@ -159,11 +150,7 @@ fn move_up(levels: &[Level], name: &OsStr, counter: &mut u64) -> nix::Result<()>
 }
 
 fn vanished_is_fine(result: nix::Result<()>) -> nix::Result<()> {
-    if result == Err(Errno::ENOENT) {
-        Ok(())
-    } else {
-        result
-    }
+    if result == Err(Errno::ENOENT) { Ok(()) } else { result }
 }
 
 fn read_names(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
@@ -188,18 +175,9 @@ fn failed(
     errno: Errno,
 ) -> PathError {
     let mut at: PathBuf = path.to_owned();
-    at.extend(
-        levels
-            .iter()
-            .map(|level| level.name.as_os_str())
-            .filter(|name| !name.is_empty()),
-    );
+    at.extend(levels.iter().map(|level| level.name.as_os_str()).filter(|name| !name.is_empty()));
     at.extend(name);
-    PathError {
-        op,
-        path: at,
-        errno,
-    }
+    PathError { op, path: at, errno }
 }
 
 #[cfg(test)]
@@ -226,10 +204,7 @@ mod tests {
         remove(&root.join("d/")).unwrap();
         remove(&root.join("link/")).unwrap();
         remove(&root.join("missing/x")).unwrap();
-        let left: Vec<_> = fs::read_dir(root)
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
+        let left: Vec<_> = fs::read_dir(root).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["kept"]);
         remove(&root.join("kept/file")).unwrap();
         assert!(!root.join("kept/file").exists());
@@ -248,10 +223,7 @@ mod tests {
         let shown = root.display();
         for (path, wanted) in [
             ("d/.", format!("RemoveAll {shown}/d/.: invalid argument")),
-            (
-                "d/e/..",
-                format!("RemoveAll {shown}/d/e/..: invalid argument"),
-            ),
+            ("d/e/..", format!("RemoveAll {shown}/d/e/..: invalid argument")),
             ("f/x", format!("open {shown}/f: not a directory")),
         ] {
             let error = remove(&root.join(path)).unwrap_err().to_string();

@@ -49,15 +49,9 @@ pub fn open_read(path: &Path) -> Result<(File, Metadata), FsError> {
     readable(path, &meta)?;
     let failed = |error: io::Error| match errno::of(&error) {
         Errno::ENOENT => FsError::NotThere(path.to_owned()),
-        _ => FsError::OpenForReading {
-            error: PathError::io("open", path, &error),
-        },
+        _ => FsError::OpenForReading { error: PathError::io("open", path, &error) },
     };
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(CAREFULLY)
-        .open(path)
-        .map_err(failed)?;
+    let file = OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     // Again: it may be another file by now.
     readable(path, &meta)?;
@@ -101,11 +95,7 @@ pub struct Writer {
 #[derive(Debug)]
 enum Sink {
     /// A file that we created, to be unlinked unless it is finished.
-    New {
-        device: u64,
-        inode: u64,
-        finished: bool,
-    },
+    New { device: u64, inode: u64, finished: bool },
     /// A regular file that existed, and the body that waits for it.
     Existing(Body),
     /// A character device such as /dev/null, written at once.
@@ -145,11 +135,7 @@ impl Writer {
                 real = real.parent().unwrap_or_else(|| Path::new("/")).join(target);
             }
         }
-        Err(FsError::OpenForWriting(PathError::new(
-            "open",
-            path,
-            Errno::ELOOP,
-        )))
+        Err(FsError::OpenForWriting(PathError::new("open", path, Errno::ELOOP)))
     }
 
     fn new_file(
@@ -159,19 +145,8 @@ impl Writer {
         file: File,
     ) -> Result<Self, FsError> {
         let meta = file.metadata().map_err(|error| open_failed(path, &error))?;
-        let sink = Sink::New {
-            device: meta.dev(),
-            inode: meta.ino(),
-            finished: false,
-        };
-        let writer = Self {
-            path: path.to_owned(),
-            real,
-            owner,
-            expected: None,
-            file,
-            sink,
-        };
+        let sink = Sink::New { device: meta.dev(), inode: meta.ino(), finished: false };
+        let writer = Self { path: path.to_owned(), real, owner, expected: None, file, sink };
         writer.change_owner()?;
         Ok(writer)
     }
@@ -191,28 +166,14 @@ impl Writer {
         }
         // Opened now, not at the end: what forbids it (a running program, a read-only mount) is
         // told before the body is sent.
-        let opened = OpenOptions::new()
-            .write(true)
-            .custom_flags(CAREFULLY)
-            .open(&real);
+        let opened = OpenOptions::new().write(true).custom_flags(CAREFULLY).open(&real);
         let file = opened.map_err(|error| open_failed(path, &error))?;
         let now = file.metadata().map_err(|error| open_failed(path, &error))?;
         if now.is_file() == device {
             return Err(FsError::NotRegular(path.to_owned()));
         }
-        let sink = if device {
-            Sink::Device
-        } else {
-            Sink::Existing(Body::Memory(Vec::new()))
-        };
-        Ok(Self {
-            path: path.to_owned(),
-            real,
-            owner,
-            expected: None,
-            file,
-            sink,
-        })
+        let sink = if device { Sink::Device } else { Sink::Existing(Body::Memory(Vec::new())) };
+        Ok(Self { path: path.to_owned(), real, owner, expected: None, file, sink })
     }
 
     /// Tells how many bytes the client announced, for the message when they do not fit.
@@ -254,16 +215,10 @@ impl Writer {
     }
 
     fn replace_content(&mut self, body: Body) -> Result<(), FsError> {
-        let old = self
-            .file
-            .metadata()
-            .map_err(|error| self.write_failed(&error))?;
+        let old = self.file.metadata().map_err(|error| self.write_failed(&error))?;
         let wanted = match &body {
             Body::Memory(bytes) => u64::try_from(bytes.len()).unwrap_or(u64::MAX),
-            Body::Disk(spool) => spool
-                .metadata()
-                .map_err(|error| self.write_failed(&error))?
-                .len(),
+            Body::Disk(spool) => spool.metadata().map_err(|error| self.write_failed(&error))?.len(),
         };
         if room_for(&self.file, &old).is_some_and(|room| room < wanted) {
             return Err(FsError::NoSpace(self.expected));
@@ -303,12 +258,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        let Sink::New {
-            device,
-            inode,
-            finished: false,
-        } = self.sink
-        else {
+        let Sink::New { device, inode, finished: false } = self.sink else {
             return;
         };
         // Only what is still ours: somebody may have put another file there.
@@ -334,16 +284,8 @@ fn room_for(file: &File, old: &Metadata) -> Option<u64> {
     let space = fstatvfs(file).ok().filter(|space| space.blocks() > 0)?;
     // The reserve of the file system is root's.
     let root = nix::unistd::geteuid().is_root();
-    let blocks = if root {
-        space.blocks_free()
-    } else {
-        space.blocks_available()
-    };
-    Some(
-        blocks
-            .saturating_mul(space.fragment_size())
-            .saturating_add(old.blocks() * 512),
-    )
+    let blocks = if root { space.blocks_free() } else { space.blocks_available() };
+    Some(blocks.saturating_mul(space.fragment_size()).saturating_add(old.blocks() * 512))
 }
 
 fn append(body: &mut Body, bytes: &[u8], beside: &Path) -> io::Result<()> {
@@ -367,18 +309,13 @@ fn append(body: &mut Body, bytes: &[u8], beside: &Path) -> io::Result<()> {
 fn spool(dir: &Path) -> io::Result<File> {
     let unnamed = |dir: &Path| {
         let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_TMPFILE)
-            .open(dir)
+        options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(dir)
     };
     match unnamed(dir) {
         // Not every file system can, and NFS and old FUSE say it in different ways.
-        Err(error) if errno::of(&error) != Errno::ENOSPC => spool_unlinked(dir)
-            .or_else(|_| unnamed(&std::env::temp_dir()))
-            .map_err(|_| error),
+        Err(error) if errno::of(&error) != Errno::ENOSPC => {
+            spool_unlinked(dir).or_else(|_| unnamed(&std::env::temp_dir())).map_err(|_| error)
+        }
         other => other,
     }
 }
@@ -388,12 +325,7 @@ fn spool_unlinked(dir: &Path) -> io::Result<File> {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = dir.join(format!(".envd-upload-{}-{number}", std::process::id()));
     let mut options = OpenOptions::new();
-    let file = options
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)?;
+    let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
     fs::remove_file(&path)?;
     Ok(file)
 }
@@ -407,17 +339,8 @@ mod tests {
     use super::*;
 
     fn user() -> User {
-        let (uid, gid) = (
-            nix::unistd::getuid().as_raw(),
-            nix::unistd::getgid().as_raw(),
-        );
-        User {
-            name: "me".into(),
-            uid,
-            gid,
-            home: "/".into(),
-            groups: vec![gid],
-        }
+        let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+        User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
     }
 
     fn none() -> BTreeMap<String, String> {
@@ -426,17 +349,13 @@ mod tests {
 
     fn put(path: &Path, content: &[u8]) -> Result<WriteInfo, FsError> {
         let mut writer = Writer::create(path, &user())?;
-        content
-            .chunks(300_000)
-            .try_for_each(|chunk| writer.write(chunk))?;
+        content.chunks(300_000).try_for_each(|chunk| writer.write(chunk))?;
         writer.finish(&none())
     }
 
     fn names(dir: &Path) -> Vec<String> {
         let entries = fs::read_dir(dir).unwrap();
-        entries
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect()
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     #[test]
@@ -444,10 +363,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("a/b/f");
         let info = put(&path, b"one").unwrap();
-        assert_eq!(
-            (info.name.as_str(), info.path.as_str()),
-            ("f", path.to_str().unwrap())
-        );
+        assert_eq!((info.name.as_str(), info.path.as_str()), ("f", path.to_str().unwrap()));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o751)).unwrap();
         let before = fs::metadata(&path).unwrap();
         fs::hard_link(&path, tmp.path().join("hard")).unwrap();
@@ -493,10 +409,7 @@ mod tests {
         put(&tmp.path().join("one"), b"x").unwrap();
         assert_eq!(fs::read(tmp.path().join("d/three")).unwrap(), b"x");
         let error = put(&tmp.path().join("loop"), b"").unwrap_err().to_string();
-        assert!(
-            error.ends_with("too many levels of symbolic links"),
-            "{error}"
-        );
+        assert!(error.ends_with("too many levels of symbolic links"), "{error}");
     }
 
     #[test]
@@ -509,19 +422,13 @@ mod tests {
         assert_eq!(error.to_string(), format!("path is a directory: {shown}"));
         let slash = PathBuf::from(format!("{shown}/new/"));
         let error = put(&slash, b"").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("path is a directory: {shown}/new/")
-        );
+        assert_eq!(error.to_string(), format!("path is a directory: {shown}/new/"));
         assert!(slash.is_dir());
         let not_regular = format!("path '{shown}/fifo' is not a regular file");
         assert_eq!(put(&fifo, b"x").unwrap_err().to_string(), not_regular);
         assert_eq!(open_read(&fifo).unwrap_err().to_string(), not_regular);
         put(Path::new("/dev/null"), b"x").unwrap();
-        assert!(matches!(
-            open_read(Path::new("/dev/zero")),
-            Err(FsError::NotRegular(_))
-        ));
+        assert!(matches!(open_read(Path::new("/dev/zero")), Err(FsError::NotRegular(_))));
 
         let error = put(&fifo.join("x"), b"").unwrap_err();
         assert_eq!(
@@ -556,10 +463,7 @@ mod tests {
         let tmp = tempfile::tempdir_in(".").unwrap();
         let path = tmp.path().join("f");
         let author = BTreeMap::from([("author".to_owned(), "me".to_owned())]);
-        let told = Writer::create(&path, &user())
-            .unwrap()
-            .finish(&author)
-            .unwrap();
+        let told = Writer::create(&path, &user()).unwrap().finish(&author).unwrap();
         assert_eq!(told.metadata, author);
         assert_eq!(put(&path, b"x").unwrap().metadata, none());
     }
@@ -585,10 +489,7 @@ mod tests {
     #[test]
     fn both_spools_have_no_name() {
         let tmp = tempfile::tempdir().unwrap();
-        for mut spool in [
-            spool(tmp.path()).unwrap(),
-            spool_unlinked(tmp.path()).unwrap(),
-        ] {
+        for mut spool in [spool(tmp.path()).unwrap(), spool_unlinked(tmp.path()).unwrap()] {
             spool.write_all(b"x").unwrap();
         }
         assert!(names(tmp.path()).is_empty());

@@ -103,10 +103,9 @@ impl Users {
             None => return Err(UserError::Unknown(name.to_owned())),
         };
         match self.bound_to {
-            Some(own) if own != user.uid => Err(UserError::NotOwn {
-                wanted: name.to_owned(),
-                own: self.own_name(),
-            }),
+            Some(own) if own != user.uid => {
+                Err(UserError::NotOwn { wanted: name.to_owned(), own: self.own_name() })
+            }
             _ => Ok(user),
         }
     }
@@ -153,17 +152,25 @@ impl Tables {
     fn parse(stamps: (Stamp, Stamp), passwd: &str, group: &str) -> Self {
         let mut tables = Self { stamps, ..Self::default() };
         for line in passwd.lines() {
-            let Some(user) = parse_user(line) else { continue };
+            let Some(user) = parse_user(line) else {
+                continue;
+            };
             tables.user_names.entry(user.uid).or_insert_with(|| user.name.as_str().into());
             tables.users.entry(user.name.clone()).or_insert(user);
         }
         for line in group.lines() {
             let fields: Vec<&str> = line.split(':').collect();
-            let [name, _, gid, members] = fields[..] else { continue };
-            let Ok(gid) = gid.parse::<u32>() else { continue };
+            let [name, _, gid, members] = fields[..] else {
+                continue;
+            };
+            let Ok(gid) = gid.parse::<u32>() else {
+                continue;
+            };
             tables.group_names.entry(gid).or_insert_with(|| name.into());
             for member in members.split(',') {
-                let Some(user) = tables.users.get_mut(member.trim()) else { continue };
+                let Some(user) = tables.users.get_mut(member.trim()) else {
+                    continue;
+                };
                 if !user.groups.contains(&gid) {
                     user.groups.push(gid);
                 }
@@ -175,7 +182,9 @@ impl Tables {
 
 fn parse_user(line: &str) -> Option<User> {
     let fields: Vec<&str> = line.split(':').collect();
-    let [name, _, uid, gid, _, home, _] = fields[..] else { return None };
+    let [name, _, uid, gid, _, home, _] = fields[..] else {
+        return None;
+    };
     let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
     (!name.is_empty() && !name.starts_with('#')).then(|| User {
         name: name.to_owned(),

@@ -74,13 +74,14 @@ pub(super) async fn upload(
         let length = length.and_then(|value| value.to_str().ok()?.parse().ok());
         vec![raw(target, chunks, gzip, length).await?]
     } else if essence.starts_with("multipart/") {
-        let boundary = multer::parse_boundary(content_type.replacen(&essence, "multipart/form-data", 1))
-            .map_err(|error| {
-                Refusal(
-                    StatusCode::INTERNAL_SERVER_ERROR,
-                    format!("error parsing multipart form: {error}"),
-                )
-            })?;
+        let boundary =
+            multer::parse_boundary(content_type.replacen(&essence, "multipart/form-data", 1))
+                .map_err(|error| {
+                    Refusal(
+                        StatusCode::INTERNAL_SERVER_ERROR,
+                        format!("error parsing multipart form: {error}"),
+                    )
+                })?;
         match gzip {
             true => multipart(target, gunzip(chunks), boundary).await?,
             false => multipart(target, chunks, boundary).await?,
@@ -116,7 +117,9 @@ async fn raw<E: std::fmt::Display>(
 ) -> Result<Written, Refusal> {
     let path = match target.query.path.as_deref() {
         Some(path) if !path.is_empty() => target.resolve(path)?,
-        _ => return Err(Refusal::bad("path query parameter is required for raw body upload")),
+        _ => {
+            return Err(Refusal::bad("path query parameter is required for raw body upload"));
+        }
     };
     let mut sink = Sink::open(&target, path, gzip, length).await?;
     while let Some(chunk) = chunks.next().await {
@@ -143,7 +146,9 @@ where
     loop {
         head.store(0, Ordering::Relaxed);
         let field = form.next_field().await.map_err(|error| broken_form(&error))?;
-        let Some(mut field) = field else { return Ok(written) };
+        let Some(mut field) = field else {
+            return Ok(written);
+        };
         // Only the way from one part to the next is bounded, not what is in it.
         head.store(usize::MAX, Ordering::Relaxed);
         if field.name() != Some("file") {
@@ -341,7 +346,9 @@ fn gunzip<E: std::fmt::Display + Send + 'static>(
     let decoder = Some(MultiGzDecoder::new(Vec::new()));
     let state = State { chunks, rest: Bytes::new(), decoder };
     Box::pin(futures_util::stream::try_unfold(state, |mut state| async move {
-        let Some(decoder) = &mut state.decoder else { return Ok(None) };
+        let Some(decoder) = &mut state.decoder else {
+            return Ok(None);
+        };
         loop {
             if state.rest.is_empty() {
                 match state.chunks.next().await {
@@ -366,7 +373,9 @@ fn gunzip<E: std::fmt::Display + Send + 'static>(
 }
 
 fn is_gzip(headers: &HeaderMap) -> Result<bool, Refusal> {
-    let Some(value) = headers.get(header::CONTENT_ENCODING) else { return Ok(false) };
+    let Some(value) = headers.get(header::CONTENT_ENCODING) else {
+        return Ok(false);
+    };
     let text = value.to_str().unwrap_or("?");
     let coding = text.split(';').next().unwrap_or_default().trim();
     match coding.to_ascii_lowercase().as_str() {
@@ -385,7 +394,9 @@ fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Refusal> {
         let Some(key) = name.as_str().strip_prefix(METADATA).filter(|key| !key.is_empty()) else {
             continue;
         };
-        let Some(value) = headers.get(name) else { continue };
+        let Some(value) = headers.get(name) else {
+            continue;
+        };
         metadata.insert(key.to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned());
     }
     transfer::validate_metadata(&metadata)?;

@@ -24,16 +24,9 @@ impl Ending {
     pub fn new(exit: Exit, timed_out: bool) -> Self {
         let (exit_code, exited, status) = match exit {
             Exit::Exited(code) => (code, true, format!("exit status {code}")),
-            Exit::Signalled {
-                signal,
-                core_dumped,
-            } => {
+            Exit::Signalled { signal, core_dumped } => {
                 let dumped = if core_dumped { " (core dumped)" } else { "" };
-                (
-                    -1,
-                    false,
-                    format!("signal: {}{dumped}", signal_name(signal)),
-                )
+                (-1, false, format!("signal: {}{dumped}", signal_name(signal)))
             }
         };
         let error = match exit {
@@ -41,13 +34,7 @@ impl Ending {
             Exit::Exited(0) => timed_out.then(|| "context deadline exceeded".to_owned()),
             _ => Some(status.clone()),
         };
-        Self {
-            exit_code,
-            exited,
-            status,
-            error,
-            timed_out,
-        }
+        Self { exit_code, exited, status, error, timed_out }
     }
 
     /// The ending of a process whose exit status somebody else has taken.
@@ -114,13 +101,7 @@ mod tests {
         assert_eq!((seven.exit_code, seven.exited), (7, true));
         assert_eq!(seven.error.as_deref(), Some("exit status 7"));
         let signalled = |signal, core_dumped| {
-            let ending = Ending::new(
-                Exit::Signalled {
-                    signal,
-                    core_dumped,
-                },
-                false,
-            );
+            let ending = Ending::new(Exit::Signalled { signal, core_dumped }, false);
             assert_eq!((ending.exit_code, ending.exited), (-1, false));
             assert_eq!(ending.error.as_ref(), Some(&ending.status));
             ending.status

@@ -64,11 +64,7 @@ pub(super) struct Input {
 
 impl Input {
     pub(super) fn new(fd: Option<Arc<AsyncFd<OwnedFd>>>) -> Self {
-        Self {
-            fd: Mutex::new(fd),
-            closed: Notify::new(),
-            order: tokio::sync::Mutex::new(()),
-        }
+        Self { fd: Mutex::new(fd), closed: Notify::new(), order: tokio::sync::Mutex::new(()) }
     }
 
     /// The descriptor, unless it is closed.
@@ -111,11 +107,7 @@ impl Input {
 pub(super) fn stdin_error(pid: u32, error: &io::Error) -> InputError {
     match error.kind() {
         io::ErrorKind::BrokenPipe => InputError::BrokenPipe { pid },
-        _ => InputError::Failed {
-            what: "stdin",
-            pid,
-            reason: errno::text_of(error),
-        },
+        _ => InputError::Failed { what: "stdin", pid, reason: errno::text_of(error) },
     }
 }
 
@@ -123,10 +115,6 @@ pub(super) fn stdin_error(pid: u32, error: &io::Error) -> InputError {
 pub(super) fn terminal_error(pid: u32, error: &io::Error) -> InputError {
     match error.raw_os_error() {
         Some(libc::EIO) => InputError::TerminalClosed { pid },
-        _ => InputError::Failed {
-            what: "tty",
-            pid,
-            reason: errno::text_of(error),
-        },
+        _ => InputError::Failed { what: "tty", pid, reason: errno::text_of(error) },
     }
 }

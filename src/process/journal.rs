@@ -129,12 +129,7 @@ struct Reader {
 impl Journal {
     /// An empty journal that lets subscribers go after `stall_limit`.
     pub(super) fn new(stall_limit: Duration) -> Self {
-        Self {
-            stall_limit,
-            state: Mutex::default(),
-            news: Notify::new(),
-            room: Notify::new(),
-        }
+        Self { stall_limit, state: Mutex::default(), news: Notify::new(), room: Notify::new() }
     }
 
     /// Attaches a subscriber: output from now on, then the end.
@@ -148,11 +143,7 @@ impl Journal {
             detached: state.readers.len() >= MAX_SUBSCRIPTIONS,
         };
         state.readers.insert(id, reader);
-        Subscription {
-            journal: Arc::clone(self),
-            id,
-            done: false,
-        }
+        Subscription { journal: Arc::clone(self), id, done: false }
     }
 
     /// Appends output; waits while a subscriber is too far behind.
@@ -189,18 +180,13 @@ impl Journal {
     }
 
     fn try_append(&self, channel: Channel, data: &Bytes) -> Append {
-        self.state
-            .lock()
-            .try_append(channel, data, Instant::now(), self.stall_limit)
+        self.state.lock().try_append(channel, data, Instant::now(), self.stall_limit)
     }
 
     #[cfg(test)]
     fn retained(&self) -> (usize, usize) {
         let state = self.state.lock();
-        (
-            state.chunks.iter().map(|chunk| chunk.data.len()).sum(),
-            state.chunks.len(),
-        )
+        (state.chunks.iter().map(|chunk| chunk.data.len()).sum(), state.chunks.len())
     }
 }
 
@@ -224,10 +210,7 @@ impl State {
         let mut deadline: Option<Instant> = None;
         let mut detached = false;
         let (end, cost, chunks, ending) = (self.end, self.cost, &self.chunks, &self.ending);
-        for reader in self
-            .readers
-            .values_mut()
-            .filter(|reader| reader.needs(end, ending.as_ref()))
+        for reader in self.readers.values_mut().filter(|reader| reader.needs(end, ending.as_ref()))
         {
             let behind = chunk_at(chunks, reader.cursor)
                 .map_or(0, |(_, chunk)| cost.wrapping_sub(chunk.before));
@@ -266,19 +249,11 @@ impl State {
             return;
         }
         // A short chunk gets memory of its own: a part of the reader's block would keep all of it.
-        let data = if data.len() < JOIN_LIMIT {
-            Bytes::copy_from_slice(data)
-        } else {
-            data.clone()
-        };
+        let data =
+            if data.len() < JOIN_LIMIT { Bytes::copy_from_slice(data) } else { data.clone() };
         let before = self.cost;
         self.cost = self.cost.wrapping_add(data.len() + CHUNK_COST);
-        self.chunks.push_back(Chunk {
-            offset,
-            before,
-            channel,
-            data,
-        });
+        self.chunks.push_back(Chunk { offset, before, channel, data });
     }
 
     /// Drops the oldest chunks beyond the window, but none that a subscriber still needs.
@@ -291,11 +266,7 @@ impl State {
             .map(|reader| reader.cursor)
             .min()
             .unwrap_or(self.end);
-        let window = if ending.is_some() {
-            LATE_WINDOW
-        } else {
-            WINDOW
-        };
+        let window = if ending.is_some() { LATE_WINDOW } else { WINDOW };
         while let Some(first) = self.chunks.front()
             && self.cost.wrapping_sub(first.before) > window
             && first.offset + first.data.len() as u64 <= needed
@@ -313,10 +284,7 @@ impl State {
             return Some((Event::Detached, false));
         }
         if reader.cursor >= limit {
-            return self
-                .ending
-                .as_ref()
-                .map(|(_, ending)| (Event::End(ending.clone()), false));
+            return self.ending.as_ref().map(|(_, ending)| (Event::End(ending.clone()), false));
         }
         let (index, chunk) = chunk_at(&self.chunks, reader.cursor)?;
         let (channel, mut data) = (chunk.channel, chunk.from(reader.cursor, limit));
@@ -361,9 +329,7 @@ impl Chunk {
 
 /// The chunk that holds the byte at `offset`.
 fn chunk_at(chunks: &VecDeque<Chunk>, offset: u64) -> Option<(usize, &Chunk)> {
-    let index = chunks
-        .partition_point(|chunk| chunk.offset <= offset)
-        .checked_sub(1)?;
+    let index = chunks.partition_point(|chunk| chunk.offset <= offset).checked_sub(1)?;
     let chunk = chunks.get(index)?;
     (offset < chunk.offset + chunk.data.len() as u64).then_some((index, chunk))
 }

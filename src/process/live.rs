@@ -184,11 +184,7 @@ impl Process {
             Some(libc::ESRCH) => SignalError::Finished,
             _ => {
                 let reason = errno::text_of(&error);
-                SignalError::Failed {
-                    signal,
-                    pid: self.pid,
-                    reason,
-                }
+                SignalError::Failed { signal, pid: self.pid, reason }
             }
         })
     }
@@ -202,9 +198,7 @@ impl Process {
             return Err(ResizeError::NoTerminal);
         }
         let terminal = self.input.fd().ok_or(ResizeError::Finished)?;
-        pty::set_size(terminal.as_fd(), cols, rows).map_err(|error| ResizeError::Failed {
-            pid: self.pid,
-            reason: errno::text_of(&error),
-        })
+        pty::set_size(terminal.as_fd(), cols, rows)
+            .map_err(|error| ResizeError::Failed { pid: self.pid, reason: errno::text_of(&error) })
     }
 }

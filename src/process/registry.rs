@@ -99,14 +99,10 @@ impl Manager {
         self: &Arc<Self>,
         spec: StartSpec,
     ) -> Result<(Arc<Process>, Subscription), StartError> {
-        let slot = Arc::clone(&self.slots)
-            .try_acquire_owned()
-            .map_err(|_| StartError::TooMany)?;
+        let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| StartError::TooMany)?;
         // On a task of its own, so that no child is left alone between clone and registration.
         let starting = tokio::spawn(start::start(Arc::clone(self), spec, slot));
-        starting
-            .await
-            .unwrap_or_else(|error| Err(StartError::Task(error.to_string())))
+        starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))
     }
 
     /// Finds a process among the live ones, then among those that ended lately.
@@ -120,11 +116,7 @@ impl Manager {
             Selector::Pid(pid) => ended.pid == *pid,
             Selector::Tag(tag) => ended.tag.as_ref() == Some(tag),
         })?;
-        Some(Found::Ended {
-            pid: ended.pid,
-            tag: ended.tag.clone(),
-            ending: ended.ending.clone(),
-        })
+        Some(Found::Ended { pid: ended.pid, tag: ended.tag.clone(), ending: ended.ending.clone() })
     }
 
     /// Finds a live process.
@@ -170,11 +162,7 @@ impl Manager {
     pub(super) fn retire(&self, process: &Arc<Process>, ending: &Ending) {
         let now = Instant::now();
         let mut state = self.state.lock();
-        if state
-            .live
-            .get(&process.pid())
-            .is_some_and(|live| Arc::ptr_eq(live, process))
-        {
+        if state.live.get(&process.pid()).is_some_and(|live| Arc::ptr_eq(live, process)) {
             state.live.remove(&process.pid());
         }
         state.expire(now);
@@ -205,11 +193,7 @@ impl State {
 
     /// Forgets what is too old. Whoever asks pays for it; no timer does.
     fn expire(&mut self, now: Instant) {
-        while self
-            .retained
-            .front()
-            .is_some_and(|ended| now - ended.since >= RETENTION)
-        {
+        while self.retained.front().is_some_and(|ended| now - ended.since >= RETENTION) {
             self.retained.pop_front();
         }
     }

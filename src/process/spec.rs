@@ -72,10 +72,8 @@ impl StartSpec {
         if self.cwd.as_os_str().as_encoded_bytes().contains(&0) {
             return Some("working directory contains NUL".to_owned());
         }
-        let variable = self
-            .env
-            .iter()
-            .find(|(name, value)| name.contains('\0') || value.contains('\0'));
+        let variable =
+            self.env.iter().find(|(name, value)| name.contains('\0') || value.contains('\0'));
         // The name alone: the value may be a secret.
         variable.map(|(name, _)| format!("environment variable contains NUL: {name:?}"))
     }
@@ -107,20 +105,11 @@ mod tests {
     #[test]
     fn the_later_variable_wins_and_pwd_is_the_directory() {
         let mut spec = spec("true", &[]);
-        spec.env = [
-            ("A", "1"),
-            ("PWD", "/x"),
-            ("", "y"),
-            ("B=", "z"),
-            ("A", "2"),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .to_vec();
+        spec.env = [("A", "1"), ("PWD", "/x"), ("", "y"), ("B=", "z"), ("A", "2")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .to_vec();
         let env = spec.environment("/here".to_owned());
-        assert_eq!(
-            env,
-            [("A", "2"), ("PWD", "/here")].map(|(n, v)| (n.to_owned(), v.to_owned()))
-        );
+        assert_eq!(env, [("A", "2"), ("PWD", "/here")].map(|(n, v)| (n.to_owned(), v.to_owned())));
     }
 
     #[test]
@@ -129,10 +118,7 @@ mod tests {
         assert_eq!(spec.field_with_nul(), None);
         spec.env.push(("KEY".to_owned(), "secret\0".to_owned()));
         let field = spec.field_with_nul().unwrap();
-        assert!(
-            field.contains("KEY") && !field.contains("secret"),
-            "{field}"
-        );
+        assert!(field.contains("KEY") && !field.contains("secret"), "{field}");
         spec.args = vec!["ok".to_owned(), "\0".to_owned()];
         assert_eq!(spec.field_with_nul().unwrap(), "argument 1 contains NUL");
     }

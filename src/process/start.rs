@@ -87,12 +87,7 @@ impl fmt::Display for Attempt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Process { command } => write!(f, "error starting process '{command}'"),
-            Self::Terminal {
-                command,
-                dir,
-                cols,
-                rows,
-            } => write!(
+            Self::Terminal { command, dir, cols, rows } => write!(
                 f,
                 "error starting pty with command '{command}' in dir '{dir}' with '{cols}' cols \
                  and '{rows}' rows"
@@ -106,12 +101,9 @@ impl Attempt {
         let command = spec.command_line();
         match spec.stdio {
             Stdio::Pipes { .. } => Self::Process { command },
-            Stdio::Pty { cols, rows } => Self::Terminal {
-                command,
-                dir: spec.cwd.display().to_string(),
-                cols,
-                rows,
-            },
+            Stdio::Pty { cols, rows } => {
+                Self::Terminal { command, dir: spec.cwd.display().to_string(), cols, rows }
+            }
         }
     }
 }
@@ -131,16 +123,9 @@ pub(super) async fn start(
     slot: OwnedSemaphorePermit,
 ) -> Result<(Arc<Process>, Subscription), StartError> {
     if let Some(field) = spec.field_with_nul() {
-        return Err(StartError::Nul {
-            attempt: Attempt::of(&spec),
-            field,
-        });
+        return Err(StartError::Nul { attempt: Attempt::of(&spec), field });
     }
-    let Ends {
-        child: stdio,
-        input,
-        sources,
-    } = open_ends(&spec)?;
+    let Ends { child: stdio, input, sources } = open_ends(&spec)?;
 
     let nofile = manager.nofile;
     let spawned = tokio::task::spawn_blocking(move || {
@@ -149,14 +134,8 @@ pub(super) async fn start(
         drop(stdio);
         (child, spec)
     });
-    let (child, spec) = spawned
-        .await
-        .map_err(|error| StartError::Task(error.to_string()))?;
-    let Child {
-        pid,
-        pidfd,
-        exec_error,
-    } = child.map_err(|error| spawn_error(&spec, &error))?;
+    let (child, spec) = spawned.await.map_err(|error| StartError::Task(error.to_string()))?;
+    let Child { pid, pidfd, exec_error } = child.map_err(|error| spawn_error(&spec, &error))?;
     let pidfd = ready::watch(pidfd).map_err(|error| {
         let (pidfd, error) = error.into_parts();
         abandon(pidfd);
@@ -210,12 +189,8 @@ fn credentials(user: &User) -> Option<Credentials> {
     let (Ok(uids), Ok(gids)) = (getresuid(), getresgid()) else {
         return Some(wanted(user));
     };
-    let is_user = [uids.real, uids.effective, uids.saved]
-        .iter()
-        .all(|id| id.as_raw() == user.uid)
-        && [gids.real, gids.effective, gids.saved]
-            .iter()
-            .all(|id| id.as_raw() == user.gid);
+    let is_user = [uids.real, uids.effective, uids.saved].iter().all(|id| id.as_raw() == user.uid)
+        && [gids.real, gids.effective, gids.saved].iter().all(|id| id.as_raw() == user.gid);
     let sorted = |mut groups: Vec<u32>| {
         groups.push(user.gid);
         groups.sort_unstable();
@@ -223,11 +198,7 @@ fn credentials(user: &User) -> Option<Credentials> {
         groups
     };
     let has_groups = || {
-        let own = getgroups()
-            .unwrap_or_default()
-            .iter()
-            .map(|gid| gid.as_raw())
-            .collect();
+        let own = getgroups().unwrap_or_default().iter().map(|gid| gid.as_raw()).collect();
         sorted(own) == sorted(user.groups.clone())
     };
     // Without root the groups are what they are.
@@ -236,11 +207,7 @@ fn credentials(user: &User) -> Option<Credentials> {
 }
 
 fn wanted(user: &User) -> Credentials {
-    Credentials {
-        uid: user.uid,
-        gid: user.gid,
-        groups: user.groups.clone(),
-    }
+    Credentials { uid: user.uid, gid: user.gid, groups: user.groups.clone() }
 }
 
 fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {
@@ -249,11 +216,8 @@ fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {
             let (child_stdout, stdout) = output_pipe(spec, "stdout", Channel::Stdout)?;
             let (child_stderr, stderr) = output_pipe(spec, "stderr", Channel::Stderr)?;
             let failed = |error: io::Error| pipe_error(spec, "stdin", &error);
-            let (child_stdin, input) = if stdin {
-                input_pipe().map_err(failed)?
-            } else {
-                no_input().map_err(failed)?
-            };
+            let (child_stdin, input) =
+                if stdin { input_pipe().map_err(failed)? } else { no_input().map_err(failed)? };
             Ok(Ends {
                 child: [child_stdin, child_stdout, child_stderr],
                 input,
@@ -268,10 +232,7 @@ fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {
             Ok(Ends {
                 child: [again()?, again()?, pty.slave],
                 input: Some(Arc::clone(&master)),
-                sources: vec![Source {
-                    channel: Channel::Pty,
-                    fd: master,
-                }],
+                sources: vec![Source { channel: Channel::Pty, fd: master }],
             })
         }
     }
@@ -320,37 +281,24 @@ fn abandon(pidfd: OwnedFd) {
 }
 
 fn pipe_error(spec: &StartSpec, pipe: &'static str, error: &io::Error) -> StartError {
-    StartError::Pipe {
-        pipe,
-        command: spec.command_line(),
-        reason: errno::text_of(error),
-    }
+    StartError::Pipe { pipe, command: spec.command_line(), reason: errno::text_of(error) }
 }
 
 fn refused(spec: &StartSpec, what: &str, error: &io::Error) -> StartError {
     let reason = format!("{what}: {}", errno::text_of(error));
-    StartError::Spawn {
-        attempt: Attempt::of(spec),
-        reason,
-    }
+    StartError::Spawn { attempt: Attempt::of(spec), reason }
 }
 
 fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
     let attempt = Attempt::of(spec);
     let reason = match error {
         SpawnError::Nul(_) => {
-            return StartError::Nul {
-                attempt,
-                field: "a string contains NUL".to_owned(),
-            };
+            return StartError::Nul { attempt, field: "a string contains NUL".to_owned() };
         }
         SpawnError::System { what, source } => {
             format!("fork/exec {}: {what}: {}", spec.cmd, errno::text_of(source))
         }
-        SpawnError::Child {
-            stage,
-            errno: number,
-        } => {
+        SpawnError::Child { stage, errno: number } => {
             let text = errno::text(*number);
             let user = &spec.user;
             match stage {

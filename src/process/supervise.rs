@@ -91,9 +91,7 @@ async fn exit(process: &Process, timeout: Option<Duration>) -> (io::Result<Exit>
 async fn drain(mut channels: Vec<watch::Receiver<Progress>>) {
     for channel in &mut channels {
         // An error means that the reader is gone; nothing more comes from there.
-        let _ = channel
-            .wait_for(|progress| *progress >= Progress::Drained)
-            .await;
+        let _ = channel.wait_for(|progress| *progress >= Progress::Drained).await;
     }
     let grace = Instant::now() + DRAIN_GRACE;
     for channel in &mut channels {

@@ -16,10 +16,7 @@ pub(super) fn spec(cmd: &str, args: &[&str]) -> StartSpec {
         args: args.iter().map(|&arg| arg.to_owned()).collect(),
         requested_env: BTreeMap::new(),
         requested_cwd: None,
-        env: vec![
-            ("PATH".to_owned(), path),
-            ("HOME".to_owned(), "/root".to_owned()),
-        ],
+        env: vec![("PATH".to_owned(), path), ("HOME".to_owned(), "/root".to_owned())],
         cwd: PathBuf::from("/"),
         user: Users::system().by_name("root").unwrap(),
         stdio: Stdio::Pipes { stdin: false },
@@ -91,9 +88,7 @@ async fn follow(mut subscription: Subscription) -> Seen {
 async fn until(subscription: &mut Subscription, text: &str) -> String {
     let mut seen = Seen::default();
     while let Some(event) = subscription.next().await {
-        let Event::Output { channel, data } = event else {
-            panic!("{event:?}, {seen:?}")
-        };
+        let Event::Output { channel, data } = event else { panic!("{event:?}, {seen:?}") };
         seen.take(channel, &data);
         let all = [&seen.stdout[..], &seen.stderr, &seen.pty].concat();
         let all = String::from_utf8_lossy(&all).into_owned();
@@ -130,14 +125,8 @@ async fn cat_returns_every_byte() {
     process.write_stdin(data.clone().into()).await.unwrap();
     process.close_stdin().unwrap();
     process.close_stdin().unwrap();
-    assert_eq!(
-        process.write_stdin("x".into()).await,
-        Err(InputError::Closed)
-    );
-    assert_eq!(
-        process.write_pty("x".into()).await,
-        Err(InputError::NoTerminal)
-    );
+    assert_eq!(process.write_stdin("x".into()).await, Err(InputError::Closed));
+    assert_eq!(process.write_pty("x".into()).await, Err(InputError::NoTerminal));
     let seen = reading.await.unwrap();
     assert!(seen.stdout == data);
     assert_eq!(seen.status(), "exit status 0");
@@ -150,12 +139,7 @@ async fn endings_are_told_as_upstream_tells_them() {
     let ending = seen.ending.unwrap();
     assert_eq!((ending.exit_code, ending.exited), (7, true));
     assert_eq!(ending.error.as_deref(), Some("exit status 7"));
-    for (signal, name) in [
-        (9, "killed"),
-        (15, "terminated"),
-        (1, "hangup"),
-        (34, "signal 34"),
-    ] {
+    for (signal, name) in [(9, "killed"), (15, "terminated"), (1, "hangup"), (34, "signal 34")] {
         let seen = run(sh(&format!("kill -{signal} $$"))).await;
         let ending = seen.ending.unwrap();
         assert_eq!((ending.exit_code, ending.exited), (-1, false));
@@ -165,38 +149,23 @@ async fn endings_are_told_as_upstream_tells_them() {
 
 #[tokio::test]
 async fn a_terminal_has_its_size_its_user_and_an_echo() {
-    let mut spec = terminal(sh(
-        "stty size; tty; stat -c %U:%a $(tty); read line; stty size",
-    ));
+    let mut spec = terminal(sh("stty size; tty; stat -c %U:%a $(tty); read line; stty size"));
     spec.user = Users::system().by_name("nobody").unwrap();
     let manager = Manager::new();
     let (process, mut subscription) = manager.start(spec).await.unwrap();
     let text = until(&mut subscription, ":620").await;
-    assert!(
-        text.contains("33 91") && text.contains("/dev/pts/"),
-        "{text}"
-    );
+    assert!(text.contains("33 91") && text.contains("/dev/pts/"), "{text}");
     assert!(text.contains("nobody:620"), "{text}");
-    assert_eq!(
-        process.write_stdin("x".into()).await,
-        Err(InputError::HasTerminal)
-    );
+    assert_eq!(process.write_stdin("x".into()).await, Err(InputError::HasTerminal));
     assert_eq!(process.close_stdin(), Err(InputError::CannotCloseTerminal));
     process.resize(100, 40).unwrap();
     process.write_pty("typed\n".into()).await.unwrap();
     let seen = follow(subscription).await;
-    assert!(
-        seen.pty().contains("typed\r\n") && seen.pty().contains("40 100"),
-        "{}",
-        seen.pty()
-    );
+    assert!(seen.pty().contains("typed\r\n") && seen.pty().contains("40 100"), "{}", seen.pty());
     assert_eq!(process.resize(1, 1), Err(ResizeError::Finished));
     let closed = process.write_pty("x".into()).await.unwrap_err();
     assert_eq!(closed, InputError::TerminalClosed { pid: process.pid() });
-    let (process, _) = manager
-        .start(super::tests::spec("true", &[]))
-        .await
-        .unwrap();
+    let (process, _) = manager.start(super::tests::spec("true", &[])).await.unwrap();
     assert_eq!(process.resize(1, 1), Err(ResizeError::NoTerminal));
 }
 
@@ -204,10 +173,7 @@ async fn a_terminal_has_its_size_its_user_and_an_echo() {
 async fn a_background_child_does_not_delay_the_end() {
     let seen = run(sh("sleep 30 & echo $!")).await;
     let pid = seen.stdout().trim();
-    assert!(
-        is_alive(pid),
-        "the end came only with the background child's"
-    );
+    assert!(is_alive(pid), "the end came only with the background child's");
     assert_eq!(seen.exit_code(), 0);
     // One that writes without end neither.
     let seen = run(sh("yes & echo $! >&2")).await;
@@ -230,10 +196,8 @@ async fn the_last_words_of_a_process_are_not_lost() {
 
 #[tokio::test]
 async fn a_slow_subscriber_gets_everything_before_the_end() {
-    let (_, mut subscription) = Manager::new()
-        .start(spec("head", &["-c", "5000000", "/dev/zero"]))
-        .await
-        .unwrap();
+    let (_, mut subscription) =
+        Manager::new().start(spec("head", &["-c", "5000000", "/dev/zero"])).await.unwrap();
     let mut total = 0;
     while let Some(Event::Output { data, .. }) = subscription.next().await {
         total += data.len();
@@ -268,9 +232,7 @@ async fn a_blocked_write_blocks_neither_close_nor_signal() {
         let moment = Duration::from_millis(20);
         timeout(moment, &mut writing).await.unwrap_err();
         // A second one waits its turn, and goes away.
-        timeout(moment, process.write_stdin("x".into()))
-            .await
-            .unwrap_err();
+        timeout(moment, process.write_stdin("x".into())).await.unwrap_err();
         assert!(!writing.is_finished());
         if close {
             process.close_stdin().unwrap();
@@ -304,9 +266,7 @@ async fn a_process_outlives_its_subscribers() {
     {
         let mut start = Box::pin(manager.start(sh(&script)));
         let waker = std::task::Waker::noop();
-        let _ = start
-            .as_mut()
-            .poll(&mut std::task::Context::from_waker(waker));
+        let _ = start.as_mut().poll(&mut std::task::Context::from_waker(waker));
     }
     while !marker.exists() {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -328,10 +288,7 @@ async fn a_timeout_kills_and_says_so() {
 async fn a_command_that_cannot_be_executed_ends_as_in_a_shell() {
     let seen = run(spec("no-such-command", &["x"])).await;
     assert_eq!(seen.exit_code(), 127);
-    assert_eq!(
-        seen.stderr(),
-        "envd: 'no-such-command': No such file or directory\n"
-    );
+    assert_eq!(seen.stderr(), "envd: 'no-such-command': No such file or directory\n");
     let seen = run(spec("/etc/passwd", &[])).await;
     assert_eq!((seen.exit_code(), seen.status()), (126, "exit status 126"));
     assert_eq!(seen.stderr(), "envd: '/etc/passwd': Permission denied\n");
@@ -363,15 +320,8 @@ async fn what_cannot_be_started_is_an_error_that_names_its_cause() {
     );
     let long = "x".repeat(200_000);
     let text = error(spec("echo", &[&long])).await;
-    assert!(
-        text.ends_with(": fork/exec echo: argument list too long"),
-        "{}",
-        &text[200_000..]
-    );
-    assert_eq!(
-        (manager.len(), manager.slots.available_permits()),
-        (0, registry::MAX_PROCESSES)
-    );
+    assert!(text.ends_with(": fork/exec echo: argument list too long"), "{}", &text[200_000..]);
+    assert_eq!((manager.len(), manager.slots.available_permits()), (0, registry::MAX_PROCESSES));
 }
 
 #[tokio::test]
@@ -383,10 +333,7 @@ async fn a_user_has_exactly_their_groups_and_their_environment() {
     assert_eq!(seen.stderr(), "again\n");
     let text = seen.stdout();
     assert!(text.starts_with("65534\n65534\n"), "{text}");
-    assert!(
-        text.contains("\nPWD=/tmp\n") && text.contains("HOME=/root\n"),
-        "{text}"
-    );
+    assert!(text.contains("\nPWD=/tmp\n") && text.contains("HOME=/root\n"), "{text}");
 }
 
 #[tokio::test]
@@ -429,10 +376,7 @@ async fn a_tag_selects_the_process_started_last_whatever_other_tags_there_are() 
     }
     let pid = |index: usize| subscriptions[index].0.pid();
     for (tag, index) in [("a", 3), ("b", 1), ("c", 4)] {
-        assert_eq!(
-            manager.live(&Selector::Tag(tag.to_owned())).unwrap().pid(),
-            pid(index)
-        );
+        assert_eq!(manager.live(&Selector::Tag(tag.to_owned())).unwrap().pid(), pid(index));
     }
     assert!(manager.find(&Selector::Tag("d".to_owned())).is_none());
     let listed: Vec<u32> = manager.list().iter().map(|process| process.pid()).collect();
@@ -447,36 +391,24 @@ async fn the_last_bytes_of_a_terminal_are_not_lost() {
     let manager = Manager::new();
     for round in 0..50 {
         // Without a shell: the kernel hangs the terminal up when the leader of its session exits.
-        let (_, subscription) = manager
-            .start(terminal(spec("seq", &["3000"])))
-            .await
-            .unwrap();
+        let (_, subscription) = manager.start(terminal(spec("seq", &["3000"]))).await.unwrap();
         let seen = follow(subscription).await;
         let lines: Vec<&str> = seen.pty().lines().collect();
-        assert_eq!(
-            (lines.len(), lines.last()),
-            (3000, Some(&"3000")),
-            "round {round}"
-        );
+        assert_eq!((lines.len(), lines.last()), (3000, Some(&"3000")), "round {round}");
     }
 }
 
 #[tokio::test]
 async fn a_slow_subscriber_gets_the_last_bytes_of_a_terminal() {
-    let (_, mut subscription) = Manager::new()
-        .start(terminal(spec("seq", &["300000"])))
-        .await
-        .unwrap();
+    let (_, mut subscription) =
+        Manager::new().start(terminal(spec("seq", &["300000"]))).await.unwrap();
     let mut all = Vec::new();
     while let Some(Event::Output { data, .. }) = subscription.next().await {
         all.extend_from_slice(&data);
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
     let all = String::from_utf8(all).unwrap();
-    assert_eq!(
-        (all.lines().count(), all.lines().last()),
-        (300_000, Some("300000"))
-    );
+    assert_eq!((all.lines().count(), all.lines().last()), (300_000, Some("300000")));
 }
 
 /// In a process of its own, because it counts what the other tests have too.
@@ -484,18 +416,12 @@ async fn a_slow_subscriber_gets_the_last_bytes_of_a_terminal() {
 fn many_runs_leave_nothing_behind() {
     let alone = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture"])
-        .arg(format!(
-            "{}::alone",
-            module_path!().split_once("::").unwrap().1
-        ))
+        .arg(format!("{}::alone", module_path!().split_once("::").unwrap().1))
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&alone.stdout).into_owned();
     let errors = String::from_utf8_lossy(&alone.stderr).into_owned();
-    assert!(
-        alone.status.success() && text.contains("1 passed"),
-        "{text}{errors}"
-    );
+    assert!(alone.status.success() && text.contains("1 passed"), "{text}{errors}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -513,10 +439,7 @@ async fn alone() {
         assert_eq!(follow(subscription).await.pty(), "hi\r\n", "round {round}");
         let zombie = format!("/proc/{}", process.pid());
         assert!(!std::path::Path::new(&zombie).exists(), "{zombie}");
-        assert_eq!(
-            follow(manager.start(spec).await.unwrap().1).await.stdout(),
-            "hi\n"
-        );
+        assert_eq!(follow(manager.start(spec).await.unwrap().1).await.stdout(), "hi\n");
         let mut bad = super::tests::spec("echo", &[]);
         bad.cwd = PathBuf::from("/nowhere");
         manager.start(bad).await.unwrap_err();

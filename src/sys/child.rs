@@ -12,11 +12,7 @@
 //! the daemon itself writes no core dump once it has started a process as another user.
 
 // The numbers here are descriptors, flags and addresses on their way into registers.
-#![allow(
-    clippy::cast_sign_loss,
-    clippy::cast_possible_wrap,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, clippy::cast_possible_truncation)]
 
 use std::{
     convert::Infallible,
@@ -96,14 +92,10 @@ impl Plan {
             report,
             terminal: spec.terminal,
             credentials: spec.credentials.map(|to| (to.uid, to.gid)),
-            groups: spec
-                .credentials
-                .map(|to| to.groups.clone())
-                .unwrap_or_default(),
-            nofile: spec.nofile.map(|(soft, hard)| libc::rlimit64 {
-                rlim_cur: soft,
-                rlim_max: hard,
-            }),
+            groups: spec.credentials.map(|to| to.groups.clone()).unwrap_or_default(),
+            nofile: spec
+                .nofile
+                .map(|(soft, hard)| libc::rlimit64 { rlim_cur: soft, rlim_max: hard }),
         };
         let cmd = plan.own(spec.cmd.as_bytes().to_vec())?;
         plan.argv.push(cmd);
@@ -120,11 +112,7 @@ impl Plan {
         }
         plan.envp.push(ptr::null());
         // Of two variables of one name getenv finds the first, and so does this search.
-        let path = spec
-            .env
-            .iter()
-            .find(|(name, _)| name == "PATH")
-            .map(|(_, path)| path.as_str());
+        let path = spec.env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_str());
         plan.search(spec.cmd, path.unwrap_or(DEFAULT_PATH), cmd)?;
         Ok(plan)
     }
@@ -191,16 +179,10 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
         let [stdin, stdout, stderr] = plan.stdio;
         if plan.terminal {
             let request = libc::TIOCSCTTY as usize;
-            at(
-                Stage::Terminal,
-                raw(libc::SYS_ioctl, [stdin as usize, request, 0, 0, 0]),
-            )?;
+            at(Stage::Terminal, raw(libc::SYS_ioctl, [stdin as usize, request, 0, 0, 0]))?;
         }
         for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
-            at(
-                Stage::Stdio,
-                raw(libc::SYS_dup3, [from as usize, to, 0, 0, 0]),
-            )?;
+            at(Stage::Stdio, raw(libc::SYS_dup3, [from as usize, to, 0, 0, 0]))?;
         }
         set_priorities();
         if let Some(limit) = &plan.nofile {
@@ -210,37 +192,19 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
         if let Some((uid, gid)) = plan.credentials {
             let groups = [plan.groups.len(), addr(plan.groups.as_ptr()), 0, 0, 0];
             at(Stage::Groups, raw(libc::SYS_setgroups, groups))?;
-            at(
-                Stage::Gid,
-                raw(libc::SYS_setgid, [gid as usize, 0, 0, 0, 0]),
-            )?;
-            at(
-                Stage::Uid,
-                raw(libc::SYS_setuid, [uid as usize, 0, 0, 0, 0]),
-            )?;
+            at(Stage::Gid, raw(libc::SYS_setgid, [gid as usize, 0, 0, 0, 0]))?;
+            at(Stage::Uid, raw(libc::SYS_setuid, [uid as usize, 0, 0, 0, 0]))?;
             if uid != 0 {
                 // The kernel has set fs.suid_dumpable, which systems with a core dump service set
                 // to 2; and before Linux 5.16 a core dump kills all who share the memory.
-                let _ = raw(
-                    libc::SYS_prctl,
-                    [libc::PR_SET_DUMPABLE as usize, 0, 0, 0, 0],
-                );
+                let _ = raw(libc::SYS_prctl, [libc::PR_SET_DUMPABLE as usize, 0, 0, 0, 0]);
             }
         }
         // With the user's rights: a directory that they cannot enter is an error, not a way in.
-        at(
-            Stage::Chdir,
-            raw(libc::SYS_chdir, [addr(plan.cwd.as_ptr()), 0, 0, 0, 0]),
-        )?;
+        at(Stage::Chdir, raw(libc::SYS_chdir, [addr(plan.cwd.as_ptr()), 0, 0, 0, 0]))?;
         reset_signals();
         // Ours are close-on-exec anyway; whoever started the daemon may have left others open.
-        let range = [
-            3,
-            u32::MAX as usize,
-            libc::CLOSE_RANGE_CLOEXEC as usize,
-            0,
-            0,
-        ];
+        let range = [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0, 0];
         let _ = raw(libc::SYS_close_range, range);
         exec(plan)
     }
@@ -259,24 +223,12 @@ unsafe fn set_priorities() {
         // The kernel leaves the daemon's own score alone though the memory is shared: it
         // recognises a vfork.
         if let Ok(file) = raw(libc::SYS_openat, [here, path, flags, 0, 0]) {
-            let text = [
-                file as usize,
-                addr(OOM_SCORE_ADJ.as_ptr()),
-                OOM_SCORE_ADJ.len(),
-                0,
-                0,
-            ];
+            let text = [file as usize, addr(OOM_SCORE_ADJ.as_ptr()), OOM_SCORE_ADJ.len(), 0, 0];
             let _ = raw(libc::SYS_write, text);
             let _ = raw(libc::SYS_close, [file as usize, 0, 0, 0, 0]);
         }
-        let _ = raw(
-            libc::SYS_setpriority,
-            [libc::PRIO_PROCESS as usize, 0, 0, 0, 0],
-        );
-        let _ = raw(
-            libc::SYS_ioprio_set,
-            [IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4, 0, 0],
-        );
+        let _ = raw(libc::SYS_setpriority, [libc::PRIO_PROCESS as usize, 0, 0, 0, 0]);
+        let _ = raw(libc::SYS_ioprio_set, [IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4, 0, 0]);
     }
 }
 
@@ -294,13 +246,7 @@ unsafe fn reset_signals() {
             let action = [signal as usize, addr(default.as_ptr()), 0, SIGSET_SIZE, 0];
             let _ = raw(libc::SYS_rt_sigaction, action);
         }
-        let mask = [
-            libc::SIG_SETMASK as usize,
-            addr(&raw const empty),
-            0,
-            SIGSET_SIZE,
-            0,
-        ];
+        let mask = [libc::SIG_SETMASK as usize, addr(&raw const empty), 0, SIGSET_SIZE, 0];
         let _ = raw(libc::SYS_rt_sigprocmask, mask);
     }
 }
@@ -315,23 +261,13 @@ unsafe fn exec(plan: &mut Plan) -> Result<Infallible, Failure> {
     let envp = addr(plan.envp.as_ptr());
     for &file in &plan.candidates {
         // SAFETY: the strings are valid and the arrays null-terminated.
-        let mut result = unsafe {
-            raw(
-                libc::SYS_execve,
-                [addr(file), addr(plan.argv.as_ptr()), envp, 0, 0],
-            )
-        };
+        let mut result =
+            unsafe { raw(libc::SYS_execve, [addr(file), addr(plan.argv.as_ptr()), envp, 0, 0]) };
         if result == Err(libc::ENOEXEC) {
             if let Some(slot) = plan.script_argv.get_mut(1) {
                 *slot = file;
             }
-            let shell = [
-                addr(c"/bin/sh".as_ptr()),
-                addr(plan.script_argv.as_ptr()),
-                envp,
-                0,
-                0,
-            ];
+            let shell = [addr(c"/bin/sh".as_ptr()), addr(plan.script_argv.as_ptr()), envp, 0, 0];
             // SAFETY: as above. Where there is no shell the format error stands.
             let _ = unsafe { raw(libc::SYS_execve, shell) };
             result = Err(libc::ENOEXEC);

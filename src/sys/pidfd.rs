@@ -40,15 +40,8 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let info = ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed and means what kill(2) sends; the descriptor is open for
     // as long as it is borrowed.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            info,
-            0,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, info, 0) };
     check(result).map(|_| ())
 }
 
@@ -98,10 +91,7 @@ fn wait_id(pidfd: BorrowedFd<'_>, options: c_int) -> io::Result<Option<Exit>> {
         }
         return Ok(Some(match info.si_code {
             libc::CLD_EXITED => Exit::Exited(status),
-            code => Exit::Signalled {
-                signal: status,
-                core_dumped: code == libc::CLD_DUMPED,
-            },
+            code => Exit::Signalled { signal: status, core_dumped: code == libc::CLD_DUMPED },
         }));
     }
 }
@@ -124,9 +114,5 @@ pub fn keep_exit_statuses() {
 }
 
 fn check(result: c_long) -> io::Result<c_long> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

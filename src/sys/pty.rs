@@ -46,10 +46,7 @@ pub fn open_pty(cols: u16, rows: u16, uid: u32) -> io::Result<Pty> {
     // SAFETY: the descriptor comes from `into_raw_fd`, which gave up its ownership.
     let master = unsafe { OwnedFd::from_raw_fd(master.into_raw_fd()) };
     set_size(master.as_fd(), cols, rows)?;
-    Ok(Pty {
-        master,
-        slave: slave.into(),
-    })
+    Ok(Pty { master, slave: slave.into() })
 }
 
 /// Sets the size of a terminal; its foreground programs get SIGWINCH when it has changed.
@@ -57,12 +54,7 @@ pub fn open_pty(cols: u16, rows: u16, uid: u32) -> io::Result<Pty> {
 /// # Errors
 /// ENOTTY when this is no terminal, EIO when it is gone.
 pub fn set_size(terminal: BorrowedFd<'_>, cols: u16, rows: u16) -> io::Result<()> {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: cols,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
     if unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } != 0 {
         return Err(io::Error::last_os_error());

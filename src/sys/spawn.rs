@@ -150,13 +150,8 @@ pub enum SpawnError {
 /// [`SpawnError`]; no process is left then.
 pub fn spawn(spec: &Spec<'_>) -> Result<Child, SpawnError> {
     match spawn_as(spec, Mode::Vfork) {
-        Err(SpawnError::System {
-            what: CLONE,
-            source,
-        }) if matches!(
-            source.raw_os_error(),
-            Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)
-        ) =>
+        Err(SpawnError::System { what: CLONE, source })
+            if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) =>
         {
             spawn_as(spec, Mode::Fork)
         }
@@ -196,15 +191,9 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode) -> Result<Child, SpawnError> {
     drop(plan);
     let pidfd = match pidfd {
         Some(pidfd) => pidfd,
-        None => pidfd::open(pid)
-            .map_err(|error| abandon(pid, error))
-            .map_err(failed("pidfd"))?,
+        None => pidfd::open(pid).map_err(|error| abandon(pid, error)).map_err(failed("pidfd"))?,
     };
-    let child = |exec_error| Child {
-        pid: pid.unsigned_abs(),
-        pidfd,
-        exec_error,
-    };
+    let child = |exec_error| Child { pid: pid.unsigned_abs(), pidfd, exec_error };
     match read_report(report) {
         None => Ok(child(None)),
         Some((Stage::Exec, errno)) if is_the_commands_fault(errno) => Ok(child(Some(errno))),
@@ -269,13 +258,7 @@ fn clone(plan: &mut Plan, mode: Mode) -> io::Result<(c_int, Option<OwnedFd>)> {
     // sleeps (Vfork) or the child has its own copy (Fork). The stack is the child's alone, and
     // `pidfd` is a valid place for the one variable argument that CLONE_PIDFD asks for.
     let pid = unsafe {
-        libc::clone(
-            child::run,
-            stack.top(),
-            flags,
-            ptr::from_mut(plan).cast(),
-            &raw mut pidfd,
-        )
+        libc::clone(child::run, stack.top(), flags, ptr::from_mut(plan).cast(), &raw mut pidfd)
     };
     // Read before anything else can change errno; the child may have set it, but only in a clone
     // that succeeded.
@@ -297,10 +280,7 @@ fn read_report(pipe: OwnedFd) -> Option<(Stage, i32)> {
     let mut report = [0_u8; 8];
     File::from(pipe).read_exact(&mut report).ok()?;
     let [a, b, c, d, errno @ ..] = report;
-    Some((
-        Stage::from_number(i32::from_ne_bytes([a, b, c, d]))?,
-        i32::from_ne_bytes(errno),
-    ))
+    Some((Stage::from_number(i32::from_ne_bytes([a, b, c, d]))?, i32::from_ne_bytes(errno)))
 }
 
 /// Ends a child that we cannot hold on to.

@@ -83,11 +83,7 @@ pub async fn serve<I, S>(
     };
     let http2 = start.starts_with(PREFACE);
     let activity = Arc::new(Activity::default());
-    let io = Watched {
-        io: Rewound { start, io },
-        activity: Arc::clone(&activity),
-        heads: !http2,
-    };
+    let io = Watched { io: Rewound { start, io }, activity: Arc::clone(&activity), heads: !http2 };
     let service = Calls { inner: service, activity: Arc::clone(&activity), refused: place.refused };
     let io = TokioIo::new(io);
     if http2 {
@@ -111,10 +107,11 @@ pub async fn serve<I, S>(
             .max_header_size(MAX_HEADER_BYTES)
             .max_headers(MAX_HEADER_LINES);
         let mut connection = builder.serve_connection(io, service);
-        let late = supervise(Pin::new(&mut connection), &activity, limits, shutdown, |connection| {
-            connection.graceful_shutdown();
-        })
-        .await;
+        let late =
+            supervise(Pin::new(&mut connection), &activity, limits, shutdown, |connection| {
+                connection.graceful_shutdown();
+            })
+            .await;
         if late {
             let mut io = connection.into_parts().io.into_inner();
             let _ = tokio::time::timeout(HEADER_TIMEOUT, io.write_all(REQUEST_TIMEOUT)).await;

@@ -82,8 +82,10 @@ impl Splitter {
     ///
     /// # Errors
     /// `resource_exhausted` as soon as an envelope announces more than the limit.
-    pub fn next(&mut self) -> Result<Option<Envelope>, Status> {
-        let Some((flags, length)) = self.header() else { return Ok(None) };
+    pub fn take(&mut self) -> Result<Option<Envelope>, Status> {
+        let Some((flags, length)) = self.header() else {
+            return Ok(None);
+        };
         if length > self.limit {
             return Err(too_large(length, self.limit));
         }
@@ -101,9 +103,9 @@ impl Splitter {
     pub fn end(&self) -> Result<(), Status> {
         match self.header() {
             None if self.buffer.is_empty() => Ok(()),
-            None => Err(Status::invalid_argument(
-                "protocol error: incomplete envelope: unexpected EOF",
-            )),
+            None => {
+                Err(Status::invalid_argument("protocol error: incomplete envelope: unexpected EOF"))
+            }
             Some((_, promised)) => Err(Status::invalid_argument(format!(
                 "protocol error: promised {promised} bytes in enveloped message, got {} bytes",
                 self.buffer.len() - HEADER_BYTES
@@ -180,7 +182,7 @@ mod tests {
     fn announced_length_over_the_limit_is_refused_before_it_comes() {
         let mut splitter = Splitter::new(10);
         splitter.push(&header(0, 11));
-        assert_eq!(splitter.next().unwrap_err().code(), Code::ResourceExhausted);
+        assert_eq!(splitter.take().unwrap_err().code(), Code::ResourceExhausted);
     }
 
     #[test]
@@ -216,7 +218,7 @@ mod tests {
                 let (now, later) = rest.split_at((*cut).min(rest.len()));
                 splitter.push(now);
                 rest = later;
-                while let Some(envelope) = splitter.next().unwrap() {
+                while let Some(envelope) = splitter.take().unwrap() {
                     prop_assert_eq!(envelope.flags, COMPRESSED);
                     seen.push(envelope.message.to_vec());
                 }
@@ -229,7 +231,7 @@ mod tests {
         fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut splitter = Splitter::new(64);
             splitter.push(&bytes);
-            while let Ok(Some(envelope)) = splitter.next() {
+            while let Ok(Some(envelope)) = splitter.take() {
                 let _ = decompress(&envelope.message, 64);
             }
             let _ = splitter.end();

@@ -119,7 +119,10 @@ impl FromStr for Address {
                     }
                     None => (VMADDR_CID_ANY, rest),
                 };
-                Place::Vsock { cid, port: port.parse().map_err(|_| wrong("the port is no number"))? }
+                Place::Vsock {
+                    cid,
+                    port: port.parse().map_err(|_| wrong("the port is no number"))?,
+                }
             }
             _ => return Err(wrong("the scheme is not tcp, unix or vsock")),
         };
@@ -235,7 +238,9 @@ fn unix(path: &Path, mode: u32) -> io::Result<Listener> {
         }
         // A socket that nobody listens on is left over from a daemon that was killed.
         Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)?,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path)?;
+            }
             _ => return Err(io::ErrorKind::AddrInUse.into()),
         },
         Err(_) => {}

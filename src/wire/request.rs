@@ -66,7 +66,9 @@ impl Reader {
         let mut rest = BytesMut::new();
         let mut total = 0;
         while let Some(frame) = body.frame().await {
-            let Ok(data) = frame.map_err(unreadable)?.into_data() else { continue };
+            let Ok(data) = frame.map_err(unreadable)?.into_data() else {
+                continue;
+            };
             total += data.len();
             if total > self.limit {
                 return Err(envelope::too_large(total, self.limit));
@@ -128,9 +130,7 @@ impl Reader {
                 "protocol error: sent compressed message without compression support",
             )),
             (true, Encoding::Gzip) if envelope.message.is_empty() => Ok(Some(Bytes::new())),
-            (true, Encoding::Gzip) => {
-                envelope::decompress(&envelope.message, self.limit).map(Some)
-            }
+            (true, Encoding::Gzip) => envelope::decompress(&envelope.message, self.limit).map(Some),
         }
     }
 }
@@ -158,7 +158,7 @@ impl Envelopes {
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Status>>> {
         loop {
-            match self.splitter.next().transpose() {
+            match self.splitter.take().transpose() {
                 Some(Ok(envelope)) if !self.ended => match self.reader.open(envelope) {
                     Ok(Some(message)) => return Poll::Ready(Some(Ok(message))),
                     Ok(None) => self.ended = true,
@@ -171,7 +171,9 @@ impl Envelopes {
                     None => return Poll::Ready(self.splitter.end().err().map(Err)),
                     Some(Err(error)) => return Poll::Ready(Some(Err(unreadable(error)))),
                     Some(Ok(frame)) => {
-                        let Some(data) = frame.data_ref() else { continue };
+                        let Some(data) = frame.data_ref() else {
+                            continue;
+                        };
                         match &mut self.text {
                             None => self.splitter.push(data),
                             Some(text) => match text.decode(data) {
@@ -231,9 +233,10 @@ impl TextDecoder {
         let mut bytes = Vec::with_capacity(groups.len() / 4 * 3);
         while !groups.is_empty() {
             // Padding ends a piece, and another may follow it.
-            let end = groups.iter().position(|byte| *byte == b'=').map_or(groups.len(), |at| {
-                (at / 4 + 1) * 4
-            });
+            let end = groups
+                .iter()
+                .position(|byte| *byte == b'=')
+                .map_or(groups.len(), |at| (at / 4 + 1) * 4);
             STANDARD.decode_vec(&groups[..end.min(groups.len())], &mut bytes).map_err(|error| {
                 Status::invalid_argument(format!("protocol error: body is not base64: {error}"))
             })?;

@@ -68,9 +68,10 @@ impl Writer {
     /// What the service answered.
     pub async fn response(self, response: Response<Body>) -> Response<Body> {
         let (parts, body) = response.into_parts();
-        let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-            value.as_bytes().starts_with(b"application/grpc")
-        });
+        let grpc = parts
+            .headers
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
         if parts.headers.contains_key(Status::GRPC_STATUS) {
             return self.finished(HeaderMap::new(), parts.headers);
         }
@@ -211,7 +212,7 @@ impl Outgoing {
         };
         splitter.push(&data);
         let mut out = BytesMut::new();
-        while let Some(envelope) = splitter.next()? {
+        while let Some(envelope) = splitter.take()? {
             if envelope.message.len() < MIN_COMPRESSED_BYTES {
                 out.extend_from_slice(&envelope::wrap(envelope.flags, &envelope.message));
             } else {
@@ -288,7 +289,9 @@ impl http_body::Body for Outgoing {
                 self.fail(&timeout::exceeded());
                 continue;
             }
-            let Some(inner) = &mut self.inner else { return Poll::Ready(None) };
+            let Some(inner) = &mut self.inner else {
+                return Poll::Ready(None);
+            };
             match ready!(Pin::new(inner).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
@@ -321,11 +324,7 @@ impl http_body::Body for TrailersBody {
 }
 
 /// A response of these parts.
-pub(super) fn response_with(
-    status: StatusCode,
-    headers: HeaderMap,
-    body: Body,
-) -> Response<Body> {
+pub(super) fn response_with(status: StatusCode, headers: HeaderMap, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;

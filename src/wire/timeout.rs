@@ -21,7 +21,9 @@ pub const GRPC_TIMEOUT: &str = "grpc-timeout";
 /// # Errors
 /// `invalid_argument` when the header is no number of milliseconds.
 pub fn connect(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = headers.get(CONNECT_TIMEOUT) else { return Ok(None) };
+    let Some(value) = headers.get(CONNECT_TIMEOUT) else {
+        return Ok(None);
+    };
     let text = value.to_str().unwrap_or_default();
     if text.len() > 10 {
         return Err(invalid(CONNECT_TIMEOUT, "more than 10 characters"));
@@ -36,7 +38,9 @@ pub fn connect(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
 /// # Errors
 /// `invalid_argument` when the header is not one to eight digits and a unit of `HMSmun`.
 pub fn grpc(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
+    let Some(value) = headers.get(GRPC_TIMEOUT) else {
+        return Ok(None);
+    };
     let text = value.to_str().unwrap_or_default();
     let Some((at, unit)) = text.char_indices().next_back() else {
         return Err(invalid(GRPC_TIMEOUT, "empty"));

@@ -28,8 +28,9 @@ use tonic::Status;
 use tower::Service;
 
 use super::{
-    Body, codec, error,
+    Body, codec,
     envelope::Encoding,
+    error,
     metadata::ResponseMetadata,
     methods::{Method, Methods},
     protocol::{self, Framing, Protocol},
@@ -139,7 +140,8 @@ impl Call {
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
     {
         let metadata = ResponseMetadata::default();
-        let mut writer = Writer { metadata: metadata.clone(), ..Writer::plain(self.protocol.clone()) };
+        let mut writer =
+            Writer { metadata: metadata.clone(), ..Writer::plain(self.protocol.clone()) };
         let (mut parts, body) = request.into_parts();
         let (encoding, timeout) = match self.negotiate(&parts.headers, &mut writer) {
             Ok(negotiated) => negotiated,
@@ -165,7 +167,9 @@ impl Call {
             let response = codec::scope(self.protocol.format, inner.call(request)).await?;
             Ok(writer.response(response).await)
         };
-        let Some(deadline) = deadline else { return call.await };
+        let Some(deadline) = deadline else {
+            return call.await;
+        };
         match tokio::time::timeout_at(deadline, call).await {
             Ok(response) => response,
             Err(_) => Ok(Writer::plain(self.protocol).error(&timeout::exceeded())),

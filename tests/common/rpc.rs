@@ -90,7 +90,8 @@ impl Client {
     pub async fn unary<Q: Msg, R: Msg>(&self, path: &str, request: &Q) -> Result<R, Failure> {
         if let Wire::Connect { json } = self.wire {
             let kind = if json { "application/json" } else { "application/proto" };
-            let response = soon(path, self.post(path, kind, encode(json, request)).send()).await.unwrap();
+            let response =
+                soon(path, self.post(path, kind, encode(json, request)).send()).await.unwrap();
             let status = response.status();
             let body = soon(path, response.bytes()).await.unwrap();
             return match status.is_success() {
@@ -163,9 +164,13 @@ impl Client {
         }))))
     }
 
-    async fn grpc<Q: Msg, R: Msg>(&self, path: &str, requests: &[Q]) -> Result<Messages<R>, Failure> {
-        let mut client = tonic::client::Grpc::new(self.grpc.clone())
-            .max_decoding_message_size(usize::MAX);
+    async fn grpc<Q: Msg, R: Msg>(
+        &self,
+        path: &str,
+        requests: &[Q],
+    ) -> Result<Messages<R>, Failure> {
+        let mut client =
+            tonic::client::Grpc::new(self.grpc.clone()).max_decoding_message_size(usize::MAX);
         soon(path, client.ready()).await.unwrap();
         let requests: Vec<Q> = requests
             .iter()
@@ -184,11 +189,8 @@ impl Client {
     }
 
     fn post(&self, path: &str, kind: &str, body: Vec<u8>) -> reqwest::RequestBuilder {
-        let mut request = self
-            .http
-            .post(format!("{}{path}", self.base))
-            .header("content-type", kind)
-            .body(body);
+        let mut request =
+            self.http.post(format!("{}{path}", self.base)).header("content-type", kind).body(body);
         for (name, value) in &self.headers {
             request = request.header(*name, value);
         }

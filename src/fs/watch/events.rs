@@ -93,11 +93,7 @@ impl Tree {
             for sub in subs {
                 let rel = sub.rel.join(name);
                 if !told {
-                    let kind = if moved_from {
-                        WatchKind::Rename
-                    } else {
-                        WatchKind::Remove
-                    };
+                    let kind = if moved_from { WatchKind::Rename } else { WatchKind::Remove };
                     self.emit(sub.watcher, kind, &rel);
                 }
                 if is_dir && moved_from {
@@ -126,17 +122,10 @@ impl Tree {
     /// Something happened to the directory itself. Of a directory inside a tree, the directory
     /// above tells it already.
     fn handle_own(&mut self, wd: Wd, subs: &[Sub], mask: AddWatchFlags) {
-        let roots = || {
-            subs.iter()
-                .filter(|sub| sub.rel.as_os_str().is_empty())
-                .map(|s| s.watcher)
-        };
+        let roots = || subs.iter().filter(|sub| sub.rel.as_os_str().is_empty()).map(|s| s.watcher);
         if mask.contains(AddWatchFlags::IN_MOVE_SELF) {
             // It comes after both halves of the rename: what has not arrived has left its tree.
-            let left = self
-                .moving
-                .extract_if(.., |moving| moving.top == wd)
-                .collect();
+            let left = self.moving.extract_if(.., |moving| moving.top == wd).collect();
             self.lose(left);
             for id in roots() {
                 self.emit(id, WatchKind::Rename, Path::new(""));
@@ -168,19 +157,11 @@ impl Tree {
         };
         // RENAME_EXCHANGE tells two renames: by the second one, the directory that has arrived
         // under this name looks as if it left.
-        if self
-            .path_of(id, rel)
-            .is_some_and(|path| self.watch_at(&path, rel) == Ok(top))
-        {
+        if self.path_of(id, rel).is_some_and(|path| self.watch_at(&path, rel) == Ok(top)) {
             return;
         }
         let dirs = self.take_subtree(id, rel);
-        self.moving.push(Moving {
-            cookie,
-            watcher: id,
-            top,
-            dirs,
-        });
+        self.moving.push(Moving { cookie, watcher: id, top, dirs });
     }
 
     /// The second half: whether the directory was the watcher's before.

@@ -65,12 +65,7 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
     };
     let readable = entries.take(MAX_KNOWN_NAMES + 1).filter_map(Result::ok);
     let mut found: Vec<_> = readable
-        .map(|entry| {
-            (
-                entry.file_name(),
-                entry.file_type().is_ok_and(|kind| kind.is_dir()),
-            )
-        })
+        .map(|entry| (entry.file_name(), entry.file_type().is_ok_and(|kind| kind.is_dir())))
         .collect();
     found.sort_unstable();
     found

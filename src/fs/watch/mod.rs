@@ -117,10 +117,7 @@ impl Drop for Watcher {
 impl Hub {
     /// A hub without watchers: nothing runs yet.
     pub fn new(users: Arc<Users>) -> Arc<Self> {
-        Arc::new(Self {
-            shared: Arc::new(Shared::new(users)),
-            polled: Mutex::default(),
-        })
+        Arc::new(Self { shared: Arc::new(Shared::new(users)), polled: Mutex::default() })
     }
 
     /// Watches a directory. When this returns, the watch is set.
@@ -132,30 +129,16 @@ impl Hub {
         // A network mount can take its time to answer; neither an async worker nor the watching
         // thread, which serves everyone, shall wait for it.
         let checked = tokio::task::spawn_blocking(move || check(&path, options).map(|()| path));
-        let path = checked
-            .await
-            .map_err(|error| FsError::WatchStart(error.to_string()))??;
+        let path = checked.await.map_err(|error| FsError::WatchStart(error.to_string()))??;
         let queue = Arc::new(Queue::default());
         // Before the command is sent: if this future is dropped, the watch goes with it.
         let id = self.shared.next_id();
-        let watcher = Watcher {
-            id,
-            shared: Arc::clone(&self.shared),
-            queue: Arc::clone(&queue),
-        };
+        let watcher = Watcher { id, shared: Arc::clone(&self.shared), queue: Arc::clone(&queue) };
         let (done, added) = oneshot::channel();
-        self.shared.send_or_start(Command::Add {
-            id,
-            path,
-            options,
-            queue,
-            done,
-        })?;
+        self.shared.send_or_start(Command::Add { id, path, options, queue, done })?;
         match added.await {
             Ok(result) => result.map(|()| watcher),
-            Err(_) => Err(FsError::WatchStart(
-                "the watching thread has ended".to_owned(),
-            )),
+            Err(_) => Err(FsError::WatchStart("the watching thread has ended".to_owned())),
         }
     }
 
@@ -190,9 +173,7 @@ impl Hub {
     pub async fn take_events(&self, id: &str) -> Result<Vec<WatchEvent>, FsError> {
         let queue = || {
             let polled = self.polled.lock();
-            let watcher = polled
-                .get(id)
-                .ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))?;
+            let watcher = polled.get(id).ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))?;
             Ok(Arc::clone(&watcher.queue))
         };
         let queue = queue()?;
@@ -209,9 +190,7 @@ impl Hub {
     /// [`FsError::WatcherNotFound`].
     pub fn remove_polled(&self, id: &str) -> Result<(), FsError> {
         let removed = self.polled.lock().remove(id);
-        removed
-            .map(drop)
-            .ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))
+        removed.map(drop).ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))
     }
 }
 
@@ -245,10 +224,6 @@ fn new_id() -> Result<String, FsError> {
     File::open(&source)
         .and_then(|mut file| file.read_exact(&mut random))
         .map_err(|error| FsError::WatchStart(PathError::io("read", &source, &error).to_string()))?;
-    let letters = random
-        .iter()
-        .filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()));
-    Ok(std::iter::once('w')
-        .chain(letters.map(|letter| char::from(*letter)))
-        .collect())
+    let letters = random.iter().filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()));
+    Ok(std::iter::once('w').chain(letters.map(|letter| char::from(*letter))).collect())
 }

@@ -88,11 +88,7 @@ mod tests {
     use super::*;
 
     fn write(name: &str) -> WatchEvent {
-        WatchEvent {
-            name: name.to_owned(),
-            kind: WatchKind::Write,
-            entry: None,
-        }
+        WatchEvent { name: name.to_owned(), kind: WatchKind::Write, entry: None }
     }
 
     #[test]

@@ -33,11 +33,7 @@ impl Tree {
 
     /// Finds those for whom another directory, or none, now has the name of this one.
     fn verify(&mut self, wd: Wd) {
-        let subs = self
-            .dirs
-            .get(&wd)
-            .map(|dir| dir.subs.clone())
-            .unwrap_or_default();
+        let subs = self.dirs.get(&wd).map(|dir| dir.subs.clone()).unwrap_or_default();
         for sub in subs {
             let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
                 continue;

@@ -14,24 +14,12 @@ use super::{
 };
 use crate::{fs::transfer::Writer, guest::users::User};
 
-const RECURSIVE: WatchOptions = WatchOptions {
-    recursive: true,
-    include_entry: false,
-    allow_network_mounts: false,
-};
+const RECURSIVE: WatchOptions =
+    WatchOptions { recursive: true, include_entry: false, allow_network_mounts: false };
 
 fn user() -> User {
-    let (uid, gid) = (
-        nix::unistd::getuid().as_raw(),
-        nix::unistd::getgid().as_raw(),
-    );
-    User {
-        name: "me".into(),
-        uid,
-        gid,
-        home: "/".into(),
-        groups: vec![gid],
-    }
+    let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+    User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
 }
 
 fn upload(path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
@@ -50,11 +38,7 @@ impl Fixture {
     async fn new(options: WatchOptions) -> Self {
         let tmp = tempfile::tempdir_in(".").unwrap();
         let hub = Hub::new(Arc::new(Users::system()));
-        let mut fixture = Self {
-            tmp,
-            hub,
-            ids: Vec::new(),
-        };
+        let mut fixture = Self { tmp, hub, ids: Vec::new() };
         fs::create_dir(fixture.path("root")).unwrap();
         fixture.watch("root", options).await;
         fixture
@@ -65,12 +49,7 @@ impl Fixture {
     }
 
     async fn watch(&mut self, name: &str, options: WatchOptions) {
-        self.ids.push(
-            self.hub
-                .create_polled(&self.path(name), options)
-                .await
-                .unwrap(),
-        );
+        self.ids.push(self.hub.create_polled(&self.path(name), options).await.unwrap());
     }
 
     async fn events_of(&self, watcher: usize) -> Vec<(WatchKind, String)> {
@@ -86,10 +65,8 @@ impl Fixture {
     }
 
     async fn expect_of(&self, watcher: usize, wanted: &[(WatchKind, &str)]) {
-        let wanted: Vec<_> = wanted
-            .iter()
-            .map(|(kind, name)| (*kind, (*name).to_owned()))
-            .collect();
+        let wanted: Vec<_> =
+            wanted.iter().map(|(kind, name)| (*kind, (*name).to_owned())).collect();
         assert_eq!(self.events_of(watcher).await, wanted);
     }
 }
@@ -99,20 +76,14 @@ async fn an_upload_is_told_as_clients_assert_it() {
     let f = Fixture::new(WatchOptions::default()).await;
     let none = BTreeMap::new();
     upload(&f.path("root/new"), b"hello", &none);
-    f.expect(&[(Create, "new"), (Chmod, "new"), (Write, "new")])
-        .await;
+    f.expect(&[(Create, "new"), (Chmod, "new"), (Write, "new")]).await;
     upload(&f.path("root/new"), b"hello", &none);
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
     // A body that waits on the disk: its file without a name is not told.
     upload(&f.path("root/new"), &vec![7; 3 << 20], &none);
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
-    upload(
-        &f.path("root/new"),
-        b"",
-        &BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-    );
-    f.expect(&[(Chmod, "new"), (Write, "new"), (Chmod, "new")])
-        .await;
+    upload(&f.path("root/new"), b"", &BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    f.expect(&[(Chmod, "new"), (Write, "new"), (Chmod, "new")]).await;
     super::super::dir::make_dir(&f.path("root/d"), &user(), &Users::system()).unwrap();
     f.expect(&[(Create, "d"), (Chmod, "d")]).await;
     fs::write(f.path("root/#12"), "a file with such a name").unwrap();
@@ -124,10 +95,7 @@ async fn an_upload_is_told_as_clients_assert_it() {
 
 #[tokio::test]
 async fn entries_are_told_when_asked_for() {
-    let options = WatchOptions {
-        include_entry: true,
-        ..WatchOptions::default()
-    };
+    let options = WatchOptions { include_entry: true, ..WatchOptions::default() };
     let f = Fixture::new(options).await;
     fs::write(f.path("root/a"), "abc").unwrap();
     let events = f.hub.take_events(&f.ids[0]).await.unwrap();
@@ -165,11 +133,7 @@ async fn a_burst_of_nested_directories_loses_nothing_and_tells_nothing_twice() {
     assert!(twice.is_empty(), "{twice:?}");
     // And what happens there later is told.
     fs::write(f.path("root/99/a/b/c/file"), "y").unwrap();
-    assert!(
-        f.events_of(0)
-            .await
-            .contains(&(Write, "99/a/b/c/file".to_owned()))
-    );
+    assert!(f.events_of(0).await.contains(&(Write, "99/a/b/c/file".to_owned())));
 }
 
 #[tokio::test]
@@ -185,12 +149,7 @@ async fn directories_that_live_for_a_moment_do_no_harm() {
     }
     for watcher in [0, 1] {
         let events = f.events_of(watcher).await;
-        let count = |kind| {
-            events
-                .iter()
-                .filter(|(k, n)| *k == kind && !n.contains('/'))
-                .count()
-        };
+        let count = |kind| events.iter().filter(|(k, n)| *k == kind && !n.contains('/')).count();
         assert_eq!(count(Create), count(Remove));
     }
     fs::create_dir(f.path("root/d")).unwrap();
@@ -211,8 +170,7 @@ async fn a_renamed_directory_goes_on_under_its_new_name() {
     f.expect(&[(Rename, "a"), (Create, "z")]).await;
     fs::write(f.path("root/z/b/f"), "x").unwrap();
     fs::write(f.path("root/a2/b/f"), "").unwrap();
-    f.expect(&[(Create, "z/b/f"), (Write, "z/b/f"), (Create, "a2/b/f")])
-        .await;
+    f.expect(&[(Create, "z/b/f"), (Write, "z/b/f"), (Create, "a2/b/f")]).await;
 
     // Into a directory that is new itself.
     fs::create_dir(f.path("root/n")).unwrap();
@@ -228,19 +186,8 @@ async fn a_renamed_directory_goes_on_under_its_new_name() {
     f.expect(&[]).await;
     fs::rename(f.path("outside"), f.path("root/in")).unwrap();
     let events = f.events_of(0).await;
-    for name in [
-        "in",
-        "in/n",
-        "in/n/z",
-        "in/n/z/b",
-        "in/n/z/b/f",
-        "in/x",
-        "in/x/y",
-    ] {
-        let times = events
-            .iter()
-            .filter(|event| **event == (Create, name.to_owned()))
-            .count();
+    for name in ["in", "in/n", "in/n/z", "in/n/z/b", "in/n/z/b/f", "in/x", "in/x/y"] {
+        let times = events.iter().filter(|event| **event == (Create, name.to_owned())).count();
         assert_eq!(times, 1, "{name}: {events:?}");
     }
     fs::write(f.path("root/in/x/y/f"), "").unwrap();
@@ -280,8 +227,7 @@ async fn a_root_that_goes_away_is_told_and_ends_nothing() {
     f.watch("moved", RECURSIVE).await;
     fs::create_dir(f.path("root/d")).unwrap();
     fs::remove_dir_all(f.path("root")).unwrap();
-    f.expect(&[(Create, "d"), (Remove, "d"), (Remove, ".")])
-        .await;
+    f.expect(&[(Create, "d"), (Remove, "d"), (Remove, ".")]).await;
     fs::create_dir(f.path("root")).unwrap();
     f.expect(&[]).await;
 
@@ -328,10 +274,7 @@ async fn names_that_are_not_utf_8_are_told() {
 async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     let tmp = tempfile::tempdir_in(".").unwrap();
     let hub = Hub::new(Arc::new(Users::system()));
-    let mut watcher = hub
-        .watch(tmp.path(), WatchOptions::default())
-        .await
-        .unwrap();
+    let mut watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
     let late = tmp.path().join("late");
     let writer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
@@ -350,10 +293,7 @@ async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     }
     assert!(!hub.shared.is_running());
     // And another starts with the next.
-    let mut watcher = hub
-        .watch(tmp.path(), WatchOptions::default())
-        .await
-        .unwrap();
+    let mut watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
     fs::remove_file(tmp.path().join("late")).unwrap();
     assert_eq!(watcher.next().await.unwrap().kind, Remove);
 }
@@ -371,10 +311,7 @@ async fn watchers_that_come_and_go_at_once_start_and_end_the_thread_without_loss
                     let name = format!("{i}-{round}");
                     fs::create_dir(root.join(&name)).unwrap();
                     let events = hub.take_events(&id).await.unwrap();
-                    assert!(
-                        events.iter().any(|e| e.kind == Create && e.name == name),
-                        "{name}"
-                    );
+                    assert!(events.iter().any(|e| e.kind == Create && e.name == name), "{name}");
                     hub.remove_polled(&id).unwrap();
                 }
             })
@@ -392,21 +329,12 @@ async fn errors_are_upstreams() {
     let shown = tmp.path().display();
     fs::write(tmp.path().join("f"), "").unwrap();
     let cases = [
-        (
-            "no",
-            format!("path {shown}/no not found: stat {shown}/no: no such file or directory"),
-        ),
+        ("no", format!("path {shown}/no not found: stat {shown}/no: no such file or directory")),
         ("f", format!("path {shown}/f not a directory")),
-        (
-            "f/x",
-            format!("error statting path {shown}/f/x: stat {shown}/f/x: not a directory"),
-        ),
+        ("f/x", format!("error statting path {shown}/f/x: stat {shown}/f/x: not a directory")),
     ];
     for (name, wanted) in cases {
-        let error = hub
-            .watch(&tmp.path().join(name), RECURSIVE)
-            .await
-            .unwrap_err();
+        let error = hub.watch(&tmp.path().join(name), RECURSIVE).await.unwrap_err();
         assert_eq!(error.to_string(), wanted);
     }
     let error = hub.take_events("w1").await.unwrap_err();
@@ -414,16 +342,9 @@ async fn errors_are_upstreams() {
     hub.remove_polled("w1").unwrap_err();
     let id = hub.create_polled(tmp.path(), RECURSIVE).await.unwrap();
     let rest = id.strip_prefix('w').unwrap();
-    assert!(
-        rest.len() == 20
-            && rest
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-    );
+    assert!(rest.len() == 20 && rest.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit()));
     for _ in 1..MAX_POLLED_WATCHERS {
-        hub.create_polled(tmp.path(), WatchOptions::default())
-            .await
-            .unwrap();
+        hub.create_polled(tmp.path(), WatchOptions::default()).await.unwrap();
     }
     let error = hub.create_polled(tmp.path(), RECURSIVE).await.unwrap_err();
     assert_eq!(error.kind(), crate::fs::Kind::ResourceExhausted);
@@ -442,8 +363,7 @@ fn after_an_overflow_all_that_differs_is_told() {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).unwrap();
     let mut tree = Tree::new(inotify, Arc::new(Users::system()));
     let queue = Arc::new(Queue::default());
-    tree.add(1, tmp.path().join("root"), RECURSIVE, Arc::clone(&queue))
-        .unwrap();
+    tree.add(1, tmp.path().join("root"), RECURSIVE, Arc::clone(&queue)).unwrap();
     assert_eq!(tree.dirs.len(), 8);
 
     fs::remove_dir_all(path("gone")).unwrap();
@@ -457,11 +377,7 @@ fn after_an_overflow_all_that_differs_is_told() {
     while tree.inotify.read_events().is_ok() {}
     tree.rescan();
 
-    let mut told: Vec<_> = queue
-        .take_all()
-        .into_iter()
-        .map(|e| (e.name, e.kind))
-        .collect();
+    let mut told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
     told.sort_by(|a, b| a.0.cmp(&b.0));
     let wanted: Vec<_> = [
         ("gone", Remove),
@@ -485,22 +401,14 @@ fn after_an_overflow_all_that_differs_is_told() {
     fs::write(path("swapped/young/f"), "").unwrap();
     fs::write(tmp.path().join("away/old/f"), "").unwrap();
     tree.drain().unwrap();
-    let told: Vec<_> = queue
-        .take_all()
-        .into_iter()
-        .map(|e| (e.name, e.kind))
-        .collect();
+    let told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
     let later = ["moved/in/f", "swapped/young/f"].map(|name| (name.to_owned(), Create));
     assert_eq!(told, later);
 
     fs::remove_dir_all(path("")).unwrap();
     while tree.inotify.read_events().is_ok() {}
     tree.rescan();
-    let told: Vec<_> = queue
-        .take_all()
-        .into_iter()
-        .map(|e| (e.name, e.kind))
-        .collect();
+    let told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
     assert!(told.contains(&(".".to_owned(), Remove)), "{told:?}");
     assert!(tree.dirs.is_empty());
     tree.remove(1);

@@ -53,10 +53,7 @@ struct State {
 
 impl Shared {
     pub(super) fn new(users: Arc<Users>) -> Self {
-        Self {
-            users,
-            state: Mutex::default(),
-        }
+        Self { users, state: Mutex::default() }
     }
 
     pub(super) fn next_id(&self) -> u64 {
@@ -134,11 +131,7 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
         // Another thread can have been started since this one found that it may end.
-        if state
-            .wake
-            .as_ref()
-            .is_some_and(|wake| Arc::ptr_eq(wake, self.1))
-        {
+        if state.wake.as_ref().is_some_and(|wake| Arc::ptr_eq(wake, self.1)) {
             state.wake = None;
             let unanswered = std::mem::take(&mut state.commands);
             drop(state);
@@ -158,13 +151,7 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
         }
         for command in commands {
             match command {
-                Command::Add {
-                    id,
-                    path,
-                    options,
-                    queue,
-                    done,
-                } => {
+                Command::Add { id, path, options, queue, done } => {
                     // Nobody waits any more: the removal of this watcher is on its way.
                     let _ = done.send(tree.add(id, path, options, queue));
                 }

@@ -118,15 +118,9 @@ impl Tree {
         options: WatchOptions,
         queue: Arc<Queue>,
     ) -> Result<(), FsError> {
-        let root = Root {
-            path,
-            options,
-            queue: Feed(queue),
-            rels: BTreeMap::new(),
-        };
+        let root = Root { path, options, queue: Feed(queue), rels: BTreeMap::new() };
         self.watchers.insert(id, root);
-        self.adopt(id, PathBuf::new(), false)
-            .inspect_err(|_| self.remove(id))
+        self.adopt(id, PathBuf::new(), false).inspect_err(|_| self.remove(id))
     }
 
     /// Ends a watcher.
@@ -137,9 +131,8 @@ impl Tree {
         for wd in root.rels.into_values() {
             self.unsubscribe(id, wd);
         }
-        let (ours, others) = std::mem::take(&mut self.moving)
-            .into_iter()
-            .partition(|m| m.watcher == id);
+        let (ours, others) =
+            std::mem::take(&mut self.moving).into_iter().partition(|m| m.watcher == id);
         self.moving = others;
         self.lose(ours);
     }
@@ -157,17 +150,11 @@ impl Tree {
     pub(super) fn path_of(&self, id: u64, rel: &Path) -> Option<PathBuf> {
         let root = &self.watchers.get(&id)?.path;
         // Joining the empty path would add a slash.
-        Some(if rel.as_os_str().is_empty() {
-            root.clone()
-        } else {
-            root.join(rel)
-        })
+        Some(if rel.as_os_str().is_empty() { root.clone() } else { root.join(rel) })
     }
 
     pub(super) fn is_recursive(&self, id: u64) -> bool {
-        self.watchers
-            .get(&id)
-            .is_some_and(|root| root.options.recursive)
+        self.watchers.get(&id).is_some_and(|root| root.options.recursive)
     }
 
     /// Asks the kernel to watch, which also tells which directory is there now.
@@ -183,11 +170,7 @@ impl Tree {
             | AddWatchFlags::IN_ONLYDIR;
         // The root may be a link; links inside lead out of the tree.
         let inside = !rel.as_os_str().is_empty();
-        let follow = if inside {
-            AddWatchFlags::IN_DONT_FOLLOW
-        } else {
-            AddWatchFlags::empty()
-        };
+        let follow = if inside { AddWatchFlags::IN_DONT_FOLLOW } else { AddWatchFlags::empty() };
         self.inotify.add_watch(path, events | follow)
     }
 
@@ -201,10 +184,7 @@ impl Tree {
                 return Ok(());
             };
             if self.dirs.len() >= MAX_WATCHED_DIRS {
-                return Err(FsError::TooManyDirectories {
-                    path,
-                    limit: MAX_WATCHED_DIRS,
-                });
+                return Err(FsError::TooManyDirectories { path, limit: MAX_WATCHED_DIRS });
             }
             let wd = match self.watch_at(&path, &rel) {
                 Ok(wd) => wd,
@@ -220,10 +200,7 @@ impl Tree {
                 continue;
             }
             let children = match self.dirs.get(&wd).and_then(|dir| dir.known.as_ref()) {
-                Some(known) => known
-                    .iter()
-                    .map(|(name, dir)| (name.clone(), *dir))
-                    .collect(),
+                Some(known) => known.iter().map(|(name, dir)| (name.clone(), *dir)).collect(),
                 None if recursive || announce => scan(&path),
                 None => Vec::new(),
             };
@@ -262,16 +239,9 @@ impl Tree {
         if !self.dirs.contains_key(&wd) {
             let found = scan(path);
             if announce && self.fresh.len() < MAX_KNOWN_NAMES {
-                self.fresh
-                    .extend(found.iter().map(|(name, _)| (wd, name.clone())));
+                self.fresh.extend(found.iter().map(|(name, _)| (wd, name.clone())));
             }
-            self.dirs.insert(
-                wd,
-                Dir {
-                    subs: Vec::new(),
-                    known: None,
-                },
-            );
+            self.dirs.insert(wd, Dir { subs: Vec::new(), known: None });
             self.set_known(wd, found);
         }
         let Some(dir) = self.dirs.get_mut(&wd) else {
@@ -287,10 +257,7 @@ impl Tree {
             }
             return false;
         }
-        dir.subs.push(Sub {
-            watcher: id,
-            rel: rel.to_owned(),
-        });
+        dir.subs.push(Sub { watcher: id, rel: rel.to_owned() });
         if let Some(root) = self.watchers.get_mut(&id) {
             root.rels.insert(rel.to_owned(), wd);
         }
@@ -331,14 +298,9 @@ impl Tree {
             return Vec::new();
         };
         // Paths are ordered part by part, so a subtree is one range.
-        let range = root
-            .rels
-            .range::<Path, _>((Bound::Included(rel), Bound::Unbounded));
-        let paths: Vec<PathBuf> = range
-            .map(|(path, _)| path)
-            .take_while(|path| path.starts_with(rel))
-            .cloned()
-            .collect();
+        let range = root.rels.range::<Path, _>((Bound::Included(rel), Bound::Unbounded));
+        let paths: Vec<PathBuf> =
+            range.map(|(path, _)| path).take_while(|path| path.starts_with(rel)).cloned().collect();
         let taken = paths.into_iter().filter_map(|path| {
             let wd = root.rels.remove(&path)?;
             Some((path.strip_prefix(rel).ok()?.to_owned(), wd))
@@ -352,11 +314,7 @@ impl Tree {
             return;
         };
         for (below, wd) in dirs {
-            let now = if below.as_os_str().is_empty() {
-                rel.to_owned()
-            } else {
-                rel.join(below)
-            };
+            let now = if below.as_os_str().is_empty() { rel.to_owned() } else { rel.join(below) };
             let Some(dir) = self.dirs.get_mut(&wd) else {
                 continue;
             };
@@ -373,16 +331,9 @@ impl Tree {
             return;
         };
         let whole = rel.as_os_str().is_empty();
-        let name = if whole {
-            ".".to_owned()
-        } else {
-            rel.to_string_lossy().into_owned()
-        };
+        let name = if whole { ".".to_owned() } else { rel.to_string_lossy().into_owned() };
         let wanted = root.options.include_entry
-            && matches!(
-                kind,
-                WatchKind::Create | WatchKind::Write | WatchKind::Chmod
-            )
+            && matches!(kind, WatchKind::Create | WatchKind::Write | WatchKind::Chmod)
             && !root.queue.0.is_full();
         let path = if wanted { self.path_of(id, rel) } else { None };
         let entry = path.and_then(|path| entry::stat(&path, &self.users).ok());

@@ -47,17 +47,10 @@ fn step() -> impl Strategy<Value = Step> {
 type Model = Vec<(Channel, u8)>;
 
 fn check(event: &Event, model: &Model, seen: &mut usize) {
-    let Event::Output { channel, data } = event else {
-        panic!("{event:?}")
-    };
+    let Event::Output { channel, data } = event else { panic!("{event:?}") };
     assert!(!data.is_empty() && data.len() <= MAX_EVENT);
     let expected = &model[*seen..*seen + data.len()];
-    assert!(
-        expected
-            .iter()
-            .zip(data)
-            .all(|((c, b), byte)| c == channel && b == byte)
-    );
+    assert!(expected.iter().zip(data).all(|((c, b), byte)| c == channel && b == byte));
     *seen += data.len();
 }
 
@@ -118,21 +111,14 @@ proptest! {
 async fn single_bytes_of_two_channels_stay_within_the_bound() {
     let journal = Arc::new(Journal::new(STALL_LIMIT));
     for i in 0..100_000 {
-        let channel = if i % 2 == 0 {
-            Channel::Stdout
-        } else {
-            Channel::Stderr
-        };
+        let channel = if i % 2 == 0 { Channel::Stdout } else { Channel::Stderr };
         journal.append(channel, Bytes::from_static(b"x")).await;
     }
     let (bytes, chunks) = journal.retained();
     assert!(bytes + chunks * CHUNK_COST <= WINDOW, "{bytes} in {chunks}");
     journal.end(ending());
     let (bytes, chunks) = journal.retained();
-    assert!(
-        bytes + chunks * CHUNK_COST <= LATE_WINDOW,
-        "{bytes} in {chunks}"
-    );
+    assert!(bytes + chunks * CHUNK_COST <= LATE_WINDOW, "{bytes} in {chunks}");
 }
 
 #[tokio::test]
@@ -197,9 +183,7 @@ async fn a_dropped_subscriber_holds_nobody_up() {
 #[tokio::test]
 async fn there_is_a_bound_on_subscriptions() {
     let journal = Arc::new(Journal::new(STALL_LIMIT));
-    let all: Vec<_> = (0..MAX_SUBSCRIPTIONS)
-        .map(|_| journal.subscribe())
-        .collect();
+    let all: Vec<_> = (0..MAX_SUBSCRIPTIONS).map(|_| journal.subscribe()).collect();
     assert_eq!(journal.subscribe().next().await, Some(Event::Detached));
     drop(all);
     assert_eq!(now(&mut journal.subscribe()).await, None);

@@ -5,13 +5,8 @@ use nix::sys::stat::Mode as FileMode;
 use super::*;
 use crate::sys::pidfd::Exit;
 
-static NULL: LazyLock<File> = LazyLock::new(|| {
-    File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .unwrap()
-});
+static NULL: LazyLock<File> =
+    LazyLock::new(|| File::options().read(true).write(true).open("/dev/null").unwrap());
 
 static ENV: LazyLock<Vec<(String, String)>> = LazyLock::new(|| env("/usr/bin:/bin"));
 
@@ -42,25 +37,13 @@ struct Ran {
 fn run(mode: Mode, spec: &Spec<'_>) -> Ran {
     let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let stdio = [NULL.as_fd(), write.as_fd(), write.as_fd()];
-    let child = spawn_as(
-        &Spec {
-            stdio,
-            ..spec.clone()
-        },
-        mode,
-    );
+    let child = spawn_as(&Spec { stdio, ..spec.clone() }, mode);
     drop(write);
     let mut output = String::new();
     File::from(read).read_to_string(&mut output).unwrap();
-    let exit = child
-        .as_ref()
-        .ok()
-        .and_then(|child| pidfd::wait_blocking(child.pidfd.as_fd()).unwrap());
-    Ran {
-        child,
-        output,
-        exit,
-    }
+    let exit =
+        child.as_ref().ok().and_then(|child| pidfd::wait_blocking(child.pidfd.as_fd()).unwrap());
+    Ran { child, output, exit }
 }
 
 fn shell(script: &str) -> [String; 2] {
@@ -77,33 +60,19 @@ fn the_child_is_an_ordinary_citizen_of_its_own_session() {
                       echo $$; grep -E 'Sig(Blk|Ign)' /proc/self/status; ulimit -n";
         let ran = run(
             mode,
-            &Spec {
-                cmd: "sh",
-                args: &shell(script),
-                nofile: Some((123, 456)),
-                ..base()
-            },
+            &Spec { cmd: "sh", args: &shell(script), nofile: Some((123, 456)), ..base() },
         );
         let lines: Vec<&str> = ran.output.lines().collect();
         let pid = ran.child.unwrap().pid.to_string();
-        let [stat, oom, shell, blocked, ignored, nofile] = lines[..] else {
-            panic!("{lines:?}")
-        };
+        let [stat, oom, shell, blocked, ignored, nofile] = lines[..] else { panic!("{lines:?}") };
         let stat: Vec<&str> = stat.split(' ').collect();
-        assert_eq!(
-            stat[1..],
-            [pid.as_str(), pid.as_str(), "0"],
-            "group, session, nice"
-        );
+        assert_eq!(stat[1..], [pid.as_str(), pid.as_str(), "0"], "group, session, nice");
         assert_eq!((oom, shell, nofile), ("100", pid.as_str(), "123"));
         assert_eq!(blocked, "SigBlk:\t0000000000000000");
         assert_eq!(ignored, "SigIgn:\t0000000000000000");
         assert_eq!(ran.exit, Some(Exit::Exited(0)));
     }
-    assert_eq!(
-        std::fs::read_to_string("/proc/self/oom_score_adj").unwrap(),
-        own
-    );
+    assert_eq!(std::fs::read_to_string("/proc/self/oom_score_adj").unwrap(), own);
 }
 
 #[test]
@@ -111,14 +80,7 @@ fn only_the_three_descriptors_reach_the_child() {
     // One that is not close-on-exec, as a careless starter of the daemon leaves them.
     let leaky = nix::fcntl::open("/dev/null", OFlag::O_RDONLY, FileMode::empty()).unwrap();
     for mode in MODES {
-        let ran = run(
-            mode,
-            &Spec {
-                cmd: "ls",
-                args: &["/proc/self/fd".to_owned()],
-                ..base()
-            },
-        );
+        let ran = run(mode, &Spec { cmd: "ls", args: &["/proc/self/fd".to_owned()], ..base() });
         // The fourth is the directory that ls reads.
         assert_eq!(ran.output, "0\n1\n2\n3\n");
     }
@@ -127,11 +89,7 @@ fn only_the_three_descriptors_reach_the_child() {
 
 #[test]
 fn a_user_switch_sets_exactly_the_given_groups() {
-    let nobody = Credentials {
-        uid: 65534,
-        gid: 65534,
-        groups: vec![65534, 7777],
-    };
+    let nobody = Credentials { uid: 65534, gid: 65534, groups: vec![65534, 7777] };
     for mode in MODES {
         let ran = run(
             mode,
@@ -151,39 +109,16 @@ fn a_user_switch_sets_exactly_the_given_groups() {
 fn the_directory_is_entered_with_the_users_rights() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
-    let nobody = Credentials {
-        uid: 65534,
-        gid: 65534,
-        groups: vec![65534],
-    };
+    let nobody = Credentials { uid: 65534, gid: 65534, groups: vec![65534] };
     for mode in MODES {
-        let ran = run(
-            mode,
-            &Spec {
-                cwd: dir.path(),
-                credentials: Some(&nobody),
-                ..base()
-            },
-        );
+        let ran = run(mode, &Spec { cwd: dir.path(), credentials: Some(&nobody), ..base() });
         match ran.child {
-            Err(SpawnError::Child {
-                stage: Stage::Chdir,
-                errno: libc::EACCES,
-            }) => {}
+            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::EACCES }) => {}
             other => panic!("{other:?}"),
         }
-        let ran = run(
-            mode,
-            &Spec {
-                cwd: Path::new("/etc/passwd"),
-                ..base()
-            },
-        );
+        let ran = run(mode, &Spec { cwd: Path::new("/etc/passwd"), ..base() });
         match ran.child {
-            Err(SpawnError::Child {
-                stage: Stage::Chdir,
-                errno: libc::ENOTDIR,
-            }) => {}
+            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::ENOTDIR }) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -208,15 +143,7 @@ fn commands_are_found_as_execvp_finds_them() {
     for mode in MODES {
         let search = |cmd: &str| {
             let env = env(&path);
-            run(
-                mode,
-                &Spec {
-                    cmd,
-                    args: &arg,
-                    env: &env,
-                    ..base()
-                },
-            )
+            run(mode, &Spec { cmd, args: &arg, env: &env, ..base() })
         };
         let tool = search("tool");
         assert_eq!(tool.output, format!("script {root}/b/tool x\n"));
@@ -251,18 +178,9 @@ fn commands_are_found_as_execvp_finds_them() {
 #[test]
 fn arguments_beyond_the_kernels_bound_are_an_error_and_leave_no_zombie() {
     for mode in MODES {
-        let ran = run(
-            mode,
-            &Spec {
-                args: &["x".repeat(200_000)],
-                ..base()
-            },
-        );
+        let ran = run(mode, &Spec { args: &["x".repeat(200_000)], ..base() });
         match ran.child {
-            Err(SpawnError::Child {
-                stage: Stage::Exec,
-                errno: libc::E2BIG,
-            }) => {}
+            Err(SpawnError::Child { stage: Stage::Exec, errno: libc::E2BIG }) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -274,14 +192,8 @@ fn many_threads_can_spawn_at_once() {
         .map(|worker| {
             thread::spawn(move || {
                 for mode in MODES.into_iter().cycle().take(40) {
-                    let ran = run(
-                        mode,
-                        &Spec {
-                            cmd: "echo",
-                            args: &[worker.to_string()],
-                            ..base()
-                        },
-                    );
+                    let ran =
+                        run(mode, &Spec { cmd: "echo", args: &[worker.to_string()], ..base() });
                     assert_eq!(ran.output, format!("{worker}\n"));
                     assert_eq!(ran.exit, Some(Exit::Exited(0)));
                 }

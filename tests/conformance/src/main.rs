@@ -7,7 +7,14 @@ mod any;
 mod service;
 
 /// The suite's messages.
-#[allow(dead_code, missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
+#[allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
 mod proto {
     include!(concat!(env!("OUT_DIR"), "/connectrpc.conformance.v1.rs"));
     include!(concat!(env!("OUT_DIR"), "/connectrpc.conformance.v1.serde.rs"));
@@ -18,8 +25,7 @@ use std::error::Error;
 use envd::wire::{self, Limits, listen, methods::Methods, server::Server};
 use prost::Message;
 use proto::{
-    ServerCompatRequest, ServerCompatResponse,
-    conformance_service_server::ConformanceServiceServer,
+    ServerCompatRequest, ServerCompatResponse, conformance_service_server::ConformanceServiceServer,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -40,8 +46,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     if request.message_receive_limit > 0 {
         limits.message_bytes = usize::try_from(request.message_receive_limit)?;
     }
-    let service = ConformanceServiceServer::new(service::Conformance)
-        .max_decoding_message_size(usize::MAX);
+    let service =
+        ConformanceServiceServer::new(service::Conformance).max_decoding_message_size(usize::MAX);
     let router = axum::Router::new()
         .route_service("/connectrpc.conformance.v1.ConformanceService/{*method}", service);
     let methods = Methods::default().add(DESCRIPTORS, true)?;

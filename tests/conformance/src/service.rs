@@ -40,7 +40,9 @@ pub(crate) struct Conformance;
 
 /// Sets the asked-for headers and trailers.
 fn set(extensions: &Extensions, headers: &[Header], trailers: &[Header]) {
-    let Some(metadata) = extensions.get::<ResponseMetadata>() else { return };
+    let Some(metadata) = extensions.get::<ResponseMetadata>() else {
+        return;
+    };
     let each = |list: &[Header], append: &dyn Fn(HeaderName, HeaderValue)| {
         for header in list {
             for value in &header.value {
@@ -189,7 +191,10 @@ fn duplex(
 
 #[tonic::async_trait]
 impl ConformanceService for Conformance {
-    async fn unary(&self, request: Request<UnaryRequest>) -> Result<Response<UnaryResponse>, Status> {
+    async fn unary(
+        &self,
+        request: Request<UnaryRequest>,
+    ) -> Result<Response<UnaryResponse>, Status> {
         let (metadata, extensions, message) = request.into_parts();
         let info = info(&metadata, vec![Any::pack("UnaryRequest", &message)]);
         let payload = unary(message.response_definition, &extensions, info).await?;
@@ -224,8 +229,7 @@ impl ConformanceService for Conformance {
         let definition = message.response_definition.unwrap_or_default();
         set(&extensions, &definition.response_headers, &definition.response_trailers);
         let payloads = streamed(definition, info);
-        let responses =
-            payloads.map(|p| p.map(|p| ServerStreamResponse { payload: Some(p) }));
+        let responses = payloads.map(|p| p.map(|p| ServerStreamResponse { payload: Some(p) }));
         Ok(Response::new(Box::pin(responses)))
     }
 

@@ -1,0 +1,214 @@
+//! Runs the programs in `tests/sdk/` with the published E2B SDKs, each against its own daemon.
+//!
+//! The SDKs are installed once under `target/sdk/` and again whenever their lock files change.
+//! Where that is not possible the tests say so on stderr and pass, unless `CI=true` is set.
+
+#![allow(missing_docs)]
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use common::{Daemon, is_root};
+
+/// The longest that one program may take.
+const PROGRAM: Duration = Duration::from_secs(120);
+/// The longest that one step of an installation may take.
+const INSTALLATION: Duration = Duration::from_secs(300);
+
+#[test]
+fn python_sync() {
+    run(python(), "python_sync.py");
+}
+
+#[test]
+fn python_async() {
+    run(python(), "python_async.py");
+}
+
+#[test]
+fn javascript() {
+    run(node(), "javascript.mjs");
+}
+
+/// What runs the programs of one language.
+struct Runtime {
+    interpreter: PathBuf,
+    /// Where the programs lie: beside `node_modules` or in the source tree.
+    programs: PathBuf,
+}
+
+/// A runtime, or why there is none.
+type Installed = Result<Runtime, String>;
+
+/// Runs a program against a fresh daemon; its output is shown when it fails.
+fn run(runtime: &Installed, program: &str) {
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(reason) => return skip(program, reason),
+    };
+    let daemon = Daemon::start(&[]);
+    let mut command = Command::new(&runtime.interpreter);
+    command
+        .arg(runtime.programs.join(program))
+        .env_remove("E2B_API_KEY")
+        .env_remove("E2B_DOMAIN")
+        .env("E2B_DEBUG", "true")
+        .env("E2B_SANDBOX_URL", daemon.url(""))
+        .env("NO_PROXY", "127.0.0.1,localhost");
+    match another_user() {
+        Some(user) => command.env("ENVD_TEST_USER", user),
+        None => command.env_remove("ENVD_TEST_USER"),
+    };
+    if let Err(failure) = finish(&mut command, program, PROGRAM) {
+        panic!("{failure}");
+    }
+}
+
+/// A passing test's output is captured, except what goes to stderr past the macros.
+fn skip(program: &str, reason: &str) {
+    let strict = std::env::var("CI").is_ok_and(|value| value == "true");
+    assert!(!strict, "{program} cannot run, and CI=true demands it: {reason}");
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {program}: {reason}");
+}
+
+/// Root's daemon can switch users; another's cannot.
+fn another_user() -> Option<&'static str> {
+    let exists = |name| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
+    (is_root() && exists("nobody")).then_some("nobody")
+}
+
+fn python() -> &'static Installed {
+    static PYTHON: OnceLock<Installed> = OnceLock::new();
+    PYTHON.get_or_init(|| {
+        let requirements = sources().join("requirements.txt");
+        let version = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 11))";
+        let version = ask("python3", &["-c", version])
+            .map_err(|error| format!("the SDK needs Python 3.11 or newer: {error}"))?;
+        let home = installed("python", &[&version, &read(&requirements)], |home| {
+            let mut venv = Command::new("python3");
+            venv.args(["-m", "venv"]).arg(home);
+            finish(&mut venv, "python3 -m venv", INSTALLATION)?;
+            let mut pip = Command::new(home.join("bin/python"));
+            pip.args(["-m", "pip", "install", "--disable-pip-version-check", "-r"]);
+            finish(pip.arg(&requirements), "pip install", INSTALLATION)
+        })?;
+        Ok(Runtime { interpreter: home.join("bin/python"), programs: sources() })
+    })
+}
+
+fn node() -> &'static Installed {
+    static NODE: OnceLock<Installed> = OnceLock::new();
+    NODE.get_or_init(|| {
+        let lock = sources().join("package-lock.json");
+        let version = ask("node", &["--version"])?;
+        ask("npm", &["--version"])?;
+        let home = installed("node", &[&version, &read(&lock)], |home| {
+            for file in ["package.json", "package-lock.json"] {
+                copy(&sources().join(file), &home.join(file))?;
+            }
+            let mut npm = Command::new("npm");
+            npm.args(["ci", "--no-audit", "--no-fund"]).current_dir(home);
+            finish(&mut npm, "npm ci", INSTALLATION)
+        })?;
+        // A module finds its packages beside itself.
+        copy(&sources().join("javascript.mjs"), &home.join("javascript.mjs"))?;
+        Ok(Runtime { interpreter: "node".into(), programs: home })
+    })
+}
+
+/// A directory below `target/sdk/`, filled by `install` unless that was done for the same inputs.
+fn installed(
+    name: &str,
+    inputs: &[&str],
+    install: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<PathBuf, String> {
+    let because = |error: std::io::Error| format!("{}: {error}", scratch().display());
+    fs::create_dir_all(scratch()).map_err(because)?;
+    // Two runs of the tests at the same time install one after the other.
+    let guard = File::create(scratch().join(format!("{name}.lock"))).map_err(because)?;
+    guard.lock().map_err(because)?;
+
+    let (home, stamp) = (scratch().join(name), scratch().join(format!("{name}.stamp")));
+    let inputs = inputs.join("\n");
+    if fs::read_to_string(&stamp).is_ok_and(|stamped| stamped == inputs) && home.is_dir() {
+        return Ok(home);
+    }
+    if home.exists() {
+        fs::remove_dir_all(&home).map_err(because)?;
+    }
+    fs::create_dir(&home).map_err(because)?;
+    install(&home)?;
+    fs::write(&stamp, inputs).map_err(because)?;
+    Ok(home)
+}
+
+/// Runs a command to its end and gives its output as the error when it fails or takes too long.
+fn finish(command: &mut Command, name: &str, patience: Duration) -> Result<(), String> {
+    let log = scratch().join(format!("{}.log", name.replace(['/', ' '], "-")));
+    let output = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
+    let errors = output.try_clone().map_err(|error| format!("{}: {error}", log.display()))?;
+    command.stdin(Stdio::null()).stdout(output).stderr(errors);
+    let child = command.spawn().map_err(|error| format!("{name}: {error}"))?;
+    match Running(child).wait(patience) {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(format!("{name}: {status}\n{}", read(&log))),
+        None => Err(format!("{name}: not done within {patience:?}\n{}", read(&log))),
+    }
+}
+
+/// A child that does not outlive its handle.
+struct Running(Child);
+
+impl Running {
+    fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(status) = self.0.try_wait().expect("the child is ours") {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        None
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The output of a command that ends at once.
+fn ask(program: &str, args: &[&str]) -> Result<String, String> {
+    let output = Command::new(program).args(args).output();
+    let output = output.map_err(|error| format!("{program}: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() { Ok(text) } else { Err(format!("{program}: {text}")) }
+}
+
+fn read(path: &Path) -> String {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    fs::copy(from, to).map(drop).map_err(|error| format!("{}: {error}", to.display()))
+}
+
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk")
+}
+
+/// `target/sdk`, wherever the target directory is.
+fn scratch() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("sdk")
+}

@@ -3,7 +3,7 @@
 //! Flags are read as Go reads them, one dash or two, `-port 1` and `-port=1`, so that a unit file
 //! made for upstream's envd starts this one unchanged.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use lexopt::{Arg, Parser, ValueExt};
 
@@ -30,6 +30,8 @@ Whom to serve:
 Limits:
   --max-connections N     connections at the same time, over all listeners (default 1024)
   --max-message-bytes N   the largest request message (default 67108864)
+  --header-timeout N      seconds that a client may take for the head of a request (default 30)
+  --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
 
 Other:
@@ -67,8 +69,12 @@ pub struct Config {
     pub max_connections: usize,
     /// Bytes of a request message.
     pub max_message_bytes: usize,
-    /// Seconds that running calls have after SIGTERM.
-    pub shutdown_grace: u64,
+    /// The time that a client may take for the head of a request.
+    pub header_timeout: Duration,
+    /// The time that a connection without a call stays open.
+    pub idle_timeout: Duration,
+    /// The time that running calls have after SIGTERM.
+    pub shutdown_grace: Duration,
     /// Not in a Firecracker VM.
     pub is_not_fc: bool,
     /// Do not use cgroups.
@@ -122,7 +128,9 @@ impl Config {
             default_workdir: None,
             max_connections: crate::wire::MAX_CONNECTIONS,
             max_message_bytes: crate::wire::MAX_MESSAGE_BYTES,
-            shutdown_grace: 5,
+            header_timeout: crate::wire::HEADER_TIMEOUT,
+            idle_timeout: crate::wire::IDLE_TIMEOUT,
+            shutdown_grace: Duration::from_secs(5),
             is_not_fc: false,
             no_cgroups: false,
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
@@ -153,9 +161,14 @@ impl Config {
                     let value = parser.value()?.parse()?;
                     config.max_message_bytes = within("max-message-bytes", value, 1024, 1 << 30)?;
                 }
+                Arg::Long("header-timeout") => {
+                    config.header_timeout = seconds("header-timeout", 1, &mut parser)?;
+                }
+                Arg::Long("idle-timeout") => {
+                    config.idle_timeout = seconds("idle-timeout", 1, &mut parser)?;
+                }
                 Arg::Long("shutdown-grace") => {
-                    config.shutdown_grace = parser.value()?.parse()?;
-                    within("shutdown-grace", config.shutdown_grace, 0, 3600)?;
+                    config.shutdown_grace = seconds("shutdown-grace", 0, &mut parser)?;
                 }
                 Arg::Long("cgroup-root") => config.cgroup_root = parser.value()?.into(),
                 Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,
@@ -214,6 +227,13 @@ fn switch(parser: &mut Parser) -> Result<bool, lexopt::Error> {
             other => Err(format!("'{other}' is neither true nor false").into()),
         },
     }
+}
+
+/// At most a day.
+fn seconds(flag: &'static str, min: u64, parser: &mut Parser) -> Result<Duration, ConfigError> {
+    let value = parser.value()?.parse()?;
+    within(flag, value, min, 86_400)?;
+    Ok(Duration::from_secs(value))
 }
 
 fn within(flag: &'static str, value: u64, min: u64, max: u64) -> Result<usize, ConfigError> {

@@ -4,7 +4,7 @@
 //! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
 //! them is the service manager's task (systemd's `KillMode`).
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -58,7 +58,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let limits = Limits {
         message_bytes: config.max_message_bytes,
         connections: config.max_connections,
-        ..Limits::default()
+        idle_timeout: config.idle_timeout,
+        header_timeout: config.header_timeout,
     };
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
@@ -82,10 +83,9 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
     }
     stop.send_replace(true);
-    let grace = Duration::from_secs(config.shutdown_grace);
     tokio::select! {
         () = server.drained() => tracing::info!("drained"),
-        () = tokio::time::sleep(grace) => tracing::warn!("calls still ran after the grace"),
+        () = tokio::time::sleep(config.shutdown_grace) => tracing::warn!("calls still ran after the grace"),
         _ = terminate.recv() => tracing::warn!("second SIGTERM: not waiting"),
         _ = interrupt.recv() => tracing::warn!("second SIGINT: not waiting"),
     }

@@ -1,27 +1,12 @@
-//! The texts of errno values as Go prints them, which is what clients of E2B's daemon have seen.
-//!
-//! libc's `strerror` is not asked: musl's texts differ from glibc's, which Go's table copies.
+//! Errno values of the standard library's errors, and their texts.
 
 use std::io;
 
 use nix::errno::Errno;
 
-/// Go's text for an errno: glibc's, in lower case.
+/// The text for an errno, which is what clients of E2B's daemon have seen.
 pub fn text(errno: Errno) -> String {
-    // Where nix's own description, in lower case, is not glibc's.
-    let differs = match errno {
-        Errno::EXDEV => "invalid cross-device link",
-        Errno::ELOOP => "too many levels of symbolic links",
-        Errno::EOPNOTSUPP => "operation not supported",
-        Errno::ENFILE => "too many open files in system",
-        Errno::EDQUOT => "disk quota exceeded",
-        Errno::ESTALE => "stale file handle",
-        Errno::EIO => "input/output error",
-        Errno::ENOMEM => "cannot allocate memory",
-        Errno::EAGAIN => "resource temporarily unavailable",
-        _ => return errno.desc().to_lowercase(),
-    };
-    differs.to_owned()
+    crate::sys::errno::text(errno as i32)
 }
 
 /// The errno in an error of the standard library; EIO where there is none.

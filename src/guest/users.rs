@@ -245,7 +245,7 @@ mod tests {
     fn sees_a_user_that_was_added_later() {
         let root = root_with("root:x:0:0::/root:/bin/sh\n", "");
         let users = Users::at(root.path(), None);
-        assert!(users.by_name("late").is_err());
+        assert_eq!(users.by_name("late"), Err(UserError::Unknown("late".into())));
         let passwd = root.path().join("etc/passwd");
         fs::write(&passwd, "root:x:0:0::/root:/bin/sh\nlate:x:5:5::/:/bin/sh\n").unwrap();
         assert_eq!(users.by_name("late").unwrap().uid, 5);

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod raw;
 pub mod rpc;
 
 use std::{
@@ -172,4 +173,32 @@ pub fn noise(length: usize) -> Vec<u8> {
 
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+/// Whether a test that needs `what` can run here. Where it cannot, it says so; on CI it fails.
+#[allow(clippy::print_stderr)]
+pub fn able(what: &str, possible: bool) -> bool {
+    if !possible {
+        let on_ci = std::env::var("CI").is_ok_and(|value| value == "true");
+        assert!(!on_ci, "CI has to run everything, and this needs {what}");
+        eprintln!("SKIPPED: this needs {what}");
+    }
+    possible
+}
+
+/// Whether the tests run as root, which some need.
+pub fn able_as_root() -> bool {
+    able("root", is_root())
+}
+
+/// The user who runs the tests, and so the daemon.
+pub fn me() -> nix::unistd::User {
+    nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap().expect("in /etc/passwd")
+}
+
+/// The header that makes a call another user's.
+pub fn basic(user: &str) -> String {
+    use base64::Engine;
+    let credentials = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
+    format!("Basic {credentials}")
 }

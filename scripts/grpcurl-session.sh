@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Talks to a daemon as a person with the standard gRPC client would: over reflection, without the
+# protos, over TCP and over a unix socket. Ends at the first answer that is not as expected.
+#
+#   scripts/grpcurl-session.sh [PATH OF ENVD]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VERSION=v1.9.4
+
+fail() {
+  echo "grpcurl: $*" >&2
+  exit 1
+}
+
+target=${CARGO_TARGET_DIR:-target}
+tools=$(mkdir -p "$target/tools" && cd "$target/tools" && pwd)
+grpcurl=$tools/grpcurl-$VERSION
+if [ ! -x "$grpcurl" ]; then
+  command -v go >/dev/null || fail "go is not installed"
+  GOBIN=$tools go install "github.com/fullstorydev/grpcurl/cmd/grpcurl@$VERSION"
+  mv "$tools/grpcurl" "$grpcurl"
+fi
+envd=${1:-$target/debug/envd}
+if [ $# -eq 0 ]; then
+  cargo build --locked --bin envd
+fi
+
+scratch=$(mktemp -d)
+daemon=
+clean_up() {
+  if [ -n "$daemon" ] && kill "$daemon" 2>/dev/null; then
+    wait "$daemon" || echo "grpcurl: the daemon ended with status $?" >&2
+  fi
+  rm -rf "$scratch"
+}
+trap clean_up EXIT
+
+log=$scratch/log
+socket=$scratch/envd.sock
+"$envd" --listen tcp://127.0.0.1:0 --listen "unix://$socket" 2>"$log" </dev/null &
+daemon=$!
+
+# The daemon logs that it is ready behind the addresses that it listens on.
+deadline=$((SECONDS + 30))
+until grep -q '"message":"ready"' "$log"; do
+  kill -0 "$daemon" 2>/dev/null || fail "the daemon ended: $(cat "$log")"
+  [ "$SECONDS" -lt "$deadline" ] || fail "the daemon is not ready after 30 s: $(cat "$log")"
+  sleep 0.05
+done
+tcp=$(sed -n 's/.*"address":"tcp:\/\/\([^"]*\)".*/\1/p' "$log")
+[ -n "$tcp" ] || fail "no TCP address in the log: $(cat "$log")"
+
+# call NAME ARGUMENT...: runs grpcurl and keeps what it prints in $answer, in one line.
+call() {
+  local name=$1 status=0
+  shift
+  answer=$("$grpcurl" -plaintext -max-time 30 "$@" 2>&1 </dev/null | tr -s ' \n' ' ') || status=$?
+  [ "$status" -eq 0 ] || fail "$name: status $status: $answer"
+}
+
+# expect NAME TEXT...: each text occurs in the answer.
+expect() {
+  local name=$1 text
+  shift
+  for text in "$@"; do
+    [[ $answer == *"$text"* ]] || fail "$name: no '$text' in: $answer"
+  done
+  echo "ok: $name"
+}
+
+session() {
+  local transport=$1
+  shift
+
+  call "$transport: services" "$@" list
+  expect "$transport: services" \
+    process.Process filesystem.Filesystem grpc.health.v1.Health grpc.reflection.v1.ServerReflection
+
+  call "$transport: process.Process" "$@" describe process.Process
+  expect "$transport: process.Process" \
+    'rpc Start ( .process.StartRequest ) returns ( stream .process.StartResponse );' \
+    'rpc StreamInput ( stream .process.StreamInputRequest ) returns ( .process.StreamInputResponse );' \
+    'rpc SendSignal ('
+
+  call "$transport: filesystem.Filesystem" "$@" describe filesystem.Filesystem
+  expect "$transport: filesystem.Filesystem" \
+    'rpc ListDir ( .filesystem.ListDirRequest ) returns ( .filesystem.ListDirResponse );' \
+    'rpc WatchDir ( .filesystem.WatchDirRequest ) returns ( stream .filesystem.WatchDirResponse );'
+
+  # stdout is "hello\n" in base64.
+  call "$transport: Start" -d '{"process": {"cmd": "echo", "args": ["hello"]}}' "$@" process.Process/Start
+  expect "$transport: Start" '"start": { "pid":' '"stdout": "aGVsbG8K"' '"exited": true' '"status": "exit status 0"'
+  [[ $answer == *'"start":'*'"data":'*'"end":'* ]] || fail "$transport: Start: not in order: $answer"
+
+  call "$transport: List" "$@" process.Process/List
+  [[ $answer == '{ }' || $answer == '{} ' ]] || fail "$transport: List: the command is still listed: $answer"
+  echo "ok: $transport: List"
+
+  call "$transport: ListDir" -d "{\"path\": \"$scratch\"}" "$@" filesystem.Filesystem/ListDir
+  expect "$transport: ListDir" '"name": "log"' '"type": "FILE_TYPE_FILE"' "\"path\": \"$log\""
+
+  call "$transport: health" "$@" grpc.health.v1.Health/Check
+  expect "$transport: health" '"status": "SERVING"'
+
+  # A failure has its code.
+  local status=0
+  answer=$("$grpcurl" -plaintext -max-time 30 -d "{\"path\": \"$scratch/missing\"}" \
+    "$@" filesystem.Filesystem/Stat 2>&1 </dev/null | tr -s ' \n' ' ') || status=$?
+  [ "$status" -ne 0 ] || fail "$transport: Stat of a missing file succeeded: $answer"
+  expect "$transport: Stat of a missing file" 'Code: NotFound' "$scratch/missing"
+}
+
+session tcp "$tcp"
+session unix -unix "$socket"
+
+kill -TERM "$daemon"
+status=0
+wait "$daemon" || status=$?
+daemon=
+[ "$status" -eq 0 ] || fail "the daemon ended with status $status: $(cat "$log")"
+echo "ok: the daemon ends when it is told to"

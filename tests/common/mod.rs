@@ -40,7 +40,13 @@ impl Daemon {
 
     /// Starts it with exactly these arguments and waits until it is ready.
     pub fn start_with(args: &[&str]) -> Self {
-        let mut child = Self::command(args).spawn().expect("the daemon can be executed");
+        Self::spawn(&mut Self::command(args))
+    }
+
+    /// Starts a command that is the daemon and waits until it is ready.
+    pub fn spawn(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the daemon can be executed");
         let log = Arc::new(Log::default());
         let stderr = child.stderr.take().expect("stderr is a pipe");
         std::thread::spawn({
@@ -68,7 +74,7 @@ impl Daemon {
     /// The command, not yet started.
     pub fn command(args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envd"));
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.args(args);
         command
     }
 

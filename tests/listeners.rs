@@ -1,0 +1,233 @@
+//! Starting, listening and ending.
+
+mod common;
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    os::unix::process::CommandExt,
+    path::Path,
+};
+
+use common::{Daemon, PATIENCE};
+use nix::sys::signal::Signal;
+
+/// The exit code and output of a daemon that ends by itself.
+fn run(args: &[&str]) -> (i32, String, String) {
+    let output = Daemon::command(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn health(mut stream: impl Read + Write) {
+    stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
+}
+
+#[test]
+fn several_listeners_serve_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let unix = format!("unix://{}", socket.display());
+    let args = ["--listen", "tcp://127.0.0.1:0", "--listen", "tcp://[::1]:0", "--listen", &unix];
+    let daemon = Daemon::start_with(&args);
+    let addresses = daemon.addresses();
+    assert_eq!(addresses.len(), 3, "{addresses:?}");
+    for address in addresses {
+        if let Some(tcp) = address.strip_prefix("tcp://") {
+            health(TcpStream::connect(tcp).unwrap());
+        } else {
+            health(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+        }
+    }
+}
+
+#[test]
+fn both_wildcards_can_have_the_same_port() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (v4, v6) = (format!("tcp://0.0.0.0:{port}"), format!("tcp://[::]:{port}"));
+    let daemon = Daemon::start_with(&["--listen", &v6, "--listen", &v4]);
+    health(TcpStream::connect(("127.0.0.1", port)).unwrap());
+    health(TcpStream::connect(("::1", port)).unwrap());
+    drop(daemon);
+    // Alone, the wildcard of IPv6 serves both.
+    let _daemon = Daemon::start_with(&["--listen", &v6]);
+    health(TcpStream::connect(("127.0.0.1", port)).unwrap());
+}
+
+#[test]
+fn a_listener_that_cannot_be_had_is_named_and_ends_the_daemon() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = format!("tcp://{}", taken.local_addr().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "not a socket").unwrap();
+    let live = dir.path().join("live");
+    let _live = std::os::unix::net::UnixListener::bind(&live).unwrap();
+    let file = format!("unix://{}", file.display());
+    let live = format!("unix://{}", live.display());
+    for address in [&tcp, &file, &live, "unix:///no/such/dir/s", "tcp://no.such.host.invalid:1"] {
+        let (code, _, log) = run(&["--listen", address]);
+        assert_eq!(code, 1, "{log}");
+        assert!(log.contains(&format!("cannot listen on {address}")), "{log}");
+    }
+    assert_eq!(std::fs::read(dir.path().join("file")).unwrap(), b"not a socket");
+    // Optional ones are only warned of, unless none is left.
+    let optional = format!("{tcp}?optional");
+    let daemon = Daemon::start(&["--listen", &optional]);
+    assert_eq!(daemon.addresses().len(), 1);
+    let (code, _, log) = run(&["--listen", &optional]);
+    assert_eq!(code, 1, "{log}");
+}
+
+#[test]
+fn a_socket_left_by_a_killed_daemon_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let unix = format!("unix://{}", socket.display());
+    drop(Daemon::start_with(&["--listen", &unix]));
+    assert!(socket.exists(), "SIGKILL leaves it");
+    let _daemon = Daemon::start_with(&["--listen", &unix]);
+    health(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+}
+
+/// With the kernel's loopback transport the listener is called through itself; without it only
+/// the binding can be seen, and the kernel's own table tells whether it listens.
+#[test]
+fn vsock() {
+    use std::os::fd::AsRawFd;
+    if !Path::new("/dev/vsock").exists() {
+        eprintln!("SKIPPED: this kernel has no /dev/vsock");
+        return;
+    }
+    let daemon = Daemon::start(&["--listen", "vsock://49983"]);
+    assert!(daemon.addresses().contains(&"vsock://49983".to_owned()), "{:?}", daemon.addresses());
+    // A second daemon cannot have the same port: the first really is bound to it.
+    let (code, _, log) = run(&["--listen", "vsock://49983"]);
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("cannot listen on vsock://49983: Address already in use"), "{log}");
+    // VMADDR_CID_LOCAL, which never leaves this kernel.
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Vsock,
+        nix::sys::socket::SockType::Stream,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let loopback = nix::sys::socket::VsockAddr::new(1, 49983);
+    match nix::sys::socket::connect(socket.as_raw_fd(), &loopback) {
+        Ok(()) => health(std::fs::File::from(socket)),
+        Err(error) => {
+            eprintln!("SKIPPED: a call over vsock: this kernel has no loopback for it ({error})");
+        }
+    }
+}
+
+#[test]
+fn sigterm_drains_and_exits_0() {
+    let mut daemon = Daemon::start(&[]);
+    // A call that runs when the signal comes still gets its answer.
+    let mut running = TcpStream::connect(daemon.tcp()).unwrap();
+    let body = common::rpc::envelope(0, br#"{"process":{"cmd":"cat"}}"#);
+    let head = format!(
+        "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    running.write_all(head.as_bytes()).unwrap();
+    running.write_all(&body).unwrap();
+    running.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut seen = String::new();
+    let mut read = || {
+        let mut buffer = [0; 4096];
+        let bytes = running.read(&mut buffer).unwrap();
+        assert_ne!(bytes, 0, "cut: {seen}");
+        seen.push_str(&String::from_utf8_lossy(&buffer[..bytes]));
+        seen.clone()
+    };
+    let pid = loop {
+        let seen = read();
+        if let Some((_, rest)) = seen.split_once("\"pid\":") {
+            break rest.chars().take_while(char::is_ascii_digit).collect::<String>();
+        }
+    };
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_for_log("SIGTERM: draining");
+    common::eventually("it no longer accepts", || TcpStream::connect(daemon.tcp()).err());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL)
+        .unwrap();
+    while !read().contains("signal: killed") {}
+    assert_eq!(daemon.wait().code(), Some(0));
+    daemon.wait_for_log("drained");
+}
+
+#[test]
+fn a_call_that_never_ends_holds_the_exit_for_the_grace_only() {
+    let mut daemon = Daemon::start(&["--shutdown-grace", "0"]);
+    let mut running = TcpStream::connect(daemon.tcp()).unwrap();
+    running
+        .write_all(b"POST /process.Process/StreamInput HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ntransfer-encoding: chunked\r\n\r\n")
+        .unwrap();
+    health(TcpStream::connect(daemon.tcp()).unwrap());
+    daemon.signal(Signal::SIGINT);
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn flags() {
+    let (code, version, _) = run(&["-version"]);
+    assert_eq!((code, version.trim()), (0, env!("CARGO_PKG_VERSION")));
+    assert_eq!(run(&["--commit"]).0, 0);
+    let (code, stdout, usage) = run(&["-h"]);
+    assert_eq!((code, stdout.as_str()), (0, ""));
+    assert!(usage.contains("--listen ADDRESS"), "{usage}");
+    for bad in [&["-nope"][..], &["--port", "x"], &["--listen", "x"]] {
+        let (code, _, log) = run(bad);
+        assert_eq!(code, 2, "{log}");
+        assert!(log.contains(bad[bad.len() - 1]) && log.contains("Usage: envd"), "{log}");
+    }
+    let (code, _, log) = run(&["--default-user", "nobody-here", "--listen", "tcp://127.0.0.1:0"]);
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("invalid default user: 'nobody-here'"), "{log}");
+    // An existing unit's command line.
+    let upstream = ["-isnotfc", "-no-cgroups", "-cgroup-root", "/sys/fs/cgroup", "-verbose"];
+    drop(Daemon::start(&upstream));
+}
+
+#[test]
+fn without_root_only_the_own_user_can_be_used() {
+    if !common::is_root() {
+        eprintln!("SKIPPED: becoming another user needs root");
+        return;
+    }
+    let nobody = 65534;
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(nobody), Some(nobody)).unwrap();
+    // The binary itself may lie where only root can reach it.
+    let binary = dir.path().join("envd");
+    std::fs::copy(env!("CARGO_BIN_EXE_envd"), &binary).unwrap();
+    let mut command = std::process::Command::new(&binary);
+    command.args(["--listen", "tcp://127.0.0.1:0"]).uid(nobody).gid(nobody);
+    let daemon = Daemon::spawn(&mut command);
+    daemon.wait_for_log("running without root: calls can act only as this user");
+    let post = |user: &str, command: &str| {
+        let body = format!(r#"{{"process":{{"cmd":"{command}","cwd":"/"}}}}"#);
+        let body = common::rpc::envelope(0, body.as_bytes());
+        let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
+        let head = format!(
+            "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{user}content-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(&body).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let own = post("", "id");
+    assert!(own.contains("exit status 0"), "{own}");
+    let root = post("authorization: Basic cm9vdDo=\r\n", "id");
+    assert!(root.contains("invalid username: 'root'"), "{root}");
+    assert!(root.contains("runs without root, as 'nobody'"), "{root}");
+}

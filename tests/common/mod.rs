@@ -208,3 +208,15 @@ pub fn basic(user: &str) -> String {
     let credentials = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
     format!("Basic {credentials}")
 }
+
+/// As [`eventually`], where the check has to wait for answers itself.
+pub async fn in_time<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = check().await {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,53 @@
+//! Whole request bodies in every protocol: whatever comes, a gRPC body or a status comes out.
+#![no_main]
+
+use bytes::Bytes;
+use envd::wire::{Body, envelope::Encoding, protocol::Protocol, request::Reader};
+use futures_util::stream;
+use http::{HeaderMap, HeaderValue, header};
+use http_body_util::BodyExt;
+use libfuzzer_sys::fuzz_target;
+
+const TYPES: [&str; 8] = [
+    "application/grpc",
+    "application/grpc+json",
+    "application/grpc-web",
+    "application/grpc-web-text",
+    "application/proto",
+    "application/json",
+    "application/connect+proto",
+    "application/connect+json",
+];
+const LIMIT: usize = 1 << 12;
+
+fuzz_target!(|input: (u8, bool, bool, u8, &[u8])| {
+    let (kind, gzip, single, step, bytes) = input;
+    let kind = TYPES[usize::from(kind) % TYPES.len()];
+    let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
+    let Some(protocol) = Protocol::of(&headers) else { panic!("{kind} is known") };
+    let encoding = if gzip { Encoding::Gzip } else { Encoding::Identity };
+    let reader = Reader { protocol, encoding, limit: LIMIT };
+    let chunks: Vec<_> = bytes
+        .chunks(usize::from(step) + 1)
+        .map(|chunk| Ok::<_, std::io::Error>(Bytes::copy_from_slice(chunk)))
+        .collect();
+    let body = Body::from_stream(stream::iter(chunks));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let body = match single {
+            true => reader.single(body).await,
+            false => Ok(reader.stream(body)),
+        };
+        let Ok(body) = body else { return };
+        if let Ok(collected) = body.collect().await {
+            // What comes out is whole envelopes without flags.
+            let mut rest = collected.to_bytes();
+            while !rest.is_empty() {
+                assert_eq!(rest[0], 0);
+                let length = u32::from_be_bytes([rest[1], rest[2], rest[3], rest[4]]) as usize;
+                assert!(length <= LIMIT);
+                let _ = rest.split_to(5 + length);
+            }
+        }
+    });
+});

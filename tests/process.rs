@@ -454,7 +454,6 @@ async fn the_user_of_basic_authentication() {
     let error = refused(&client, &start("pwd", &[]).cwd(dir.path().join("roots").to_str())).await;
     assert_eq!(error.code, "invalid_argument");
     assert!(error.message.ends_with("permission denied"), "{error:?}");
-
 }
 
 #[tokio::test]
@@ -497,7 +496,8 @@ async fn a_child_has_its_three_descriptors_and_no_other() {
 async fn signals_are_as_a_program_expects_them() {
     let daemon = Daemon::start(&[]);
     let client = client(&daemon);
-    let text = stdout(&client, &start("grep", &["-E", "^Sig(Blk|Ign):", "/proc/self/status"])).await;
+    let text =
+        stdout(&client, &start("grep", &["-E", "^Sig(Blk|Ign):", "/proc/self/status"])).await;
     assert_eq!(text, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
 }
 
@@ -784,11 +784,8 @@ async fn the_list_shows_what_was_asked_for_and_only_what_lives() {
     let first = start("sleep", &["1000"]).env("KEY", "value").tag("first");
     let second = start("cat", &["-"]).cwd(None);
     let (one, two) = (begin(&client, &first).await, begin(&client, &second).await);
-    let info = |request: StartRequest, pid| ProcessInfo {
-        config: request.process,
-        pid,
-        tag: request.tag,
-    };
+    let info =
+        |request: StartRequest, pid| ProcessInfo { config: request.process, pid, tag: request.tag };
     assert_eq!(list(&client).await, [info(first, one.pid), info(second.clone(), two.pid)]);
     kill(&client, one.pid).await;
     one.end().await;
@@ -997,11 +994,10 @@ async fn streamed_input_before_its_start() {
     let data = Event::Data(DataEvent { input: to_stdin("x") });
     for (message, code) in [(Some(data), "failed_precondition"), (None, "unimplemented")] {
         let messages = [StreamInputRequest { event: message }];
-        let error =
-            match client.streams::<_, StreamInputResponse>(STREAM_INPUT, &messages).await {
-                Err(error) => error,
-                Ok(mut answer) => answer.next().await.unwrap_err(),
-            };
+        let error = match client.streams::<_, StreamInputResponse>(STREAM_INPUT, &messages).await {
+            Err(error) => error,
+            Ok(mut answer) => answer.next().await.unwrap_err(),
+        };
         assert_eq!(error.code, code);
     }
     is_well(&daemon).await;
@@ -1074,8 +1070,7 @@ async fn signals_that_are_not_offered() {
     let process = begin(&client, &start("sleep", &["1000"])).await;
     for (number, name) in [(0, "SIGNAL_UNSPECIFIED"), (2, "2"), (-9, "-9"), (64, "64")] {
         let request = SendSignalRequest { process: pid(process.pid), signal: number };
-        let error =
-            client.unary::<_, SendSignalResponse>(SEND_SIGNAL, &request).await.unwrap_err();
+        let error = client.unary::<_, SendSignalResponse>(SEND_SIGNAL, &request).await.unwrap_err();
         assert_eq!(error, failure("unimplemented", format!("invalid signal: {name}")));
     }
     kill(&client, process.pid).await;

@@ -12,6 +12,7 @@ use std::{future::Future, marker::PhantomData};
 
 use bytes::{Buf, BufMut};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use tonic::{
     Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
@@ -115,8 +116,86 @@ impl<U: prost::Message + DeserializeOwned + Default> Decoder for DualDecoder<U> 
                 // tonic hands over one contiguous message, but says so nowhere: copy_to_bytes is
                 // free where it is, and right where it is not.
                 let message = buf.copy_to_bytes(buf.remaining());
-                serde_json::from_slice(&message).map(Some).map_err(|error| failed(&error))
+                from_json(&message).map(Some).map_err(|error| failed(&error))
             }
         }
+    }
+}
+
+/// Reads proto3 JSON (<https://protobuf.dev/programming-guides/json/>).
+///
+/// The generated code is stricter than the format: it refuses `null` for a field that is not
+/// optional, and `1.0` for an integer. A message that it refuses is therefore read once more with
+/// both written as it wants them; if that fails too, the error names the field.
+fn from_json<U: DeserializeOwned>(message: &[u8]) -> Result<U, String> {
+    let first = match serde_json::from_slice(message) {
+        Ok(message) => return Ok(message),
+        Err(error) => error,
+    };
+    // A field that is there twice would be there once after another reading.
+    if !first.is_data() || first.to_string().starts_with("duplicate field") {
+        return Err(first.to_string());
+    }
+    let mut value: Value = serde_json::from_slice(message).map_err(|error| error.to_string())?;
+    normalise(&mut value);
+    serde_path_to_error::deserialize(value).map_err(|error| match error.path().to_string() {
+        path if path == "." => error.into_inner().to_string(),
+        path => format!("field {path}: {}", error.into_inner()),
+    })
+}
+
+/// Removes fields that are `null`, and makes integers of numbers that are whole.
+fn normalise(value: &mut Value) {
+    /// Up to here every whole number is a `f64` (2^53).
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(normalise);
+        }
+        Value::Array(items) => items.iter_mut().for_each(normalise),
+        Value::Number(number) if number.is_f64() => {
+            let float = number.as_f64().filter(|f| f.fract() == 0.0 && f.abs() <= EXACT);
+            if let Some(whole) = float.and_then(|float| format!("{float:.0}").parse::<i64>().ok()) {
+                *number = whole.into();
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{filesystem::ListDirRequest, process::StartRequest};
+
+    #[test]
+    fn whole_floats_and_nulls_are_what_the_format_says() {
+        for text in [
+            r#"{"path":"/","depth":2}"#,
+            r#"{"path":"/","depth":"2"}"#,
+            r#"{"path":"/","depth":2.0}"#,
+            r#"{"path":"/","depth":2e0,"unknown":{"deep":[1.5,null]}}"#,
+        ] {
+            let request: ListDirRequest = from_json(text.as_bytes()).unwrap();
+            assert_eq!((request.path.as_str(), request.depth), ("/", 2), "{text}");
+        }
+        let request: ListDirRequest = from_json(br#"{"path":null,"depth":null}"#).unwrap();
+        assert_eq!(request, ListDirRequest::default());
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        for (text, field) in [
+            (r#"{"process":{"cmd":7}}"#, "process.cmd"),
+            (r#"{"pty":{"size":{"cols":1.5}}}"#, "pty.size.cols"),
+            (r#"{"pty":{"size":{"cols":-1}}}"#, "pty.size.cols"),
+            (r#"{"process":{"args":["a",{}]}}"#, "process.args[1]"),
+        ] {
+            let error = from_json::<StartRequest>(text.as_bytes()).unwrap_err();
+            assert!(error.starts_with(&format!("field {field}: ")), "{text}: {error}");
+        }
+        let twice = from_json::<ListDirRequest>(br#"{"depth":1,"depth":1.0}"#).unwrap_err();
+        assert!(twice.starts_with("duplicate field"), "{twice}");
     }
 }

@@ -11,6 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Poll, ready},
 };
 
 use axum::{
@@ -140,7 +141,8 @@ where
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
     let head = Arc::new(AtomicUsize::new(0));
-    let mut form = multer::Multipart::new(bound_heads(chunks, Arc::clone(&head)), boundary);
+    let chunks = bound_heads(one_by_one(chunks), Arc::clone(&head));
+    let mut form = multer::Multipart::new(chunks, boundary);
     let mut written = Vec::new();
     let mut seen = BTreeSet::new();
     loop {
@@ -179,6 +181,23 @@ where
         }
         written.push(sink.finish().await?);
     }
+}
+
+/// Has nothing ready right after each chunk. multer reads as long as something is ready and keeps
+/// it all in memory, and a body can be ready to its end: decompressed, it may be a thousand times
+/// what was sent.
+fn one_by_one<T>(chunks: impl Stream<Item = T> + Send + 'static) -> impl Stream<Item = T> + Send {
+    let mut chunks = Box::pin(chunks);
+    let mut pause = false;
+    futures_util::stream::poll_fn(move |context| {
+        if std::mem::take(&mut pause) {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let chunk = ready!(chunks.as_mut().poll_next(context));
+        pause = true;
+        Poll::Ready(chunk)
+    })
 }
 
 /// Lets no more bytes pass than [`MAX_PART_HEAD`] while `head` counts, which it does unless it is

@@ -202,6 +202,11 @@ pub fn me() -> nix::unistd::User {
     nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap().expect("in /etc/passwd")
 }
 
+/// Whether that user has a home directory to make directories in, which some tests need.
+pub fn able_at_home() -> bool {
+    able("a home directory that can be written to", tempfile::tempdir_in(me().dir).is_ok())
+}
+
 /// The header that makes a call another user's.
 pub fn basic(user: &str) -> String {
     use base64::Engine;

@@ -235,8 +235,12 @@ async function watch(sandbox, directory) {
   const seen = (name, type) => () =>
     events.items.some((event) => event.name === name && event.type === type)
   await sandbox.files.write(`${watched}/new.txt`, 'new')
-  await sandbox.files.write(`${watched}/nested/deeper/file.txt`, 'nested')
-  await events.until('a write of the nested file', seen('nested/deeper/file.txt', 'write'))
+  const nested = 'nested/deeper/file.txt'
+  await sandbox.files.write(`${watched}/${nested}`, 'nested')
+  await events.until('a create of the nested file', seen(nested, FilesystemEventType.CREATE))
+  // The first write may come before the new directories are watched; a later one may not.
+  await sandbox.files.write(`${watched}/${nested}`, 'again')
+  await events.until('a write of the nested file', seen(nested, FilesystemEventType.WRITE))
   const ofNew = events.items.filter(({ name }) => name === 'new.txt')
   assert.deepEqual(
     ofNew.map(({ type }) => type),

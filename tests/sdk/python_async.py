@@ -232,6 +232,13 @@ async def files_are_written_and_read(sandbox, directory):
     await raises(FileNotFoundException, sandbox.files.get_info(f"{directory}/missing"))
 
 
+def told(name, kind):
+    """The condition that this event is among the collected ones."""
+    return lambda collector: (name, kind) in [
+        (event.name, event.type) for event in collector.items
+    ]
+
+
 async def watch(sandbox, directory):
     watched = f"{directory}/watched"
     await sandbox.files.make_dir(watched)
@@ -240,12 +247,12 @@ async def watch(sandbox, directory):
         watched, on_event=events, on_exit=ends, recursive=True, include_entry=True
     )
     await sandbox.files.write(f"{watched}/new.txt", "new")
-    await sandbox.files.write(f"{watched}/nested/deeper/file.txt", "nested")
-    await events.until(
-        "a WRITE of the nested file",
-        lambda collector: ("nested/deeper/file.txt", FilesystemEventType.WRITE)
-        in [(event.name, event.type) for event in collector.items],
-    )
+    nested = "nested/deeper/file.txt"
+    await sandbox.files.write(f"{watched}/{nested}", "nested")
+    await events.until("a CREATE of the nested file", told(nested, FilesystemEventType.CREATE))
+    # The first write may come before the new directories are watched; a later one may not.
+    await sandbox.files.write(f"{watched}/{nested}", "again")
+    await events.until("a WRITE of the nested file", told(nested, FilesystemEventType.WRITE))
     of_new = [event for event in events.items if event.name == "new.txt"]
     assert [event.type for event in of_new] == [
         FilesystemEventType.CREATE,
@@ -255,11 +262,7 @@ async def watch(sandbox, directory):
     assert of_new[0].entry.path == f"{watched}/new.txt"
 
     await sandbox.files.remove(f"{watched}/new.txt")
-    await events.until(
-        "a REMOVE of new.txt",
-        lambda collector: ("new.txt", FilesystemEventType.REMOVE)
-        in [(event.name, event.type) for event in collector.items],
-    )
+    await events.until("a REMOVE", told("new.txt", FilesystemEventType.REMOVE))
     await handle.stop()
     assert ends.items == [None]
 

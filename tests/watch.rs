@@ -1,0 +1,580 @@
+//! Watching directories, as a client sees it: by a stream, and by asking.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+};
+
+use common::{
+    Daemon, in_time,
+    rpc::{Client, Failure, Messages, Wire},
+};
+use envd::proto::filesystem::{
+    CreateWatcherRequest, CreateWatcherResponse, EventType, FileType, FilesystemEvent,
+    GetWatcherEventsRequest, GetWatcherEventsResponse, MakeDirRequest, MakeDirResponse,
+    RemoveWatcherRequest, RemoveWatcherResponse, WatchDirRequest, WatchDirResponse,
+    watch_dir_response::Event,
+};
+use tempfile::TempDir;
+
+const WATCH: &str = "/filesystem.Filesystem/WatchDir";
+const CREATE: &str = "/filesystem.Filesystem/CreateWatcher";
+const EVENTS: &str = "/filesystem.Filesystem/GetWatcherEvents";
+const REMOVE: &str = "/filesystem.Filesystem/RemoveWatcher";
+
+/// The file that is made last, so that all before it has been told when it is.
+const LAST: &str = "the-last-one";
+
+fn client(daemon: &Daemon) -> Client {
+    Client::new(daemon, Wire::Connect { json: true })
+}
+
+/// A daemon, a client of it, and a directory to watch.
+fn house() -> (Daemon, Client, TempDir) {
+    let daemon = Daemon::start(&[]);
+    let client = client(&daemon);
+    (daemon, client, tempfile::tempdir().unwrap())
+}
+
+fn watching(path: &Path, recursive: bool) -> WatchDirRequest {
+    let path = path.to_str().unwrap().to_owned();
+    WatchDirRequest { path, recursive, ..WatchDirRequest::default() }
+}
+
+/// A stream of events whose start has been seen.
+struct Watch {
+    messages: Messages<WatchDirResponse>,
+    keepalives: usize,
+}
+
+impl Watch {
+    async fn try_new(client: &Client, request: &WatchDirRequest) -> Result<Self, Failure> {
+        let mut messages: Messages<WatchDirResponse> = client.stream(WATCH, request).await?;
+        let first = messages.next().await?.expect("a start").event.unwrap();
+        assert!(matches!(first, Event::Start(_)), "first came {first:?}");
+        Ok(Self { messages, keepalives: 0 })
+    }
+
+    async fn new(client: &Client, path: &Path, recursive: bool) -> Self {
+        Self::try_new(client, &watching(path, recursive)).await.unwrap()
+    }
+
+    async fn next(&mut self) -> FilesystemEvent {
+        loop {
+            let message = self.messages.next().await.unwrap().expect("it goes on");
+            match message.event.unwrap() {
+                Event::Filesystem(event) => return event,
+                Event::Keepalive(_) => self.keepalives += 1,
+                Event::Start(_) => panic!("a second start"),
+            }
+        }
+    }
+
+    /// Makes the last file in `dir`, which is what is watched or below it, and gives all events
+    /// before those of it.
+    async fn all(&mut self, dir: &Path) -> Vec<FilesystemEvent> {
+        fs::File::create(dir.join(LAST)).unwrap();
+        let mut events = Vec::new();
+        loop {
+            let event = self.next().await;
+            if event.name.rsplit('/').next() == Some(LAST) {
+                fs::remove_file(dir.join(LAST)).unwrap();
+                while self.next().await.r#type() != EventType::Remove {}
+                return events;
+            }
+            events.push(event);
+        }
+    }
+
+    async fn all_briefly(&mut self, dir: &Path) -> Vec<(String, EventType)> {
+        brief(&self.all(dir).await)
+    }
+}
+
+/// Names and types; what comes several times in a row, once.
+fn brief(events: &[FilesystemEvent]) -> Vec<(String, EventType)> {
+    let mut brief: Vec<_> =
+        events.iter().map(|event| (event.name.clone(), event.r#type())).collect();
+    brief.dedup();
+    brief
+}
+
+fn told(expected: &[(&str, EventType)]) -> Vec<(String, EventType)> {
+    expected.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect()
+}
+
+async fn create_watcher(client: &Client, path: &Path, recursive: bool) -> Result<String, Failure> {
+    let path = path.to_str().unwrap().to_owned();
+    let request = CreateWatcherRequest { path, recursive, ..CreateWatcherRequest::default() };
+    let answer: CreateWatcherResponse = client.unary(CREATE, &request).await?;
+    Ok(answer.watcher_id)
+}
+
+async fn watcher_events(client: &Client, id: &str) -> Result<Vec<FilesystemEvent>, Failure> {
+    let request = GetWatcherEventsRequest { watcher_id: id.to_owned() };
+    let answer: GetWatcherEventsResponse = client.unary(EVENTS, &request).await?;
+    Ok(answer.events)
+}
+
+async fn remove_watcher(client: &Client, id: &str) -> Result<(), Failure> {
+    let request = RemoveWatcherRequest { watcher_id: id.to_owned() };
+    client.unary(REMOVE, &request).await.map(|_: RemoveWatcherResponse| ())
+}
+
+fn failure(code: &str, message: impl Into<String>) -> Failure {
+    Failure { code: code.to_owned(), message: message.into() }
+}
+
+/// The daemon's inotify instances, and the watches in them.
+fn inotify(daemon: &Daemon) -> (usize, usize) {
+    let infos = fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap();
+    let (mut instances, mut watches) = (0, 0);
+    for info in infos {
+        let path = info.unwrap().path();
+        let fd = Path::new("/proc").join(daemon.pid().to_string()).join("fd");
+        let target = fs::read_link(fd.join(path.file_name().unwrap())).unwrap_or_default();
+        if target.to_string_lossy().contains("inotify") {
+            instances += 1;
+            let text = fs::read_to_string(path).unwrap_or_default();
+            watches += text.lines().filter(|line| line.starts_with("inotify wd:")).count();
+        }
+    }
+    (instances, watches)
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[tokio::test]
+async fn what_happens_to_a_file() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    let mut watch = Watch::new(&client, dir, false).await;
+    let file = dir.join("file");
+    fs::write(&file, "content").unwrap();
+    let (create, write) = (EventType::Create, EventType::Write);
+    assert_eq!(watch.all_briefly(dir).await, told(&[("file", create), ("file", write)]));
+    fs::write(&file, "again").unwrap();
+    assert_eq!(watch.all_briefly(dir).await, told(&[("file", write)]));
+    set_mode(&file, 0o600);
+    assert_eq!(watch.all_briefly(dir).await, told(&[("file", EventType::Chmod)]));
+    fs::rename(&file, dir.join("new name")).unwrap();
+    let expected = told(&[("file", EventType::Rename), ("new name", create)]);
+    assert_eq!(watch.all_briefly(dir).await, expected);
+    fs::remove_file(dir.join("new name")).unwrap();
+    let events = watch.all_briefly(dir).await;
+    assert_eq!(events.last(), told(&[("new name", EventType::Remove)]).last());
+
+    // From elsewhere, and to elsewhere.
+    let other = tempfile::tempdir_in(dir.parent().unwrap()).unwrap();
+    fs::write(other.path().join("x"), "").unwrap();
+    fs::rename(other.path().join("x"), dir.join("x")).unwrap();
+    assert_eq!(watch.all_briefly(dir).await, told(&[("x", create)]));
+    fs::rename(dir.join("x"), other.path().join("x")).unwrap();
+    assert_eq!(watch.all_briefly(dir).await, told(&[("x", EventType::Rename)]));
+    fs::write(other.path().join("x"), "not here").unwrap();
+    assert_eq!(watch.all_briefly(dir).await, []);
+}
+
+#[tokio::test]
+async fn only_a_recursive_watch_sees_what_is_below() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    fs::create_dir_all(dir.join("a/b")).unwrap();
+    let mut flat = Watch::new(&client, dir, false).await;
+    let mut deep = Watch::new(&client, dir, true).await;
+    fs::write(dir.join("a/b/file"), "x").unwrap();
+    fs::create_dir_all(dir.join("c/d/e")).unwrap();
+    fs::write(dir.join("c/d/e/file"), "x").unwrap();
+    let last = dir.join("a");
+    fs::File::create(last.join("seen-by-deep")).unwrap();
+
+    let (create, write) = (EventType::Create, EventType::Write);
+    let mut seen = Vec::new();
+    loop {
+        let event = deep.next().await;
+        if event.name == "a/seen-by-deep" {
+            break;
+        }
+        seen.push((event.name.clone(), event.r#type()));
+    }
+    for expected in [
+        ("a/b/file", create),
+        ("a/b/file", write),
+        ("c", create),
+        ("c/d", create),
+        ("c/d/e", create),
+        ("c/d/e/file", create),
+    ] {
+        let count = seen.iter().filter(|(name, kind)| (name.as_str(), *kind) == expected).count();
+        assert_eq!(count, 1, "{expected:?} in {seen:?}");
+    }
+    assert_eq!(flat.all_briefly(dir).await, told(&[("c", create)]));
+}
+
+#[tokio::test]
+async fn a_directory_that_moves_is_told_under_its_new_name() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    fs::create_dir_all(dir.join("foo/x")).unwrap();
+    fs::create_dir_all(dir.join("foo2/x")).unwrap();
+    let mut watch = Watch::new(&client, dir, true).await;
+    fs::rename(dir.join("foo"), dir.join("bar")).unwrap();
+    watch.all(dir).await;
+    fs::File::create(dir.join("bar/x/1")).unwrap();
+    fs::File::create(dir.join("foo2/x/2")).unwrap();
+    let expected = told(&[("bar/x/1", EventType::Create), ("foo2/x/2", EventType::Create)]);
+    assert_eq!(watch.all_briefly(dir).await, expected);
+
+    // Moved out, it is watched no longer; moved in, with all that is in it.
+    let other = tempfile::tempdir_in(dir.parent().unwrap()).unwrap();
+    fs::rename(dir.join("bar"), other.path().join("bar")).unwrap();
+    assert_eq!(watch.all_briefly(dir).await, told(&[("bar", EventType::Rename)]));
+    fs::File::create(other.path().join("bar/x/3")).unwrap();
+    assert_eq!(watch.all_briefly(dir).await, []);
+    fs::rename(other.path().join("bar"), dir.join("back")).unwrap();
+    let names: BTreeSet<_> = watch.all(dir).await.into_iter().map(|event| event.name).collect();
+    assert!(names.iter().eq(["back", "back/x", "back/x/1", "back/x/3"]), "{names:?}");
+}
+
+#[tokio::test]
+async fn entries_come_with_events_when_asked_for() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    let plain = Watch::new(&client, dir, false).await;
+    let request = WatchDirRequest { include_entry: true, ..watching(dir, false) };
+    let mut full = Watch::try_new(&client, &request).await.unwrap();
+    let legacy = client.clone().with("user-agent", "connect-python");
+    let legacy = Watch::try_new(&legacy, &request).await.unwrap();
+
+    fs::write(dir.join("file"), "12345").unwrap();
+    let events = full.all(dir).await;
+    assert!(!events.is_empty());
+    for event in events {
+        let entry = event.entry.expect("an entry");
+        assert_eq!((entry.name.as_str(), entry.r#type()), ("file", FileType::File));
+        assert_eq!(entry.path, dir.join("file").to_str().unwrap());
+        assert_eq!(entry.permissions.len(), 10);
+    }
+    set_mode(&dir.join("file"), 0o640);
+    let events = full.all(dir).await;
+    assert_eq!(events[0].entry.as_ref().unwrap().mode, 0o640);
+    fs::rename(dir.join("file"), dir.join("other")).unwrap();
+    let events = full.all(dir).await;
+    assert_eq!(brief(&events)[0].1, EventType::Rename);
+    assert_eq!(events[0].entry, None, "there is nothing to look at");
+    fs::remove_file(dir.join("other")).unwrap();
+    let events = full.all(dir).await;
+    assert_eq!(
+        (events.last().unwrap().r#type(), &events.last().unwrap().entry),
+        (EventType::Remove, &None)
+    );
+
+    for mut without in [plain, legacy] {
+        for event in without.all(dir).await {
+            assert_eq!(event.entry, None);
+        }
+    }
+}
+
+#[tokio::test]
+async fn silence_is_broken_by_keepalives() {
+    let (_daemon, client, dir) = house();
+    let mut checks = tokio::task::JoinSet::new();
+    for interval in ["1", "0", "-1"] {
+        let client = client.clone().with("keepalive-ping-interval", interval);
+        let path = dir.path().to_owned();
+        checks.spawn(async move {
+            let mut watch = Watch::new(&client, &path, true).await;
+            for _ in 0..2 {
+                let message = watch.messages.next().await.unwrap().unwrap().event.unwrap();
+                assert!(matches!(message, Event::Keepalive(_)), "{message:?}");
+            }
+        });
+    }
+    while let Some(check) = checks.join_next().await {
+        check.unwrap();
+    }
+    for interval in ["abc", "9223372037"] {
+        let client = client.clone().with("keepalive-ping-interval", interval);
+        let mut watch = Watch::new(&client, dir.path(), true).await;
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert_eq!(watch.next().await.name, "file", "{interval}");
+        assert_eq!(watch.keepalives, 0);
+        fs::remove_file(dir.path().join("file")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_watched() {
+    let (_daemon, client, dir) = house();
+    let missing = dir.path().join("missing");
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let shown = missing.display();
+    let not_found = failure(
+        "not_found",
+        format!("path {shown} not found: stat {shown}: no such file or directory"),
+    );
+    let not_dir = format!("path {} not a directory", file.display());
+    for recursive in [false, true] {
+        let error = Watch::try_new(&client, &watching(&missing, recursive)).await.err().unwrap();
+        assert_eq!(error, not_found);
+        let error = create_watcher(&client, &missing, recursive).await.unwrap_err();
+        assert_eq!(error, not_found);
+        let errors = [
+            Watch::try_new(&client, &watching(&file, recursive)).await.err().unwrap(),
+            create_watcher(&client, &file, recursive).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert_eq!(error.code, "invalid_argument");
+            assert!(error.message.starts_with(&not_dir), "{error:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_link_to_a_directory_is_watched() {
+    let (_daemon, client, dir) = house();
+    let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+    fs::create_dir_all(real.join("sub")).unwrap();
+    symlink("real", &link).unwrap();
+    for recursive in [false, true] {
+        let mut watch = Watch::new(&client, &link, recursive).await;
+        fs::write(real.join("file"), "").unwrap();
+        assert_eq!(watch.all_briefly(&real).await, told(&[("file", EventType::Create)]));
+        fs::remove_file(real.join("file")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_watched_directory_can_go() {
+    let (_daemon, client, dir) = house();
+    let gone = dir.path().join("gone");
+    fs::create_dir(&gone).unwrap();
+    for recursive in [false, true] {
+        fs::create_dir_all(&gone).unwrap();
+        let client = client.clone().with("keepalive-ping-interval", "1");
+        let mut watch = Watch::new(&client, &gone, recursive).await;
+        fs::remove_dir(&gone).unwrap();
+        loop {
+            let event = watch.next().await;
+            assert_eq!(event.name, ".", "{event:?}");
+            if event.r#type() == EventType::Remove {
+                break;
+            }
+        }
+        // The stream stays, with nothing but signs of life.
+        let message = watch.messages.next().await.unwrap().unwrap().event.unwrap();
+        assert!(matches!(message, Event::Keepalive(_)), "{message:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_polled_watcher_keeps_what_happened() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    let id = create_watcher(&client, dir, false).await.unwrap();
+    assert_eq!(id.len(), 21);
+    assert!(
+        id.starts_with('w') && id.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase())
+    );
+    assert_eq!(watcher_events(&client, &id).await.unwrap(), []);
+    // All that was done before the question is in the answer.
+    for i in 0..100 {
+        let name = format!("file-{i}");
+        fs::File::create(dir.join(&name)).unwrap();
+        let events = brief(&watcher_events(&client, &id).await.unwrap());
+        assert_eq!(events, told(&[(&name, EventType::Create)]));
+    }
+    assert_eq!(watcher_events(&client, &id).await.unwrap(), [], "each is told once");
+
+    remove_watcher(&client, &id).await.unwrap();
+    let expected = failure("not_found", format!("watcher with id {id} not found"));
+    assert_eq!(remove_watcher(&client, &id).await.unwrap_err(), expected);
+    assert_eq!(watcher_events(&client, &id).await.unwrap_err(), expected);
+    let expected = failure("not_found", "watcher with id w0 not found");
+    assert_eq!(watcher_events(&client, "w0").await.unwrap_err(), expected);
+}
+
+#[tokio::test]
+async fn an_upload_is_told_as_clients_expect_it() {
+    let (daemon, client, dir) = house();
+    let dir = dir.path();
+    let id = create_watcher(&client, dir, false).await.unwrap();
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let (create, chmod, write) = (EventType::Create, EventType::Chmod, EventType::Write);
+    for expected in [
+        &[("file", create), ("file", chmod), ("file", write)][..],
+        &[("file", chmod), ("file", write)],
+    ] {
+        let path = dir.join("file");
+        let url = daemon.url("/files");
+        let url =
+            reqwest::Url::parse_with_params(&url, [("path", path.to_str().unwrap())]).unwrap();
+        let request = http.post(url).header("content-type", "application/octet-stream");
+        let response = common::soon("an upload", request.body("content").send()).await.unwrap();
+        assert_eq!(response.status(), 200);
+        // Asked once, right after the reply.
+        assert_eq!(brief(&watcher_events(&client, &id).await.unwrap()), told(expected));
+    }
+    let path = dir.join("made").to_str().unwrap().to_owned();
+    let request = MakeDirRequest { path };
+    let _: MakeDirResponse =
+        client.unary("/filesystem.Filesystem/MakeDir", &request).await.unwrap();
+    let events = brief(&watcher_events(&client, &id).await.unwrap());
+    assert_eq!(events, told(&[("made", create), ("made", chmod)]));
+}
+
+#[tokio::test]
+async fn short_lived_directories_do_not_end_a_watch() {
+    let (daemon, client, dir) = house();
+    let dir = dir.path();
+    let mut watch = Watch::new(&client, dir, true).await;
+    let id = create_watcher(&client, dir, true).await.unwrap();
+    let path = dir.to_owned();
+    tokio::task::spawn_blocking(move || {
+        for i in 0..1000 {
+            let name = path.join(format!("short-{i}"));
+            fs::create_dir(&name).unwrap();
+            if i % 2 == 0 {
+                fs::create_dir(name.join("inner")).unwrap();
+                fs::remove_dir(name.join("inner")).unwrap();
+            }
+            fs::remove_dir(&name).unwrap();
+        }
+    })
+    .await
+    .unwrap();
+    fs::create_dir(dir.join("stays")).unwrap();
+    fs::write(dir.join("stays/file"), "x").unwrap();
+
+    let expected = "stays/file";
+    let events = watch.all(dir).await;
+    assert!(events.iter().any(|event| event.name == expected), "{} events", events.len());
+    let events = watcher_events(&client, &id).await.unwrap();
+    assert!(events.iter().any(|event| event.name == expected), "{} events", events.len());
+    // Both can be ended, and nothing is left of them: two directories are watched, once.
+    in_time("only what exists is watched", async || (inotify(&daemon) == (1, 2)).then_some(()))
+        .await;
+    remove_watcher(&client, &id).await.unwrap();
+    drop(watch);
+    in_time("nothing is left", async || (inotify(&daemon) == (0, 0)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_storm_of_new_directories_loses_no_file() {
+    let (_daemon, client, dir) = house();
+    let dir = dir.path();
+    let mut watch = Watch::new(&client, dir, true).await;
+    let id = create_watcher(&client, dir, true).await.unwrap();
+    let path = dir.to_owned();
+    let storm = tokio::task::spawn_blocking(move || {
+        let mut files = BTreeSet::new();
+        for i in 0..300 {
+            let inner = format!("d{i}/a/b/c");
+            fs::create_dir_all(path.join(&inner)).unwrap();
+            for file in [format!("{inner}/1"), format!("{inner}/2")] {
+                fs::write(path.join(&file), "x").unwrap();
+                files.insert(file);
+            }
+        }
+        files
+    });
+    let files = storm.await.unwrap();
+    let created = |events: &[FilesystemEvent]| -> Vec<String> {
+        let created = events.iter().filter(|event| event.r#type() == EventType::Create);
+        created.map(|event| event.name.clone()).collect()
+    };
+    for events in [watch.all(dir).await, watcher_events(&client, &id).await.unwrap()] {
+        let names = created(&events);
+        let unique: BTreeSet<_> = names.iter().cloned().collect();
+        let lost: Vec<_> = files.difference(&unique).collect();
+        assert!(lost.is_empty(), "{} are lost: {lost:?}", lost.len());
+        let dirs = names.iter().filter(|name| name.ends_with("/a/b/c")).count();
+        assert_eq!(dirs, 300);
+        let known = names.len() - names.iter().filter(|name| name.contains(LAST)).count();
+        let unique = unique.iter().filter(|name| !name.contains(LAST)).count();
+        assert_eq!(known, unique, "none is told twice");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_leaves_no_watch() {
+    let (daemon, client, dir) = house();
+    for i in 0..20 {
+        fs::create_dir_all(dir.path().join(format!("{i}/a"))).unwrap();
+    }
+    assert_eq!(inotify(&daemon), (0, 0));
+    let before = daemon.descriptors();
+    let watches = [
+        Watch::new(&client, dir.path(), true).await,
+        Watch::new(&client, dir.path(), true).await,
+        Watch::new(&client, &dir.path().join("1"), false).await,
+    ];
+    assert_eq!(inotify(&daemon), (1, 41), "one instance, and each directory once");
+    let mut watches = watches.into_iter();
+    drop(watches.next());
+    let mut other = watches.next().unwrap();
+    fs::write(dir.path().join("1/a/file"), "").unwrap();
+    assert_eq!(other.next().await.name, "1/a/file", "the others go on");
+    drop((other, watches));
+    in_time("nothing is left", async || (inotify(&daemon) == (0, 0)).then_some(())).await;
+    drop(client);
+    in_time("no descriptor is left", async || (daemon.descriptors() <= before).then_some(())).await;
+}
+
+#[tokio::test]
+async fn two_hundred_polled_watchers_work() {
+    let (daemon, client, dir) = house();
+    let at = |i: usize| dir.path().join(format!("dir-{i}"));
+    let mut ids = Vec::new();
+    for i in 0..200 {
+        fs::create_dir(at(i)).unwrap();
+        ids.push(create_watcher(&client, &at(i), i % 2 == 0).await.unwrap());
+    }
+    assert_eq!(inotify(&daemon), (1, 200));
+    for i in 0..200 {
+        fs::File::create(at(i).join(format!("file-{i}"))).unwrap();
+    }
+    for (i, id) in ids.iter().enumerate() {
+        let events = brief(&watcher_events(&client, id).await.unwrap());
+        assert_eq!(events, told(&[(&format!("file-{i}"), EventType::Create)]));
+        remove_watcher(&client, id).await.unwrap();
+    }
+    in_time("nothing is left", async || (inotify(&daemon) == (0, 0)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_costs_little() {
+    let (daemon, client, dir) = house();
+    let dir = dir.path();
+    let deaf = Watch::new(&client, dir, false).await;
+    let id = create_watcher(&client, dir, false).await.unwrap();
+    let path = dir.to_owned();
+    tokio::task::spawn_blocking(move || {
+        fs::File::create(path.join("file")).unwrap();
+        // More than a queue holds, and none of them repeats the one before.
+        for _ in 0..50_000 {
+            set_mode(&path, 0o700);
+            set_mode(&path.join("file"), 0o600);
+        }
+    })
+    .await
+    .unwrap();
+    // Both have what there is room for, and others are served.
+    let mut other = Watch::new(&client, dir, false).await;
+    fs::File::create(dir.join("new")).unwrap();
+    while other.next().await.name != "new" {}
+    assert!(!watcher_events(&client, &id).await.unwrap().is_empty());
+    let peak = daemon.memory("VmHWM");
+    assert!(peak < 96 << 10, "the daemon grew to {peak} KiB");
+    drop(deaf);
+}

@@ -1,6 +1,6 @@
 //! Files, as a client sees them: the calls of the filesystem service, and `/files` over plain HTTP.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

@@ -1,5 +1,7 @@
 //! Starting, listening and ending.
 
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use std::{

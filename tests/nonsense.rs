@@ -1,5 +1,7 @@
 //! Nonsense in, the documented error out, and the next request is answered.
 
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use std::{

@@ -1,7 +1,7 @@
 //! Processes, as a client sees them: what they are started with, what goes in, what comes out, and
 //! how they end.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

@@ -1,5 +1,7 @@
 //! The same calls in every protocol, on every kind of socket.
 
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod common;
 
 use common::{

@@ -3,7 +3,7 @@
 //! The SDKs are installed once under `target/sdk/` and again whenever their lock files change.
 //! Where that is not possible the tests say so on stderr and pass, unless `CI=true` is set.
 
-#![allow(missing_docs, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 

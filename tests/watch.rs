@@ -1,6 +1,6 @@
 //! Watching directories, as a client sees it: by a stream, and by asking.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -577,4 +577,21 @@ async fn a_watcher_that_does_not_read_costs_little() {
     let peak = daemon.memory("VmHWM");
     assert!(peak < 96 << 10, "the daemon grew to {peak} KiB");
     drop(deaf);
+}
+
+#[tokio::test]
+async fn content_that_is_there_before_the_watch_is_told_as_written() {
+    let (_daemon, client, dir) = house();
+    let outside = tempfile::tempdir().unwrap();
+    let new = outside.path().join("new");
+    fs::create_dir(&new).unwrap();
+    fs::write(new.join("empty"), "").unwrap();
+    fs::write(new.join("full"), "content").unwrap();
+    let mut watch = Watch::new(&client, dir.path(), true).await;
+    fs::rename(&new, dir.path().join("new")).unwrap();
+    use EventType::{Create, Write};
+    assert_eq!(
+        watch.all_briefly(dir.path()).await,
+        told(&[("new", Create), ("new/empty", Create), ("new/full", Create), ("new/full", Write)])
+    );
 }

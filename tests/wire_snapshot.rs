@@ -5,7 +5,7 @@
 //! A new one must be added to the file, so that every change of the wire is seen in review:
 //! `UPDATE_SNAPSHOTS=1 cargo test --test wire_snapshot` writes the additions, never a removal.
 
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{collections::BTreeSet, fs, path::Path};
 

@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn truncated_streams_are_told_apart() {
         let mut splitter = Splitter::new(10);
-        assert!(splitter.end().is_ok());
+        splitter.end().unwrap();
         splitter.push(&[0, 0]);
         assert!(splitter.end().unwrap_err().message().contains("unexpected EOF"));
         splitter.push(&[0, 0, 4, b'x']);

@@ -1,6 +1,6 @@
 //! What the black-box tests share: the real daemon as a child, and clients for each protocol.
 
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, missing_debug_implementations)]
 
 pub mod raw;
 pub mod rpc;

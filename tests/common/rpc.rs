@@ -104,7 +104,10 @@ impl Client {
         while let Some(message) = stream.next().await? {
             assert!(only.replace(message).is_none(), "two messages in a unary answer");
         }
-        only.ok_or(Failure { code: "none".into(), message: "no message and no error".into() })
+        only.ok_or_else(|| Failure {
+            code: "none".into(),
+            message: "no message and no error".into(),
+        })
     }
 
     /// A call with one message there and many back.
@@ -183,7 +186,7 @@ impl Client {
         let codec = tonic_prost::ProstCodec::<Q, R>::default();
         let path: http::uri::PathAndQuery = path.parse().unwrap();
         match soon("a gRPC call", client.streaming(request, path, codec)).await {
-            Ok(response) => Ok(Messages(Source::Grpc(response.into_inner()))),
+            Ok(response) => Ok(Messages(Source::Grpc(Box::new(response.into_inner())))),
             Err(status) => Err(Failure::of(&status)),
         }
     }
@@ -202,7 +205,7 @@ impl Client {
 pub struct Messages<R>(Source<R>);
 
 enum Source<R> {
-    Grpc(tonic::Streaming<R>),
+    Grpc(Box<tonic::Streaming<R>>),
     Http(Box<HttpMessages<R>>),
 }
 

@@ -70,3 +70,8 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
     found.sort_unstable();
     found
 }
+
+/// Whether a regular file has something in it.
+pub(super) fn has_content(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() > 0)
+}

@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     WatchEvent, WatchKind, WatchOptions,
-    known::{MAX_KNOWN_NAMES, scan},
+    known::{MAX_KNOWN_NAMES, has_content, scan},
     queue::Queue,
 };
 use crate::{
@@ -206,9 +206,13 @@ impl Tree {
             };
             let first = todo.len();
             for (name, is_dir) in children {
-                let child = rel.join(name);
+                let child = rel.join(&name);
                 if announce {
                     self.emit(id, WatchKind::Create, &child);
+                    // Written before it was watched: whoever waits for content must hear of it.
+                    if !is_dir && has_content(&path.join(&name)) {
+                        self.emit(id, WatchKind::Write, &child);
+                    }
                 }
                 if is_dir && recursive {
                     todo.push(child);

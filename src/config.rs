@@ -30,6 +30,8 @@ Whom to serve:
 Limits:
   --max-connections N     connections at the same time, over all listeners (default 1024)
   --max-message-bytes N   the largest request message (default 67108864)
+  --max-buffered-bytes N  all request messages that wait in memory, together
+                          (default 268435456)
   --header-timeout N      seconds that a client may take for the head of a request (default 30)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
@@ -67,6 +69,8 @@ pub struct Config {
     pub default_workdir: Option<String>,
     /// Connections at the same time.
     pub max_connections: usize,
+    /// Bytes of all request messages that wait in memory.
+    pub max_buffered_bytes: usize,
     /// Bytes of a request message.
     pub max_message_bytes: usize,
     /// The time that a client may take for the head of a request.
@@ -128,6 +132,7 @@ impl Config {
             default_workdir: None,
             max_connections: crate::wire::MAX_CONNECTIONS,
             max_message_bytes: crate::wire::MAX_MESSAGE_BYTES,
+            max_buffered_bytes: crate::wire::MAX_BUFFERED_BYTES,
             header_timeout: crate::wire::HEADER_TIMEOUT,
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: Duration::from_secs(5),
@@ -156,6 +161,10 @@ impl Config {
                 Arg::Long("max-connections") => {
                     let value = parser.value()?.parse()?;
                     config.max_connections = within("max-connections", value, 1, 1 << 20)?;
+                }
+                Arg::Long("max-buffered-bytes") => {
+                    let value = parser.value()?.parse()?;
+                    config.max_buffered_bytes = within("max-buffered-bytes", value, 1024, 1 << 40)?;
                 }
                 Arg::Long("max-message-bytes") => {
                     let value = parser.value()?.parse()?;

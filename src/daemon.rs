@@ -57,6 +57,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let sandbox = sandbox(&config)?;
     let limits = Limits {
         message_bytes: config.max_message_bytes,
+        buffered_bytes: config.max_buffered_bytes,
         connections: config.max_connections,
         idle_timeout: config.idle_timeout,
         header_timeout: config.header_timeout,

@@ -372,3 +372,42 @@ fn one_connection_too_many_is_told_so() {
         (http(&daemon, "GET /health HTTP/1.1", b"").0 == 204).then_some(())
     });
 }
+
+#[test]
+fn requests_together_stay_within_the_budget() {
+    let daemon = Daemon::start(&["--max-buffered-bytes", "1048576"]);
+    // Three clients send most of a message each and wait; together that is too much for one.
+    let head = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 600000\r\n\r\n";
+    let mut clients: Vec<_> = (0..3)
+        .map(|_| {
+            let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.write_all(head.as_bytes()).unwrap();
+            stream.write_all(&vec![b' '; 500_000]).unwrap();
+            stream
+        })
+        .collect();
+    // Whoever was refused has an answer before its message is complete.
+    let refused = common::eventually("one is refused", || {
+        clients.iter().position(|stream| {
+            stream.set_nonblocking(true).unwrap();
+            let answered = stream.peek(&mut [0]).is_ok();
+            stream.set_nonblocking(false).unwrap();
+            answered
+        })
+    });
+    let mut refused = clients.remove(refused);
+    let mut answer = [0; 1024];
+    let bytes = refused.read(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer[..bytes]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 429 "), "{answer}");
+    assert!(answer.contains("requests that are under way hold all of 1048576 bytes"), "{answer}");
+    drop((refused, clients));
+    // What they held is free again.
+    let mut body = br#"{"path":"/"}"#.to_vec();
+    body.resize(900_000, b' ');
+    let stat = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\ncontent-type: application/json";
+    common::eventually("their memory is given back", || {
+        (http(&daemon, stat, &body).0 == 200).then_some(())
+    });
+}

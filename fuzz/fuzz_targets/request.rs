@@ -2,7 +2,7 @@
 #![no_main]
 
 use bytes::Bytes;
-use envd::wire::{Body, envelope::Encoding, protocol::Protocol, request::Reader};
+use envd::wire::{Body, budget::Budget, envelope::Encoding, protocol::Protocol, request::Reader};
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use http_body_util::BodyExt;
@@ -34,9 +34,10 @@ fuzz_target!(|input: (u8, bool, bool, u8, &[u8])| {
     let body = Body::from_stream(stream::iter(chunks));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
+        let mut share = Budget::new(1 << 16).share();
         let body = match single {
-            true => reader.single(body).await,
-            false => Ok(reader.stream(body)),
+            true => reader.single(body, &mut share).await,
+            false => Ok(reader.stream(body, share)),
         };
         let Ok(body) = body else { return };
         if let Ok(collected) = body.collect().await {

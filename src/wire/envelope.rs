@@ -78,6 +78,11 @@ impl Splitter {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// The bytes that were added and not taken yet.
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Takes the next whole envelope, if it has come.
     ///
     /// # Errors

@@ -16,6 +16,7 @@
 //!
 //! Held to the public Connect conformance suite (`make conformance`).
 
+pub mod budget;
 pub mod codec;
 pub mod connection;
 pub mod cors;
@@ -44,6 +45,9 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// Upstream has no limit; this one is far above what any client sends and keeps a single request
 /// from taking the sandbox's memory.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// The most bytes of all requests together that wait in memory.
+pub const MAX_BUFFERED_BYTES: usize = 256 << 20;
 
 /// The most bytes of one request's headers. Beyond: 431.
 pub const MAX_HEADER_BYTES: usize = 128 << 10;
@@ -74,6 +78,8 @@ pub const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Limits {
     /// See [`MAX_MESSAGE_BYTES`].
     pub message_bytes: usize,
+    /// See [`MAX_BUFFERED_BYTES`].
+    pub buffered_bytes: usize,
     /// See [`MAX_CONNECTIONS`].
     pub connections: usize,
     /// See [`IDLE_TIMEOUT`].
@@ -86,6 +92,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             message_bytes: MAX_MESSAGE_BYTES,
+            buffered_bytes: MAX_BUFFERED_BYTES,
             connections: MAX_CONNECTIONS,
             idle_timeout: IDLE_TIMEOUT,
             header_timeout: HEADER_TIMEOUT,
@@ -95,6 +102,8 @@ impl Default for Limits {
 
 // Over the frame that carries them, HTTP/2 messages must fit the length field of an envelope.
 const _: () = assert!(MAX_MESSAGE_BYTES <= u32::MAX as usize);
+// One message of the largest size, and its decompressed form, must find room.
+const _: () = assert!(2 * MAX_MESSAGE_BYTES <= MAX_BUFFERED_BYTES);
 
 /// Everything that stands between a connection and a router of tonic services and REST routes.
 pub fn stack<S>(
@@ -102,5 +111,5 @@ pub fn stack<S>(
     methods: methods::Methods,
     limits: &Limits,
 ) -> cors::Cors<translate::Translate<S>> {
-    cors::Cors::new(translate::Translate::new(inner, methods, limits.message_bytes))
+    cors::Cors::new(translate::Translate::new(inner, methods, limits))
 }

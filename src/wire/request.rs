@@ -18,6 +18,7 @@ use tonic::Status;
 
 use super::{
     Body, BoxError,
+    budget::Share,
     codec::Format,
     envelope::{self, COMPRESSED, END_STREAM, Encoding, Envelope, Splitter, TRAILERS},
     protocol::{Framing, Protocol},
@@ -40,21 +41,22 @@ impl Reader {
     /// # Errors
     /// `resource_exhausted` over the limit, `unimplemented` for none or several messages, and what
     /// a broken envelope or compression deserves.
-    pub async fn single(self, body: Body) -> Result<Body, Status> {
+    pub async fn single(self, body: Body, share: &mut Share) -> Result<Body, Status> {
         let message = match self.protocol.framing {
-            Framing::ConnectUnary => self.bare(body).await?,
-            _ => self.enveloped(body).await?,
+            Framing::ConnectUnary => self.bare(body, share).await?,
+            _ => self.enveloped(body, share).await?,
         };
+        share.hold(message.len())?;
         let header = Bytes::copy_from_slice(&envelope::header(0, message.len()));
         Ok(Body::new(Chunks([header, message].into())))
     }
 
     /// Passes on a request of many messages.
-    pub fn stream(self, body: Body) -> Body {
-        Body::new(RequestStream(Envelopes::new(self, body)))
+    pub fn stream(self, body: Body, share: Share) -> Body {
+        Body::new(RequestStream(Envelopes::new(self, body), share))
     }
 
-    async fn bare(self, mut body: Body) -> Result<Bytes, Status> {
+    async fn bare(self, mut body: Body, share: &mut Share) -> Result<Bytes, Status> {
         if let Some(announced) = body.size_hint().exact()
             && announced > self.limit as u64
         {
@@ -73,6 +75,7 @@ impl Reader {
             if total > self.limit {
                 return Err(envelope::too_large(total, self.limit));
             }
+            share.hold(total)?;
             if first.is_empty() {
                 first = data;
             } else {
@@ -95,11 +98,11 @@ impl Reader {
         Ok(message)
     }
 
-    async fn enveloped(self, body: Body) -> Result<Bytes, Status> {
+    async fn enveloped(self, body: Body, share: &mut Share) -> Result<Bytes, Status> {
         let mut envelopes = Envelopes::new(self, body);
-        let mut only = None;
+        let mut only: Option<Bytes> = None;
         while let Some(message) =
-            std::future::poll_fn(|cx| envelopes.poll_next(cx)).await.transpose()?
+            std::future::poll_fn(|cx| envelopes.poll_next(cx, share)).await.transpose()?
         {
             if only.replace(message).is_some() {
                 return Err(Status::unimplemented("unary request has multiple messages"));
@@ -156,11 +159,19 @@ impl Envelopes {
         }
     }
 
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Status>>> {
+    /// The next message; `share` holds what is buffered, and the message until the next call.
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+        share: &mut Share,
+    ) -> Poll<Option<Result<Bytes, Status>>> {
         loop {
             match self.splitter.take().transpose() {
                 Some(Ok(envelope)) if !self.ended => match self.reader.open(envelope) {
-                    Ok(Some(message)) => return Poll::Ready(Some(Ok(message))),
+                    Ok(Some(message)) => {
+                        let held = share.hold(self.splitter.buffered() + message.len());
+                        return Poll::Ready(Some(held.map(|()| message)));
+                    }
                     Ok(None) => self.ended = true,
                     Err(status) => return Poll::Ready(Some(Err(status))),
                 },
@@ -181,6 +192,9 @@ impl Envelopes {
                                 Err(status) => return Poll::Ready(Some(Err(status))),
                             },
                         }
+                        if let Err(status) = share.hold(self.splitter.buffered()) {
+                            return Poll::Ready(Some(Err(status)));
+                        }
                     }
                 },
             }
@@ -189,7 +203,7 @@ impl Envelopes {
 }
 
 /// Envelopes again, for tonic.
-struct RequestStream(Envelopes);
+struct RequestStream(Envelopes, Share);
 
 impl http_body::Body for RequestStream {
     type Data = Bytes;
@@ -199,7 +213,8 @@ impl http_body::Body for RequestStream {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let message = ready!(self.0.poll_next(cx));
+        let Self(envelopes, share) = &mut *self;
+        let message = ready!(envelopes.poll_next(cx, share));
         Poll::Ready(message.map(|message| message.map(|m| Frame::data(envelope::wrap(0, &m)))))
     }
 }

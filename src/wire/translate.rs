@@ -28,7 +28,9 @@ use tonic::Status;
 use tower::Service;
 
 use super::{
-    Body, codec,
+    Body, Limits,
+    budget::{Budget, Share},
+    codec,
     envelope::Encoding,
     error,
     metadata::ResponseMetadata,
@@ -49,12 +51,18 @@ pub struct Translate<S> {
     inner: S,
     methods: Arc<Methods>,
     message_bytes: usize,
+    budget: Budget,
 }
 
 impl<S> Translate<S> {
-    /// Translates calls to `methods` for `inner`, with messages of at most `message_bytes`.
-    pub fn new(inner: S, methods: Methods, message_bytes: usize) -> Self {
-        Self { inner, methods: Arc::new(methods), message_bytes }
+    /// Translates calls to `methods` for `inner`, with messages within `limits`.
+    pub fn new(inner: S, methods: Methods, limits: &Limits) -> Self {
+        Self {
+            inner,
+            methods: Arc::new(methods),
+            message_bytes: limits.message_bytes,
+            budget: Budget::new(limits.buffered_bytes),
+        }
     }
 }
 
@@ -86,6 +94,7 @@ struct Call {
     method: Method,
     protocol: Protocol,
     message_bytes: usize,
+    share: Share,
 }
 
 impl<S> Translate<S> {
@@ -126,7 +135,12 @@ impl<S> Translate<S> {
             *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
             return Err(Box::new(response));
         }
-        Ok(Some(Call { method, protocol, message_bytes: self.message_bytes }))
+        Ok(Some(Call {
+            method,
+            protocol,
+            message_bytes: self.message_bytes,
+            share: self.budget.share(),
+        }))
     }
 }
 
@@ -151,12 +165,15 @@ impl Call {
         let deadline = writer.deadline;
         let reader =
             Reader { protocol: self.protocol.clone(), encoding, limit: self.message_bytes };
+        let mut share = self.share;
 
         let call = async move {
-            let body = match self.method.client_stream {
-                true => reader.stream(body),
-                false => match reader.single(body).await {
-                    Ok(body) => body,
+            // A stream holds its share as long as it is read, a single message until it is
+            // answered.
+            let (body, _share) = match self.method.client_stream {
+                true => (reader.stream(body, share), None),
+                false => match reader.single(body, &mut share).await {
+                    Ok(body) => (body, Some(share)),
                     Err(status) => return Ok(writer.error(&status)),
                 },
             };

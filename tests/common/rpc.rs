@@ -57,7 +57,12 @@ pub struct Client {
 
 impl Client {
     pub fn new(daemon: &Daemon, wire: Wire) -> Self {
-        let base = format!("http://{}", daemon.tcp());
+        Self::at(&daemon.tcp(), wire)
+    }
+
+    /// A client of whatever listens at `HOST:PORT`.
+    pub fn at(address: &str, wire: Wire) -> Self {
+        let base = format!("http://{address}");
         let grpc = Endpoint::from_shared(base.clone()).unwrap().connect_lazy();
         Self::over(grpc, base, wire)
     }

@@ -1,0 +1,360 @@
+//! What must be true of envd in a guest. Each check cleans up after itself.
+
+use std::{collections::BTreeSet, process::Stdio};
+
+use envd::proto::{
+    filesystem::{
+        EventType, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, RemoveRequest,
+        RemoveResponse, WatchDirRequest, WatchDirResponse, watch_dir_response,
+    },
+    process::{
+        CloseStdinRequest, CloseStdinResponse, ProcessConfig, ProcessInput, ProcessSelector, Pty,
+        SendInputRequest, SendInputResponse, StartRequest, StartResponse, UpdateRequest,
+        UpdateResponse, process_event::Event, process_event::data_event::Output,
+        process_input::Input, process_selector::Selector, pty::Size,
+    },
+};
+
+use crate::{
+    common::{
+        noise,
+        rpc::{Client, Messages, WIRES, Wire},
+    },
+    guest::Kind,
+};
+
+const START: &str = "/process.Process/Start";
+/// Every file of a check is below this directory.
+const PLACE: &str = "/tmp/vm-check";
+
+/// How a command ended, and what it said.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) code: i32,
+}
+
+fn root(address: &str, wire: Wire) -> Client {
+    Client::at(address, wire).with("authorization", "Basic cm9vdDo=")
+}
+
+fn start(command: &str, args: &[&str]) -> StartRequest {
+    let process = ProcessConfig {
+        cmd: command.to_owned(),
+        args: args.iter().map(ToString::to_string).collect(),
+        cwd: Some("/".to_owned()),
+        ..ProcessConfig::default()
+    };
+    StartRequest { process: Some(process), stdin: Some(false), ..StartRequest::default() }
+}
+
+fn of(pid: u32) -> Option<ProcessSelector> {
+    Some(ProcessSelector { selector: Some(Selector::Pid(pid)) })
+}
+
+async fn events(client: &Client, request: &StartRequest) -> (u32, Messages<StartResponse>) {
+    let mut events = client.stream(START, request).await.unwrap();
+    match next(&mut events).await {
+        Event::Start(start) => (start.pid, events),
+        other => panic!("first came {other:?}"),
+    }
+}
+
+async fn next(events: &mut Messages<StartResponse>) -> Event {
+    events.next().await.unwrap().expect("an end").event.unwrap().event.unwrap()
+}
+
+async fn outcome(mut events: Messages<StartResponse>) -> (Vec<u8>, Vec<u8>, i32) {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        match next(&mut events).await {
+            Event::Data(data) => match data.output.unwrap() {
+                Output::Stdout(bytes) | Output::Pty(bytes) => stdout.extend_from_slice(&bytes),
+                Output::Stderr(bytes) => stderr.extend_from_slice(&bytes),
+            },
+            Event::End(end) => return (stdout, stderr, end.exit_code),
+            Event::Keepalive(_) | Event::Start(_) => {}
+        }
+    }
+}
+
+async fn run(client: &Client, command: &str, args: &[&str]) -> Outcome {
+    let (_, events) = events(client, &start(command, args)).await;
+    let (stdout, stderr, code) = outcome(events).await;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Outcome { stdout: text(stdout), stderr: text(stderr), code }
+}
+
+/// A shell line as root that must succeed; gives what it printed.
+async fn sh(address: &str, line: &str) -> String {
+    let outcome = run(&root(address, Wire::Grpc), "sh", &["-c", line]).await;
+    assert_eq!(outcome.code, 0, "{line}: {outcome:?}");
+    outcome.stdout.trim().to_owned()
+}
+
+/// Starts a command whose end may never be told.
+pub(crate) async fn fire(client: &Client, command: &str, args: &[&str]) {
+    let mut events: Messages<StartResponse> =
+        client.stream(START, &start(command, args)).await.unwrap();
+    while let Ok(Some(_)) = events.next().await {}
+}
+
+/// One request over plain HTTP.
+pub(crate) async fn hello(address: &str) {
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let answer = client.get(format!("http://{address}/health")).send().await.unwrap();
+    assert_eq!(answer.status(), 204);
+}
+
+pub(crate) async fn commands(address: &str) {
+    for wire in WIRES {
+        let client = Client::at(address, wire);
+        let outcome = run(&client, "sh", &["-c", "echo out; echo err >&2; exit 7"]).await;
+        assert_eq!(
+            (outcome.stdout.as_str(), outcome.stderr.as_str(), outcome.code),
+            ("out\n", "err\n", 7),
+            "{wire:?}"
+        );
+    }
+}
+
+pub(crate) async fn cat(address: &str) {
+    let bytes = noise(256 << 10);
+    for wire in [Wire::Grpc, Wire::Connect { json: true }] {
+        let client = Client::at(address, wire);
+        let mut request = start("cat", &[]);
+        request.stdin = Some(true);
+        let (pid, events) = events(&client, &request).await;
+        for piece in bytes.chunks(50_000) {
+            let input = Some(ProcessInput { input: Some(Input::Stdin(piece.to_vec().into())) });
+            let request = SendInputRequest { process: of(pid), input };
+            let _: SendInputResponse =
+                client.unary("/process.Process/SendInput", &request).await.unwrap();
+        }
+        let request = CloseStdinRequest { process: of(pid) };
+        let _: CloseStdinResponse =
+            client.unary("/process.Process/CloseStdin", &request).await.unwrap();
+        assert!(outcome(events).await.0 == bytes, "{wire:?}: the bytes came back changed");
+    }
+}
+
+pub(crate) async fn terminal(address: &str) {
+    let client = Client::at(address, Wire::Connect { json: true });
+    let size = |cols| Some(Pty { size: Some(Size { cols, rows: 24 }) });
+    let line = "read -r go; stty size; test -t 0 && tty";
+    let request = StartRequest { pty: size(80), ..start("sh", &["-c", line]) };
+    let (pid, events) = events(&client, &request).await;
+    let request = UpdateRequest { process: of(pid), pty: size(100) };
+    let _: UpdateResponse = client.unary("/process.Process/Update", &request).await.unwrap();
+    let input = Some(ProcessInput { input: Some(Input::Pty(b"go\n"[..].into())) });
+    let request = SendInputRequest { process: of(pid), input };
+    let _: SendInputResponse = client.unary("/process.Process/SendInput", &request).await.unwrap();
+    let (screen, _, code) = outcome(events).await;
+    let screen = String::from_utf8_lossy(&screen);
+    assert_eq!(code, 0, "{screen}");
+    for part in ["go\r\n", "24 100\r\n", "/dev/pts/"] {
+        assert!(screen.contains(part), "{screen:?} has not {part:?}");
+    }
+}
+
+pub(crate) async fn files(address: &str) {
+    let bytes = noise(3 << 20);
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let url = format!("http://{address}/files?path={PLACE}/deep/file&username=root");
+    let upload = http
+        .post(&url)
+        .header("content-type", "application/octet-stream")
+        .body(bytes.clone())
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(upload.status(), 200);
+    let download = http.get(&url).send().await.unwrap().bytes().await.unwrap();
+    assert!(download == bytes, "the file came back changed");
+    let client = root(address, Wire::Connect { json: false });
+    let request = ListDirRequest { path: PLACE.into(), depth: 2 };
+    let list: ListDirResponse =
+        client.unary("/filesystem.Filesystem/ListDir", &request).await.unwrap();
+    let names: Vec<_> = list.entries.iter().map(|entry| entry.name.as_str()).collect();
+    assert_eq!(names, ["deep", "file"]);
+    clean(&client).await;
+}
+
+async fn clean(client: &Client) {
+    let request = RemoveRequest { path: PLACE.into() };
+    let _: RemoveResponse = client.unary("/filesystem.Filesystem/Remove", &request).await.unwrap();
+}
+
+pub(crate) async fn watch(address: &str) {
+    let client = root(address, Wire::Connect { json: true });
+    let request = MakeDirRequest { path: PLACE.into() };
+    let _: MakeDirResponse =
+        client.unary("/filesystem.Filesystem/MakeDir", &request).await.unwrap();
+    let request = WatchDirRequest { path: PLACE.into(), recursive: true, ..Default::default() };
+    let mut watch: Messages<WatchDirResponse> =
+        client.stream("/filesystem.Filesystem/WatchDir", &request).await.unwrap();
+    let mut next = async || loop {
+        let event = watch.next().await.unwrap().unwrap().event.unwrap();
+        if let watch_dir_response::Event::Filesystem(event) = event {
+            return (event.name.clone(), event.r#type());
+        }
+    };
+    sh(address, &format!("mkdir -p {PLACE}/a/b && echo x > {PLACE}/a/b/c")).await;
+    let mut wanted: BTreeSet<_> = ["a", "a/b", "a/b/c"].into_iter().map(str::to_owned).collect();
+    while !wanted.is_empty() {
+        if let (name, EventType::Create) = next().await {
+            wanted.remove(&name);
+        }
+    }
+    clean(&client).await;
+}
+
+/// The SDK's own programs, unchanged.
+pub(crate) async fn python_sdk(address: &str) {
+    let python = std::env::var_os("ENVD_VM_PYTHON").expect("ENVD_VM_PYTHON is set: use make vm");
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vm/sdk.py");
+    let output = tokio::process::Command::new(python)
+        .arg(program)
+        .env("E2B_DEBUG", "true")
+        .env("E2B_SANDBOX_URL", format!("http://{address}"))
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(std::time::Duration::from_secs(180), output);
+    let output = output.await.expect("the program ends").unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    assert!(text(&output.stdout).ends_with("all of it works\n"), "{}", text(&output.stdout));
+}
+
+/// Whom calls act as that name nobody.
+pub(crate) async fn user(address: &str) {
+    let client = Client::at(address, Wire::Grpc);
+    let id = run(&client, "id", &[]).await.stdout;
+    assert!(id.starts_with("uid=1000(user) gid=1000(user)"), "{id}");
+    let home = run(&client, "bash", &["-l", "-c", "cd; pwd; sudo id -u; umask"]).await;
+    assert_eq!(home.stdout, "/home/user\n0\n0022\n", "{home:?}");
+}
+
+/// The daemon is the last to be killed, and its processes are ordinary.
+pub(crate) async fn protected(address: &str, kind: Kind) {
+    let daemon = match kind {
+        Kind::Systemd => sh(address, "systemctl show -p MainPID --value envd").await,
+        // PID 1 itself is the supervisor; the daemon is its child.
+        _ => sh(address, "pgrep -x -o -P 1 envd").await,
+    };
+    let score = sh(address, &format!("cat /proc/{daemon}/oom_score_adj")).await;
+    assert_eq!(score, "-1000");
+    assert_eq!(sh(address, "cat /proc/self/oom_score_adj").await, "100");
+    assert_eq!(sh(address, "nice").await, "0");
+    if kind == Kind::Systemd {
+        let properties = "-p NRestarts -p WatchdogUSec -p Type -p OOMPolicy -p Delegate";
+        let shown = sh(address, &format!("systemctl show {properties} envd")).await;
+        for line in ["Type=notify", "NRestarts=0", "OOMPolicy=continue", "Delegate=yes"] {
+            assert!(shown.lines().any(|shown| shown == line), "{line}: {shown}");
+        }
+        assert!(!shown.contains("WatchdogUSec=0"), "{shown}");
+    }
+}
+
+pub(crate) async fn cgroups(address: &str) {
+    let controllers = sh(address, "cat /sys/fs/cgroup/cgroup.controllers").await;
+    for controller in ["cpu", "memory", "pids"] {
+        assert!(controllers.split(' ').any(|one| one == controller), "{controllers}");
+    }
+    let enabled = sh(address, "cat /sys/fs/cgroup/cgroup.subtree_control").await;
+    assert!(enabled.contains("memory") && enabled.contains("pids"), "{enabled}");
+}
+
+/// Ten thousand orphans and a thousand processes of our own at once: nobody's status is lost or
+/// taken for another's, and no zombie stays.
+pub(crate) async fn orphans(address: &str) {
+    let client = root(address, Wire::Grpc);
+    // Each of a hundred commands leaves a hundred orphans behind.
+    let line = "i=0; while [ $i -lt 100 ]; do (exec sleep 0 &) ; i=$((i+1)); done";
+    let orphans = futures_util::future::join_all((0..100).map(|_| {
+        let client = client.clone();
+        async move {
+            let outcome = run(&client, "sh", &["-c", line]).await;
+            assert_eq!(outcome.code, 0, "{outcome:?}");
+        }
+    }));
+    let managed = futures_util::future::join_all((0..1000).map(|number| {
+        let client = client.clone();
+        async move {
+            let code = number % 256;
+            // All of them live at the same time: they wait for a file that comes last.
+            let line = format!("until [ -e {PLACE}-go ]; do sleep 1; done; exit {code}");
+            let outcome = run(&client, "sh", &["-c", &line]).await;
+            assert_eq!(outcome.code, code, "{outcome:?}");
+        }
+    }));
+    let go = async {
+        orphans.await;
+        loop {
+            let count = sh(address, "ps -e -o args= | grep -c '^sh -c until'; true").await;
+            if count.parse::<usize>().unwrap() >= 1000 {
+                break;
+            }
+        }
+        sh(address, &format!("touch {PLACE}-go")).await;
+    };
+    tokio::join!(managed, go);
+    sh(address, &format!("rm {PLACE}-go")).await;
+    let zombies = "ps -e -o stat=,comm= | grep '^Z' || true";
+    let mut left = sh(address, zombies).await;
+    // The last ones may be between their end and PID 1's turn.
+    for _ in 0..50 {
+        if left.is_empty() {
+            return;
+        }
+        left = sh(address, zombies).await;
+    }
+    panic!("zombies: {left}");
+}
+
+pub(crate) async fn units(address: &str) {
+    assert_eq!(sh(address, "systemctl --failed --no-legend --plain").await, "");
+}
+
+pub(crate) async fn one_program(address: &str) {
+    for wire in WIRES {
+        let client = Client::at(address, wire);
+        let outcome = run(&client, "/bin/busybox", &["echo", "all there is"]).await;
+        assert_eq!((outcome.stdout.as_str(), outcome.code), ("all there is\n", 0), "{wire:?}");
+    }
+}
+
+pub(crate) async fn nothing_else(address: &str) {
+    let client = Client::at(address, Wire::Grpc);
+    for (command, code, text) in [
+        ("bash", 127, "No such file or directory"),
+        ("/bin/nope", 127, "No such file or directory"),
+        ("/bin", 126, "Permission denied"),
+        ("/etc/envd/modules", 126, "Permission denied"),
+    ] {
+        let outcome = run(&client, command, &[]).await;
+        assert_eq!(outcome.code, code, "{command}: {outcome:?}");
+        assert!(outcome.stderr.contains(text), "{command}: {outcome:?}");
+    }
+}
+
+/// Mounts the disk with the project's test binaries; gives their names.
+pub(crate) async fn carried(address: &str) -> Vec<String> {
+    let list = "mkdir -p /mnt/tests && mount -o ro /dev/vdb /mnt/tests && sh /mnt/tests/place.sh && cat /mnt/tests/list";
+    let names = sh(address, list).await;
+    assert!(!names.is_empty());
+    names.lines().map(str::to_owned).collect()
+}
+
+/// Runs one of them as root; gives its last line.
+pub(crate) async fn run_carried(address: &str, test: &str) -> String {
+    // What a test prints while it runs is kept, and shown when it fails.
+    let line =
+        format!("cd /tmp && CI=true TMPDIR=/var/tmp /mnt/tests/bin/{test} --test-threads=2 2>&1");
+    let outcome = run(&root(address, Wire::Grpc), "sh", &["-c", &line]).await;
+    assert_eq!(outcome.code, 0, "{}", outcome.stdout);
+    let result = outcome.stdout.lines().rfind(|line| line.starts_with("test result: ok."));
+    result.unwrap_or_else(|| panic!("{}", outcome.stdout)).to_owned()
+}

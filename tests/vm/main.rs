@@ -1,0 +1,187 @@
+//! envd in a real guest: its own kernel, its own PID 1, a real cgroup v2, called over vsock and TCP.
+//!
+//! `make vm` builds what is needed and runs this; by hand:
+//!
+//! ```sh
+//! scripts/vm.sh [SCENARIO...]     # systemd, pid1, minimal, boots, inside
+//! ```
+//!
+//! Not part of `cargo test`, and without libtest: one boot serves many checks. The guest runs under
+//! QEMU; its vsock device is served by vhost-device-vsock, in whose unix socket a host connects as
+//! it does with Firecracker's. Everything lives in one temporary directory a boot and dies with
+//! this process. The console of a guest whose check failed is printed.
+
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod checks;
+mod forward;
+mod guest;
+
+use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
+
+use futures_util::FutureExt;
+use guest::{Disk, Guest, Kind};
+
+/// Boots in a row that must all answer.
+const BOOTS: usize = 10;
+
+#[tokio::main(worker_threads = 2)]
+async fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let all = ["systemd", "pid1", "minimal", "boots", "inside"];
+    let unknown: Vec<_> = wanted.iter().filter(|name| !all.contains(&name.as_str())).collect();
+    assert!(unknown.is_empty(), "no such scenarios: {unknown:?}; there are {all:?}");
+    let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|one| one == name);
+
+    let mut report = Report::default();
+    if wants("systemd") {
+        with_guest(&mut report, Kind::Systemd).await;
+    }
+    if wants("pid1") {
+        with_guest(&mut report, Kind::Pid1).await;
+    }
+    if wants("minimal") {
+        minimal(&mut report).await;
+    }
+    if wants("boots") {
+        boots(&mut report, Kind::Systemd).await;
+        boots(&mut report, Kind::Pid1).await;
+    }
+    if wants("inside") {
+        inside(&mut report).await;
+    }
+    println!("\n{} passed, {} failed", report.passed, report.failed);
+    if report.failed == 0 && report.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[derive(Default)]
+struct Report {
+    passed: usize,
+    failed: usize,
+}
+
+impl Report {
+    /// Runs one check; a panic in it is its failure, and only its.
+    async fn check<T>(&mut self, name: &str, check: impl Future<Output = T>) -> Option<T> {
+        let start = std::time::Instant::now();
+        let outcome = AssertUnwindSafe(check).catch_unwind().await;
+        let took = start.elapsed().as_secs_f32();
+        if let Ok(value) = outcome {
+            self.passed += 1;
+            println!("test {name} ... ok ({took:.1} s)");
+            return Some(value);
+        }
+        self.failed += 1;
+        println!("test {name} ... FAILED ({took:.1} s)");
+        None
+    }
+}
+
+/// One boot, all checks over both transports, then an orderly power-off.
+async fn with_guest(report: &mut Report, kind: Kind) {
+    let name = kind.name();
+    let boot = Guest::boot(kind, Disk::Copy);
+    let Some(mut guest) = report.check(&format!("{name}: boots and answers"), boot).await else {
+        return;
+    };
+    println!("{name}: {}", guest.timings());
+    let failed_before = report.failed;
+    for (transport, address) in [("tcp", guest.tcp()), ("vsock", guest.vsock())] {
+        let at = |check: &str| format!("{name}: {transport}: {check}");
+        let address = address.as_str();
+        report.check(&at("a command in every protocol"), checks::commands(address)).await;
+        report.check(&at("random bytes through cat"), checks::cat(address)).await;
+        report.check(&at("a terminal"), checks::terminal(address)).await;
+        report.check(&at("files"), checks::files(address)).await;
+        report.check(&at("a watch"), checks::watch(address)).await;
+        report.check(&at("the Python SDK"), checks::python_sdk(address)).await;
+    }
+    let address = guest.tcp();
+    let address = address.as_str();
+    let own = |check: &str| format!("{name}: {check}");
+    report.check(&own("the user and sudo"), checks::user(address)).await;
+    report.check(&own("the daemon is protected"), checks::protected(address, kind)).await;
+    report.check(&own("cgroup v2 with controllers"), checks::cgroups(address)).await;
+    report.check(&own("orphans and statuses"), checks::orphans(address)).await;
+    if kind == Kind::Systemd {
+        report.check(&own("no unit failed"), checks::units(address)).await;
+    }
+    if report.failed > failed_before {
+        guest.print_console();
+    }
+    if report.check(&own("powers off in order"), guest.power_off()).await.is_none() {
+        guest.print_console();
+    }
+    report.check(&own("the file system is clean"), async { guest.assert_clean() }).await;
+}
+
+/// Nothing but envd, the kernel's modules and one static program.
+async fn minimal(report: &mut Report) {
+    let boot = Guest::boot(Kind::Minimal, Disk::None);
+    let Some(mut guest) = report.check("minimal: boots and answers", boot).await else { return };
+    println!("minimal: {}", guest.timings());
+    let failed_before = report.failed;
+    let address = guest.vsock();
+    report.check("minimal: vsock: the one program", checks::one_program(&address)).await;
+    report.check("minimal: vsock: what is not there", checks::nothing_else(&address)).await;
+    report.check("minimal: powers off in order", guest.power_off()).await;
+    if report.failed > failed_before {
+        guest.print_console();
+    }
+}
+
+async fn boots(report: &mut Report, kind: Kind) {
+    let name = kind.name();
+    let mut times = Vec::new();
+    for boot in 1..=BOOTS {
+        let check = async {
+            let guest = Guest::boot(kind, Disk::Snapshot).await;
+            checks::hello(&guest.vsock()).await;
+            checks::hello(&guest.tcp()).await;
+            guest.answered()
+        };
+        let title = format!("{name}: boot {boot} of {BOOTS} answers");
+        times.extend(report.check(&title, check).await);
+    }
+    for (transport, pick) in [("vsock", 0), ("tcp", 1)] {
+        let mut of: Vec<Duration> =
+            times.iter().map(|(v, t)| if pick == 0 { *v } else { *t }).collect();
+        of.sort();
+        if let (Some(min), Some(med), Some(max)) = (of.first(), of.get(of.len() / 2), of.last()) {
+            println!(
+                "{name}: start of the machine to first answer over {transport}: {:.2}/{:.2}/{:.2} s (min/median/max of {})",
+                min.as_secs_f32(),
+                med.as_secs_f32(),
+                max.as_secs_f32(),
+                of.len()
+            );
+        }
+    }
+}
+
+/// The project's other tests, where nothing is missing.
+async fn inside(report: &mut Report) {
+    let boot = Guest::boot(Kind::Systemd, Disk::Snapshot);
+    let Some(guest) = report.check("inside: boots and answers", boot).await else { return };
+    let address = guest.tcp();
+    let Some(tests) = report.check("inside: the tests are there", checks::carried(&address)).await
+    else {
+        return guest.print_console();
+    };
+    for test in tests {
+        let run = checks::run_carried(&address, &test);
+        if let Some(summary) = report.check(&format!("inside: {test}"), run).await {
+            println!("    {summary}");
+        }
+    }
+}

@@ -15,12 +15,17 @@ pub const DEFAULT_PORT: u16 = 49983;
 /// What `-help` prints.
 pub const USAGE: &str = "\
 Usage: envd [flags]
+       envd init [flags]               as PID 1, with the flags for the daemon
+       envd poweroff | reboot | halt   ask PID 1 to end the machine
 
 Where to listen:
   --listen ADDRESS        tcp://HOST:PORT, unix:///PATH[?mode=0660], vsock://[CID:]PORT;
                           may be given several times; `?optional` behind an address makes
                           it no error that it cannot be had (default tcp://0.0.0.0:49983)
   --port N                short for --listen tcp://0.0.0.0:N
+  --ready ADDRESS         connect there once calls are served, and write one line of JSON
+                          with version, times since boot and addresses; vsock://PORT is
+                          the host's
 
 Whom to serve:
   --default-user NAME     the user for calls that name none
@@ -63,6 +68,8 @@ pub enum Command {
 pub struct Config {
     /// Where to listen; at least one.
     pub listen: Vec<Address>,
+    /// Whom to tell that the daemon is ready.
+    pub ready: Option<Address>,
     /// The user for calls that name none; `None` for the daemon's own.
     pub default_user: Option<String>,
     /// Where relative paths start.
@@ -96,8 +103,13 @@ pub enum ConfigError {
     #[error("{0}")]
     Flag(#[from] lexopt::Error),
     /// An address that is none.
-    #[error("--listen: {0}")]
-    Listen(#[from] ListenError),
+    #[error("--{flag}: {source}")]
+    Address {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong with the address.
+        source: ListenError,
+    },
     /// A value out of range.
     #[error("--{flag}: {value} is not between {min} and {max}")]
     Range {
@@ -128,6 +140,7 @@ impl Config {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, ConfigError> {
         let mut config = Self {
             listen: Vec::new(),
+            ready: None,
             default_user: None,
             default_workdir: None,
             max_connections: crate::wire::MAX_CONNECTIONS,
@@ -145,7 +158,8 @@ impl Config {
         let mut parser = Parser::from_args(args.into_iter().map(with_two_dashes));
         while let Some(arg) = parser.next()? {
             match arg {
-                Arg::Long("listen") => config.listen.push(parser.value()?.string()?.parse()?),
+                Arg::Long("listen") => config.listen.push(address("listen", &mut parser)?),
+                Arg::Long("ready") => config.ready = Some(address("ready", &mut parser)?),
                 Arg::Long("port") => port = Some(parser.value()?.parse::<u16>()?),
                 Arg::Long("default-user") => {
                     config.default_user = Some(filled("default-user", parser.value()?.string()?)?);
@@ -238,6 +252,11 @@ fn switch(parser: &mut Parser) -> Result<bool, lexopt::Error> {
     }
 }
 
+fn address(flag: &'static str, parser: &mut Parser) -> Result<Address, ConfigError> {
+    let text = parser.value()?.string()?;
+    text.parse().map_err(|source| ConfigError::Address { flag, source })
+}
+
 /// At most a day.
 fn seconds(flag: &'static str, min: u64, parser: &mut Parser) -> Result<Duration, ConfigError> {
     let value = parser.value()?.parse()?;
@@ -298,6 +317,13 @@ mod tests {
     }
 
     #[test]
+    fn whom_to_tell() {
+        assert_eq!(config(&[]).ready, None);
+        let ready = config(&["--ready", "vsock://2:1024?optional"]).ready.unwrap();
+        assert!(ready.optional && ready.to_string() == "vsock://2:1024");
+    }
+
+    #[test]
     fn bad_flags_are_named() {
         for (args, name) in [
             (&["--what"][..], "--what"),
@@ -306,6 +332,7 @@ mod tests {
             (&["-isnotfc=maybe"], "maybe"),
             (&["--listen", "nowhere"], "nowhere"),
             (&["--listen", "unix:///a", "-port", "1"], "--port"),
+            (&["--ready", "1024"], "--ready"),
             (&["--max-connections", "0"], "--max-connections"),
             (&["--max-message-bytes", "1"], "--max-message-bytes"),
             (&["--default-workdir", "relative"], "--default-workdir"),

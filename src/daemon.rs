@@ -1,26 +1,30 @@
 //! The daemon's life: build the parts, listen, serve, end in order.
 //!
-//! On SIGTERM or SIGINT it stops accepting, lets running calls end for the configured grace, and
+//! Once it serves it tells so: in its log, to the service manager, and to the host if that is asked
+//! for. On SIGTERM or SIGINT it stops accepting, lets running calls end for the configured grace, and
 //! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
 //! them is the service manager's task (systemd's `KillMode`).
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
+use ::http::{Request, Response, StatusCode, Uri};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
+    task::JoinSet,
 };
+use tower::{Service, ServiceExt};
 
 use crate::{
     api,
     config::Config,
     fs::watch::Hub,
-    guest::{limits, users::Users},
+    guest::{boot::Times, limits, notify, ready, users::Users},
     http,
     process::Manager,
     sandbox::{Defaults, Sandbox},
     wire::{
-        self, Limits,
+        self, Body, Limits, dial,
         listen::{self, Address, ListenError, Listener, Place},
         server::Server,
     },
@@ -72,18 +76,28 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         return Err(DaemonError::NoListener);
     }
     let (stop, stopped) = watch::channel(false);
-    let server = Server::new(service, limits, stopped);
+    let server = Server::new(service.clone(), limits, stopped);
+    let mut addresses = Vec::new();
+    let mut accepting = JoinSet::new();
     for listener in listeners {
-        tracing::info!(address = listener.local(), "listening");
-        tokio::spawn(Arc::clone(&server).accept(listener));
+        let address = listener.local();
+        tracing::info!(address, "listening");
+        addresses.push(address);
+        accepting.spawn(Arc::clone(&server).accept(listener));
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
+    let manager = notify::Manager::from_env().map(Arc::new);
+    tell_ready(&addresses, config.ready, manager.clone(), service).await;
 
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
     }
+    if let Some(manager) = manager {
+        manager.stopping().await;
+    }
     stop.send_replace(true);
+    // They end at once, and take the files of unix sockets with them.
+    while accepting.join_next().await.is_some() {}
     tokio::select! {
         () = server.drained() => tracing::info!("drained"),
         () = tokio::time::sleep(config.shutdown_grace) => tracing::warn!("calls still ran after the grace"),
@@ -91,6 +105,48 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         _ = interrupt.recv() => tracing::warn!("second SIGINT: not waiting"),
     }
     Ok(())
+}
+
+/// Tells everybody who wants to know, and goes on giving signs of life to a manager that wants
+/// them.
+async fn tell_ready<S>(
+    addresses: &[String],
+    host: Option<Address>,
+    manager: Option<Arc<notify::Manager>>,
+    service: S,
+) where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + Sync + 'static,
+    S::Future: Send + 'static,
+{
+    let times = Times::now();
+    let Times { kernel_us, init_us, ready_us } = times;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), kernel_us, init_us, ready_us, "ready");
+    if let Some(manager) = manager {
+        manager.ready().await;
+        tokio::spawn(async move { manager.watch(|| is_healthy(service.clone())).await });
+    }
+    if let Some(host) = host {
+        let line = ready::Message::new(times, addresses).line();
+        tokio::spawn(async move {
+            match ready::tell(&line, || dial::connect(host.clone())).await {
+                Ok(()) => tracing::info!(address = %host, "the host knows that this is ready"),
+                Err(error) => tracing::warn!(address = %host, %error, "the host cannot be told"),
+            }
+        });
+    }
+}
+
+/// Whether a call through everything but the sockets is answered: a heartbeat that does not take
+/// the way of the calls stays green while they hang.
+async fn is_healthy<S>(service: S) -> bool
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+{
+    let mut request = Request::new(Body::empty());
+    *request.uri_mut() = Uri::from_static("/health");
+    let Ok(response) = service.oneshot(request).await;
+    response.status() == StatusCode::NO_CONTENT
 }
 
 fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {

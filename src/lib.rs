@@ -10,7 +10,8 @@
 //! * [`process`] is the domain of processes: spawn, output, input, ending, registry.
 //! * [`fs`] is the domain of files: paths, entries, directories, transfers, watches.
 //! * [`sandbox`] is what those two share.
-//! * [`guest`] knows the machine around them: its users.
+//! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
+//!   be itself; and whom to tell that the daemon is ready.
 //! * [`sys`] holds every `unsafe` block, each behind a safe function.
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
 //! * [`proto`] is what build.rs generates from `proto/`.

@@ -1,6 +1,7 @@
 //! The `envd` binary: arguments, logs, runtime, and then [`envd::daemon::run`].
 
 use std::{
+    ffi::OsString,
     io::{self, IsTerminal, Write},
     process::ExitCode,
 };
@@ -8,6 +9,10 @@ use std::{
 use envd::{
     config::{self, Command, Config},
     daemon,
+    guest::{
+        inherited,
+        init::{self, Duty},
+    },
 };
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{Layer, filter::Targets, fmt, prelude::*, registry};
@@ -18,7 +23,14 @@ const WORKERS: usize = 2;
 const BLOCKING_THREADS: usize = 128;
 
 fn main() -> ExitCode {
-    let config = match Config::parse(std::env::args_os().skip(1)) {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // Before there is any thread: PID 1 never has a second one.
+    match Duty::of(&args, std::process::id()) {
+        Some(Duty::Init(args)) => return init::run(&args),
+        Some(Duty::End(ending)) => return ask(ending),
+        None => inherited::reset(),
+    }
+    let config = match Config::parse(args.into_iter().skip(1)) {
         Ok(Command::Run(config)) => *config,
         Ok(Command::Print(text)) => {
             // A closed stdout is the reader's choice.
@@ -54,6 +66,16 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn ask(ending: init::Ending) -> ExitCode {
+    match init::ask(ending) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "envd: {error}");
             ExitCode::FAILURE
         }
     }

@@ -11,8 +11,10 @@
 
 mod child;
 pub mod errno;
+pub mod net;
 pub mod pidfd;
 pub mod pty;
 pub mod ready;
+pub mod signals;
 pub mod spawn;
 mod stack;

@@ -24,7 +24,7 @@ const BACKLOG: u32 = 1024;
 pub enum ListenError {
     /// The text is no address.
     #[error(
-        "'{text}' is no address to listen on: {why}; write tcp://HOST:PORT, unix:///PATH[?mode=0660] or vsock://[CID:]PORT"
+        "'{text}' is no address: {why}; write tcp://HOST:PORT, unix:///PATH[?mode=0660] or vsock://[CID:]PORT"
     )]
     Address {
         /// As it was given.

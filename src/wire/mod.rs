@@ -20,6 +20,7 @@ pub mod budget;
 pub mod codec;
 pub mod connection;
 pub mod cors;
+pub mod dial;
 pub mod drain;
 pub mod envelope;
 pub mod error;

@@ -1,0 +1,164 @@
+//! The daemon as PID 1's child: its arguments, its environment, its start, and how soon it is
+//! started again after it has died.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::unix::{fs::MetadataExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use nix::unistd::Pid;
+
+use super::{cgroup::Cgroups, console::say};
+use crate::guest::boot;
+
+const ARGUMENTS: &str = "/etc/envd/init.args";
+/// With no arguments: reachable as upstream is, and over vsock where the machine has it.
+const DEFAULT_ARGUMENTS: [&str; 4] =
+    ["--listen", "tcp://0.0.0.0:49983", "--listen", "vsock://49983?optional"];
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const DEFAULT_HOME: &str = "/root";
+/// This very binary, even after its file has been replaced.
+const SELF: &str = "/proc/self/exe";
+
+/// How to start the daemon.
+#[derive(Debug)]
+pub(super) struct Agent {
+    binary: PathBuf,
+    arguments: Vec<OsString>,
+    kernel_us: u64,
+    cgroups: Cgroups,
+}
+
+impl Agent {
+    /// The daemon of this binary, with the arguments given to PID 1 or those of the file.
+    pub(super) fn new(given: &[OsString], kernel_us: u64, cgroups: Cgroups) -> Self {
+        let arguments = if names_flags(given) { given.to_vec() } else { from_file() };
+        Self { binary: binary(), arguments, kernel_us, cgroups }
+    }
+
+    /// Checks that the daemon can be started, as far as that can be known before.
+    pub(super) fn check(&self) -> io::Result<()> {
+        File::open(&self.binary).map(|_| ())
+    }
+
+    /// Starts it. The child is PID 1's own to wait for.
+    pub(super) fn start(&self) -> io::Result<Pid> {
+        let mut command = Command::new(&self.binary);
+        command
+            .arg0("envd")
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            // Of its own, so that a signal for PID 1's group does not hit it.
+            .process_group(0)
+            .current_dir("/")
+            .env(boot::KERNEL_US, self.kernel_us.to_string())
+            .env(boot::INIT_US, boot::microseconds().to_string());
+        if std::env::var_os("PATH").is_none_or(|path| path.is_empty()) {
+            command.env("PATH", DEFAULT_PATH);
+        }
+        // The kernel gives PID 1 the home "/".
+        if std::env::var_os("HOME").is_none_or(|home| home.is_empty() || home == "/") {
+            command.env("HOME", DEFAULT_HOME);
+        }
+        let id = command.spawn()?.id();
+        let pid = Pid::from_raw(i32::try_from(id).map_err(io::Error::other)?);
+        self.cgroups.place_agent(pid);
+        Ok(pid)
+    }
+}
+
+/// Whether these arguments are meant for the daemon. The kernel hands PID 1 every word of its
+/// command line that it does not know, and those are none.
+fn names_flags(arguments: &[OsString]) -> bool {
+    arguments.iter().any(|argument| argument.as_encoded_bytes().starts_with(b"-"))
+}
+
+fn from_file() -> Vec<OsString> {
+    match fs::read_to_string(ARGUMENTS) {
+        Ok(text) => words(&text),
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                say!("reading {ARGUMENTS}: {error}");
+            }
+            DEFAULT_ARGUMENTS.iter().map(OsString::from).collect()
+        }
+    }
+}
+
+/// Words between white space; `#` begins a comment where a word could begin.
+fn words(text: &str) -> Vec<OsString> {
+    text.lines()
+        .flat_map(|line| line.split_whitespace().take_while(|word| !word.starts_with('#')))
+        .map(OsString::from)
+        .collect()
+}
+
+/// The binary's own path, so that the daemon is called by its name in lists of processes; the link
+/// in /proc where the path is no longer this binary's.
+fn binary() -> PathBuf {
+    let identity = |path: &Path| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    match std::env::current_exe() {
+        Ok(path) if identity(&path).is_some() && identity(&path) == identity(Path::new(SELF)) => {
+            path
+        }
+        _ => PathBuf::from(SELF),
+    }
+}
+
+/// The pause before a daemon that died is started again: longer each time it dies soon.
+#[derive(Debug)]
+pub(super) struct Backoff(Duration);
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(30);
+    /// A daemon that has lived for so long is not one that cannot start.
+    const HEALTHY: Duration = Duration::from_secs(60);
+
+    /// Nothing has died yet.
+    pub(super) fn new() -> Self {
+        Self(Self::FIRST)
+    }
+
+    /// The pause after a life of this length.
+    pub(super) fn after(&mut self, life: Duration) -> Duration {
+        if life >= Self::HEALTHY {
+            self.0 = Self::FIRST;
+        }
+        let pause = self.0;
+        self.0 = (pause * 2).min(Self::LONGEST);
+        pause
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_doubles_to_a_limit_and_starts_again_after_a_healthy_life() {
+        let mut backoff = Backoff::new();
+        let pauses: Vec<u64> =
+            (0..7).map(|_| backoff.after(Duration::from_secs(1)).as_secs()).collect();
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
+        assert_eq!(backoff.after(Duration::from_secs(60)).as_secs(), 1);
+        assert_eq!(backoff.after(Duration::ZERO).as_secs(), 2);
+    }
+
+    #[test]
+    fn arguments_of_the_file_are_words() {
+        let text = "# where\n--listen tcp://0.0.0.0:1 # not this\n\n\t--verbose\n";
+        assert_eq!(words(text), ["--listen", "tcp://0.0.0.0:1", "--verbose"]);
+    }
+
+    #[test]
+    fn stray_words_of_the_kernels_command_line_are_no_arguments() {
+        assert!(!names_flags(&["splash".into(), "auto".into()]));
+        assert!(names_flags(&["splash".into(), "--verbose".into()]));
+    }
+}

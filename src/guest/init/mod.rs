@@ -1,0 +1,202 @@
+//! PID 1: `envd init`, and envd as `/sbin/init` of a VM or as the entry point of a container.
+//!
+//! PID 1 prepares the machine and then does three things only: it reaps orphans, keeps the daemon
+//! running and ends the machine in order. The daemon is its child, a process of its own. So PID 1
+//! never has a second thread or a request to serve, a crash of the daemon is no kernel panic, and
+//! PID 1, which waits for every process that has lost its parent, cannot take an exit status away
+//! from the daemon, whose processes are the daemon's own children.
+//!
+//! In a container nothing of the machine is touched: kernel modules, the kernel's command line
+//! (the machine's!) and its file systems belong to others there, and the end is an exit.
+
+mod agent;
+mod cgroup;
+mod cmdline;
+mod console;
+mod control;
+mod handover;
+mod modules;
+mod mounts;
+mod network;
+mod power;
+mod root;
+mod supervise;
+mod teardown;
+
+use std::{
+    ffi::{CStr, OsString},
+    fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+    process::{self, ExitCode},
+};
+
+use nix::sys::{
+    prctl,
+    reboot::set_cad_enabled,
+    signal::{SigSet, SigmaskHow},
+};
+
+use self::{
+    agent::Agent,
+    cgroup::Cgroups,
+    cmdline::Params,
+    console::say,
+    handover::{HandoverError, hand_over},
+};
+pub use self::{
+    control::{ControlError, ask},
+    power::Ending,
+};
+use super::boot;
+
+/// PID 1's name in lists of processes, by which `envd poweroff` knows it.
+const NAME: &CStr = c"envd-init";
+/// The inode of the first PID namespace, which the kernel fixes (`PROC_PID_INIT_INO`).
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+/// `CAP_SYS_BOOT`, as a bit.
+const CAP_SYS_BOOT: u64 = 1 << 22;
+/// Any one of these permissions lets root execute a file.
+const EXECUTABLE: u32 = 0o111;
+
+/// A duty that is not the daemon's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Duty {
+    /// Be PID 1, with these arguments for the daemon.
+    Init(Vec<OsString>),
+    /// Ask PID 1 to end the machine.
+    End(Ending),
+}
+
+impl Duty {
+    /// What the whole command line asks for; `None` for the daemon itself.
+    pub fn of(args: &[OsString], pid: u32) -> Option<Self> {
+        let name = args.first().and_then(|name| Path::new(name).file_name()?.to_str());
+        let rest = args.get(1..).unwrap_or_default();
+        match rest.first().and_then(|first| first.to_str()) {
+            Some("init") => return Some(Self::Init(rest.get(1..).unwrap_or_default().to_vec())),
+            Some("poweroff") => return Some(Self::End(Ending::PowerOff)),
+            Some("reboot") => return Some(Self::End(Ending::Reboot)),
+            Some("halt") => return Some(Self::End(Ending::Halt)),
+            _ => {}
+        }
+        (pid == 1 && name == Some("init")).then(|| Self::Init(rest.to_vec()))
+    }
+}
+
+/// Is PID 1. Returns only in a container, or when this is not PID 1.
+pub fn run(args: &[OsString]) -> ExitCode {
+    if process::id() != 1 {
+        say!("this is for PID 1; to run the daemon, leave the word init away");
+        return ExitCode::from(2);
+    }
+    let since_kernel = boot::passed_on(boot::KERNEL_US).unwrap_or_else(boot::microseconds);
+    // Signals wait from here on: the kernel drops those to PID 1 that it neither handles nor
+    // blocks. Blocking cannot fail.
+    let inherited = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).ok();
+    let unblock = || {
+        let _ = inherited.unwrap_or_else(SigSet::empty).thread_set_mask();
+    };
+    let _ = prctl::set_name(NAME);
+
+    mounts::first();
+    console::take_if_mute();
+    let machine = is_machine();
+    let params = if machine { of_the_machine() } else { Params::default() };
+    if let Some(device) = &params.root
+        && mounts::root_is_in_memory()
+    {
+        let error = root::switch(device, &params, since_kernel, unblock);
+        say!("{error}; serving from where this is");
+        let _ = SigSet::all().thread_set_mask();
+    }
+    mounts::second();
+    network::set_up(&params);
+    let cgroups = Cgroups::find();
+    let agent = Agent::new(args, since_kernel, cgroups);
+
+    let mut running = None;
+    if let Some(init) = &params.handover {
+        let error = hand_over(init, &agent, unblock);
+        say!("handing over to {}: {error}; going on as PID 1", init.display());
+        let _ = SigSet::all().thread_set_mask();
+        if let HandoverError::Exec { agent, .. } = error {
+            running = Some(agent);
+        }
+    }
+    cgroups.delegate();
+    let (ending, agent) = supervise::supervise(&agent, running);
+    say!("{ending:?}");
+    power::end_processes(agent);
+    if machine {
+        power::end_machine(ending);
+    }
+    ExitCode::SUCCESS
+}
+
+/// What only the PID 1 of a whole machine does: modules, and what the host asks for.
+fn of_the_machine() -> Params {
+    // Ctrl-alt-del becomes a SIGINT. A kernel without the key has nothing to disable.
+    let _ = set_cad_enabled(false);
+    modules::load();
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_else(|error| {
+        say!("reading the kernel's command line: {error}");
+        String::new()
+    });
+    let (params, bad) = Params::parse(&line);
+    bad.iter().for_each(|bad| say!("{bad}"));
+    params
+}
+
+/// Whether the machine is ours to set up and to switch off: this is the first PID namespace, and
+/// nobody has taken the right to reboot away. Elsewhere, to make a file system read-only, say,
+/// would hit those outside.
+fn is_machine() -> bool {
+    let first = fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == FIRST_PID_NAMESPACE);
+    first && fs::read_to_string("/proc/self/status").is_ok_and(|status| may_reboot(&status))
+}
+
+fn may_reboot(status: &str) -> bool {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    bits.is_some_and(|bits| bits & CAP_SYS_BOOT != 0)
+}
+
+/// Whether this is a file that can be executed.
+fn executable(meta: &fs::Metadata) -> io::Result<()> {
+    match meta.is_file() && meta.permissions().mode() & EXECUTABLE != 0 {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::PermissionDenied, "not an executable file")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn duty(args: &[&str], pid: u32) -> Option<Duty> {
+        Duty::of(&args.iter().map(OsString::from).collect::<Vec<_>>(), pid)
+    }
+
+    #[test]
+    fn duties_are_told_from_the_daemons_flags() {
+        let init = |args: &[&str]| Some(Duty::Init(args.iter().map(OsString::from).collect()));
+        assert_eq!(duty(&["envd", "init", "--port", "1"], 7), init(&["--port", "1"]));
+        assert_eq!(duty(&["/sbin/init", "splash"], 1), init(&["splash"]));
+        assert_eq!(duty(&["/init"], 1), init(&[]));
+        assert_eq!(duty(&["/sbin/init"], 7), None, "only PID 1 is init by its name");
+        assert_eq!(duty(&["/usr/bin/envd", "--port", "1"], 1), None);
+        assert_eq!(duty(&["envd", "--verbose", "init"], 1), None);
+        assert_eq!(duty(&["envd", "poweroff"], 7), Some(Duty::End(Ending::PowerOff)));
+        assert_eq!(duty(&["init", "reboot"], 7), Some(Duty::End(Ending::Reboot)));
+        assert_eq!(duty(&["envd", "halt"], 7), Some(Duty::End(Ending::Halt)));
+        assert_eq!(duty(&[], 1), None);
+    }
+
+    #[test]
+    fn the_right_to_reboot() {
+        assert!(may_reboot("Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        assert!(!may_reboot("CapEff:\t00000000a80425fb\n"), "a container's usual set");
+        assert!(!may_reboot(""));
+    }
+}

@@ -1,0 +1,63 @@
+//! What nix lacks about signals: waiting for blocked ones, and realtime ones.
+
+use std::{io, ptr, time::Duration};
+
+use nix::sys::signal::{SigSet, Signal};
+
+/// Waits for one of these signals, which must be blocked, at most for `timeout` (`None`: for as
+/// long as it takes). `Ok(None)` when none came in time.
+///
+/// Needs no descriptor, unlike signalfd(2), and so cannot fail for want of one.
+///
+/// # Errors
+/// None that a caller could cause.
+pub fn wait(signals: &SigSet, timeout: Option<Duration>) -> io::Result<Option<Signal>> {
+    // SAFETY: zeros are a valid timespec.
+    let mut limit: libc::timespec = unsafe { std::mem::zeroed() };
+    let limit = match timeout {
+        Some(timeout) => {
+            limit.tv_sec = libc::time_t::try_from(timeout.as_secs()).map_err(io::Error::other)?;
+            limit.tv_nsec = timeout.subsec_nanos().into();
+            &raw const limit
+        }
+        None => ptr::null(),
+    };
+    // SAFETY: the set and the timespec outlive the call, and a null siginfo is allowed.
+    let number = unsafe { libc::sigtimedwait(signals.as_ref(), ptr::null_mut(), limit) };
+    if number >= 0 {
+        return Ok(Signal::try_from(number).ok());
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+        _ => Err(error),
+    }
+}
+
+/// Sends the realtime signal that is `offset` behind SIGRTMIN, which [`Signal`] cannot name.
+///
+/// # Errors
+/// EPERM, ESRCH, or EINVAL beyond SIGRTMAX.
+pub fn send_realtime(pid: i32, offset: i32) -> io::Result<()> {
+    // SAFETY: the call takes two integers and touches no memory.
+    match unsafe { libc::kill(pid, libc::SIGRTMIN() + offset) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_a_blocked_signal_or_gives_up_in_time() {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGUSR2);
+        set.thread_block().unwrap();
+        assert_eq!(wait(&set, Some(Duration::from_millis(1))).unwrap(), None);
+        // To this thread only, so that no other test gets it.
+        nix::sys::signal::raise(Signal::SIGUSR2).unwrap();
+        assert_eq!(wait(&set, None).unwrap(), Some(Signal::SIGUSR2));
+    }
+}

@@ -1,6 +1,6 @@
 # What a contributor runs by hand; .ci/run runs the same.
 
-.PHONY: build test conformance grpcurl lint ci
+.PHONY: build test conformance grpcurl static size image lint ci
 
 build:
 	cargo build --locked
@@ -15,6 +15,19 @@ conformance:
 # A session with the standard gRPC client over TCP and a unix socket (needs Go).
 grpcurl:
 	scripts/grpcurl-session.sh
+
+# The one static file for images, the same bytes from the same commit: target/static/envd.
+static:
+	scripts/static.sh
+
+# How large it is, and how much memory it has resident while idle.
+size: static
+	scripts/size.sh
+
+# A Debian image with envd in it, a kernel and initramfs for it, below target/image (needs root);
+# IMAGE="--init envd", say, makes another one: rootfs/build.sh --help.
+image: static
+	rootfs/build.sh $(IMAGE)
 
 lint:
 	cargo fmt --all --check

@@ -158,6 +158,18 @@ impl Tables {
             tables.user_names.entry(user.uid).or_insert_with(|| user.name.as_str().into());
             tables.users.entry(user.name.clone()).or_insert(user);
         }
+        // An image made from nothing has no /etc/passwd, and root all the same.
+        if !tables.user_names.contains_key(&0) && !tables.users.contains_key("root") {
+            let root = User {
+                name: "root".to_owned(),
+                uid: 0,
+                gid: 0,
+                home: PathBuf::from("/"),
+                groups: vec![0],
+            };
+            tables.user_names.insert(0, root.name.as_str().into());
+            tables.users.insert(root.name.clone(), root);
+        }
         for line in group.lines() {
             let fields: Vec<&str> = line.split(':').collect();
             let [name, _, gid, members] = fields[..] else {
@@ -239,6 +251,21 @@ mod tests {
         assert_eq!(users.by_name(""), Err(UserError::Unknown(String::new())));
         assert_eq!(&*users.group_name(27), "sudo");
         assert_eq!(&*users.user_name(4242), "4242");
+    }
+
+    #[test]
+    fn without_files_there_is_root_and_nobody_else() {
+        let root = tempfile::tempdir().unwrap();
+        let users = Users::at(root.path(), None);
+        assert_eq!(users.own_name(), "root");
+        let user = users.by_name("root").unwrap();
+        assert_eq!((user.uid, user.home.as_path()), (0, Path::new("/")));
+        assert_eq!(users.by_name("user"), Err(UserError::Unknown("user".into())));
+        // A user id 0 by another name is not doubled.
+        let other = root_with("toor:x:0:0::/root:/bin/sh\n", "");
+        let users = Users::at(other.path(), None);
+        assert_eq!(users.own_name(), "toor");
+        assert_eq!(users.by_name("root"), Err(UserError::Unknown("root".into())));
     }
 
     #[test]

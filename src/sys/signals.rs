@@ -16,7 +16,7 @@ pub fn wait(signals: &SigSet, timeout: Option<Duration>) -> io::Result<Option<Si
     let mut limit: libc::timespec = unsafe { std::mem::zeroed() };
     let limit = match timeout {
         Some(timeout) => {
-            limit.tv_sec = libc::time_t::try_from(timeout.as_secs()).map_err(io::Error::other)?;
+            limit.tv_sec = timeout.as_secs().try_into().map_err(io::Error::other)?;
             limit.tv_nsec = timeout.subsec_nanos().into();
             &raw const limit
         }

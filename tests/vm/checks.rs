@@ -2,16 +2,19 @@
 
 use std::{collections::BTreeSet, process::Stdio};
 
+use futures_util::{StreamExt, stream};
+
 use envd::proto::{
     filesystem::{
         EventType, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, RemoveRequest,
         RemoveResponse, WatchDirRequest, WatchDirResponse, watch_dir_response,
     },
     process::{
-        CloseStdinRequest, CloseStdinResponse, ProcessConfig, ProcessInput, ProcessSelector, Pty,
-        SendInputRequest, SendInputResponse, StartRequest, StartResponse, UpdateRequest,
-        UpdateResponse, process_event::Event, process_event::data_event::Output,
-        process_input::Input, process_selector::Selector, pty::Size,
+        CloseStdinRequest, CloseStdinResponse, ListRequest, ListResponse, ProcessConfig,
+        ProcessInput, ProcessSelector, Pty, SendInputRequest, SendInputResponse, StartRequest,
+        StartResponse, UpdateRequest, UpdateResponse, process_event::Event,
+        process_event::data_event::Output, process_input::Input, process_selector::Selector,
+        pty::Size,
     },
 };
 
@@ -267,49 +270,50 @@ pub(crate) async fn cgroups(address: &str) {
     assert!(enabled.contains("memory") && enabled.contains("pids"), "{enabled}");
 }
 
-/// Ten thousand orphans and a thousand processes of our own at once: nobody's status is lost or
+/// Ten thousand orphans while a thousand processes of our own live: nobody's status is lost or
 /// taken for another's, and no zombie stays.
 pub(crate) async fn orphans(address: &str) {
+    const MANAGED: i32 = 1000;
     let client = root(address, Wire::Grpc);
-    // Each of a hundred commands leaves a hundred orphans behind.
-    let line = "i=0; while [ $i -lt 100 ]; do (exec sleep 0 &) ; i=$((i+1)); done";
-    let orphans = futures_util::future::join_all((0..100).map(|_| {
-        let client = client.clone();
-        async move {
-            let outcome = run(&client, "sh", &["-c", line]).await;
-            assert_eq!(outcome.code, 0, "{outcome:?}");
-        }
-    }));
-    let managed = futures_util::future::join_all((0..1000).map(|number| {
-        let client = client.clone();
-        async move {
-            let code = number % 256;
-            // All of them live at the same time: they wait for a file that comes last.
-            let line = format!("until [ -e {PLACE}-go ]; do sleep 1; done; exit {code}");
-            let outcome = run(&client, "sh", &["-c", &line]).await;
-            assert_eq!(outcome.code, code, "{outcome:?}");
-        }
-    }));
-    let go = async {
-        orphans.await;
-        loop {
-            let count = sh(address, "ps -e -o args= | grep -c '^sh -c until'; true").await;
-            if count.parse::<usize>().unwrap() >= 1000 {
-                break;
+    let gate = format!("{PLACE}-gate");
+    sh(address, &format!("mkfifo {gate}")).await;
+    // Each waits in the opening of the FIFO, which costs nothing, and ends with its own code.
+    let managed: Vec<_> = stream::iter(0..MANAGED)
+        .map(|number| {
+            let (client, gate) = (&client, &gate);
+            async move {
+                let code = number % 256;
+                let line = format!("read -r line < {gate}; exit {code}");
+                (code, events(client, &start("sh", &["-c", &line])).await.1)
             }
-        }
-        sh(address, &format!("touch {PLACE}-go")).await;
-    };
-    tokio::join!(managed, go);
-    sh(address, &format!("rm {PLACE}-go")).await;
-    let zombies = "ps -e -o stat=,comm= | grep '^Z' || true";
-    let mut left = sh(address, zombies).await;
+        })
+        .buffer_unordered(16)
+        .collect()
+        .await;
+    let list: ListResponse = client.unary("/process.Process/List", &ListRequest {}).await.unwrap();
+    assert_eq!(list.processes.len(), managed.len(), "all of them live at the same time");
+
+    // Each of a hundred commands leaves a hundred orphans behind.
+    let line = "i=0; while [ $i -lt 100 ]; do (: &); i=$((i+1)); done";
+    let codes: Vec<_> = stream::iter(0..100)
+        .map(|_| async { run(&client, "sh", &["-c", line]).await.code })
+        .buffer_unordered(4)
+        .collect()
+        .await;
+    assert_eq!(codes, [0; 100]);
+
+    sh(address, &format!(": > {gate}; rm {gate}")).await;
+    for (code, events) in managed {
+        assert_eq!(outcome(events).await.2, code);
+    }
     // The last ones may be between their end and PID 1's turn.
+    let zombies = "ps -e -o stat=,comm= | grep '^Z' || true";
+    let mut left = String::new();
     for _ in 0..50 {
+        left = sh(address, zombies).await;
         if left.is_empty() {
             return;
         }
-        left = sh(address, zombies).await;
     }
     panic!("zombies: {left}");
 }

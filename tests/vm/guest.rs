@@ -152,7 +152,8 @@ impl Guest {
     fn start_machine(&mut self, disk: Disk, socket: &Path, port: u16) -> Child {
         let memory = if self.kind == Kind::Minimal { "256M" } else { "1G" };
         let mut append = String::from(
-            "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=off nokaslr no_timer_check random.trust_cpu=on \
+            "console=ttyS0 panic=-1 quiet loglevel=3 mitigations=off nokaslr no_timer_check random.trust_cpu=on \
+             lsm=capability cryptomgr.notests 8250.nr_uarts=1 i8042.noaux i8042.nokbd \
              envd.hostname=sandbox envd.ip=10.0.2.15/24 envd.gateway=10.0.2.2",
         );
         let initrd = match self.kind {

@@ -68,7 +68,17 @@ impl Agent {
         let id = command.spawn()?.id();
         let pid = Pid::from_raw(i32::try_from(id).map_err(io::Error::other)?);
         self.cgroups.place_agent(pid);
+        protect(pid);
         Ok(pid)
+    }
+}
+
+/// Keeps the kernel from killing the daemon for want of memory, as upstream's unit does: it is what
+/// tells the host that something else was killed. Its processes get a score of their own.
+fn protect(pid: Pid) {
+    // Without the right to (in a container, say) the daemon runs all the same.
+    if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000") {
+        say!("protecting the daemon from the kernel's OOM killer: {error}");
     }
 }
 

@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# What the scripts share. A script sources it; messages carry the script's own name.
+
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+say() {
+  printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2
+}
+
+fail() {
+  say "$*"
+  exit 1
+}
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# need PROGRAM=PACKAGE...: installs the Debian packages of those programs that are missing.
+need() {
+  local pair packages=()
+  for pair; do
+    command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
+  done
+  [ ${#packages[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null || fail "please install: ${packages[*]}"
+  say "installing ${packages[*]}"
+  as_root apt-get update -q >&2
+  as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
+}
+
+# need_rust_target TRIPLE: adds the target's standard library when it is missing.
+need_rust_target() {
+  if [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]; then return; fi
+  command -v rustup >/dev/null || fail "this Rust has no target $1, and there is no rustup to add it"
+  say "adding the Rust target $1"
+  rustup target add "$1" >&2
+}
+
+# key_of TEXT...: one key for all of the texts.
+key_of() {
+  printf '%s\0' "$@" | sha256sum | cut -c 1-64
+}
+
+# hash_of FILE...: one key for the contents of the files.
+hash_of() {
+  cat -- "$@" | sha256sum | cut -c 1-64
+}

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Boots guests with envd in them and checks them from outside; `scripts/vm.sh SCENARIO...` runs
+# some of the scenarios of tests/vm/main.rs, without any all of them.
+#
+# Makes what is missing: the static binary, the images, the vsock backend, a Python environment
+# with the SDK, and a disk with the project's own tests, which run inside the guest.
+set -euo pipefail
+shopt -s inherit_errexit
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
+
+BACKEND_VERSION=0.3.0
+# The tests that need root, a real kernel or both, and no program that the guest lacks.
+CARRIED=(process files watch listeners protocols init)
+
+need qemu-system-x86_64=qemu-system-x86 setpriv=util-linux dumpe2fs=e2fsprogs mke2fs=e2fsprogs \
+  python3=python3 strip=binutils
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+tools=$CARGO_TARGET_DIR/tools
+mkdir -p "$tools"
+
+[ -x "$CARGO_TARGET_DIR/static/envd" ] || scripts/static.sh
+rootfs/build.sh --init systemd
+rootfs/build.sh --init envd
+images=$CARGO_TARGET_DIR/image
+export ENVD_VM_SYSTEMD=$images/debian-systemd/rootfs.ext4
+export ENVD_VM_PID1=$images/debian-envd/rootfs.ext4
+export ENVD_VM_KERNEL=$images/debian-systemd/vmlinux
+export ENVD_VM_INITRD=$images/debian-systemd/initrd.cpio
+export ENVD_VM_MINIMAL=$images/debian-systemd/minimal.cpio
+
+export ENVD_VM_BACKEND=$tools/bin/vhost-device-vsock
+if [ ! -x "$ENVD_VM_BACKEND" ]; then
+  say "building vhost-device-vsock $BACKEND_VERSION"
+  env -u CARGO_TARGET_DIR cargo install vhost-device-vsock --version "$BACKEND_VERSION" --locked \
+    --root "$tools" >&2
+fi
+
+if scripts/kvm-probe.py >&2; then export ENVD_VM_ACCEL=kvm; else export ENVD_VM_ACCEL=tcg; fi
+
+venv=$tools/sdk-$(hash_of tests/sdk/requirements.txt | cut -c 1-16)
+if [ ! -e "$venv/complete" ]; then
+  say "installing the Python SDK"
+  rm -rf "$venv"
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --requirement tests/sdk/requirements.txt >&2
+  touch "$venv/complete"
+fi
+export ENVD_VM_PYTHON=$venv/bin/python
+
+# The guest has this system's C library, so the test binaries run there as they are. They look for
+# the daemon where cargo has put it: place.sh makes that path lead to the copy.
+carry() {
+  local tree=$1 flags=(--lib) name executable daemon=$CARGO_TARGET_DIR/debug/envd
+  for name in "${CARRIED[@]}"; do flags+=(--test "$name"); done
+  mkdir -p "$tree/bin"
+  cargo test --locked --no-run --message-format json "${flags[@]}" >"$tree/messages"
+  scripts/test-binaries.py <"$tree/messages" | while read -r name executable; do
+    strip --strip-debug -o "$tree/bin/$name" "$executable"
+    printf '%s\n' "$name" >>"$tree/list"
+  done
+  rm "$tree/messages"
+  strip --strip-debug -o "$tree/bin/envd.debug" "$daemon"
+  printf 'set -e\nmkdir -p %q\nln -sf /mnt/tests/bin/envd.debug %q\n' \
+    "$(dirname "$daemon")" "$daemon" >"$tree/place.sh"
+}
+
+scenarios=("$@")
+if [ $# -eq 0 ] || [[ " $* " == *" inside "* ]]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  say "collecting the tests that run inside"
+  carry "$work/tree"
+  mke2fs -q -t ext4 -F -O ^has_journal -d "$work/tree" "$work/tests.ext4" 1G
+  export ENVD_VM_TESTS=$work/tests.ext4
+fi
+
+for image in "$ENVD_VM_SYSTEMD" "$ENVD_VM_PID1" "$ENVD_VM_INITRD" "$ENVD_VM_MINIMAL"; do
+  say "$image: $(du -h --apparent-size "$image" | cut -f 1), $(du -h "$image" | cut -f 1) on disk"
+done
+cargo test --locked --test vm -- "${scenarios[@]}"

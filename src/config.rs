@@ -38,6 +38,8 @@ Limits:
   --max-buffered-bytes N  all request messages that wait in memory, together
                           (default 268435456)
   --header-timeout N      seconds that a client may take for the head of a request (default 30)
+  --stall-timeout N       seconds that a client may take nothing, or send nothing of a message
+                          that it has begun (default 60)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
 
@@ -82,6 +84,8 @@ pub struct Config {
     pub max_message_bytes: usize,
     /// The time that a client may take for the head of a request.
     pub header_timeout: Duration,
+    /// The time that a client may make no progress.
+    pub stall_timeout: Duration,
     /// The time that a connection without a call stays open.
     pub idle_timeout: Duration,
     /// The time that running calls have after SIGTERM.
@@ -147,6 +151,7 @@ impl Config {
             max_message_bytes: crate::wire::MAX_MESSAGE_BYTES,
             max_buffered_bytes: crate::wire::MAX_BUFFERED_BYTES,
             header_timeout: crate::wire::HEADER_TIMEOUT,
+            stall_timeout: crate::wire::STALL_TIMEOUT,
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: Duration::from_secs(5),
             is_not_fc: false,
@@ -187,6 +192,9 @@ impl Config {
                 Arg::Long("header-timeout") => {
                     config.header_timeout = seconds("header-timeout", 1, &mut parser)?;
                 }
+                Arg::Long("stall-timeout") => {
+                    config.stall_timeout = seconds("stall-timeout", 1, &mut parser)?;
+                }
                 Arg::Long("idle-timeout") => {
                     config.idle_timeout = seconds("idle-timeout", 1, &mut parser)?;
                 }
@@ -213,6 +221,10 @@ impl Config {
                 Arg::Value(_) => {}
                 other => return Err(other.unexpected().into()),
             }
+        }
+        if config.max_buffered_bytes / 2 < config.max_message_bytes {
+            let why = "is less than twice --max-message-bytes";
+            return Err(ConfigError::Value { flag: "max-buffered-bytes", why });
         }
         match (port, config.listen.is_empty()) {
             (Some(_), false) => {

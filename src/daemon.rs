@@ -65,6 +65,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         connections: config.max_connections,
         idle_timeout: config.idle_timeout,
         header_timeout: config.header_timeout,
+        stall_timeout: config.stall_timeout,
     };
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;

@@ -245,11 +245,16 @@ fn a_hundred_megabytes_of_json() {
     let mut body = br#"{"path":""#.to_vec();
     body.resize(100 << 20, b'a');
     body.extend_from_slice(b"\"}");
-    let stat = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\ncontent-type: application/json";
-    let (status, _, answer) = http(&daemon, stat, &body);
-    let (code, message) = connect_error(&answer);
-    assert_eq!((status, code.as_str()), (429, "resource_exhausted"), "{message}");
-    assert!(message.contains("larger than the configured maximum of 67108864 bytes"), "{message}");
+    for (method, limit) in
+        [("filesystem.Filesystem/Stat", 4 << 20), ("process.Process/SendInput", 64 << 20)]
+    {
+        let head = format!("POST /{method} HTTP/1.1\r\ncontent-type: application/json");
+        let (status, _, answer) = http(&daemon, &head, &body);
+        let (code, message) = connect_error(&answer);
+        assert_eq!((status, code.as_str()), (429, "resource_exhausted"), "{message}");
+        let text = format!("larger than the configured maximum of {limit} bytes");
+        assert!(message.contains(&text), "{message}");
+    }
     assert!(daemon.memory("VmHWM") < 64 << 10, "it was not read into memory");
     assert_alive(&daemon);
 }
@@ -375,15 +380,16 @@ fn one_connection_too_many_is_told_so() {
 
 #[test]
 fn requests_together_stay_within_the_budget() {
-    let daemon = Daemon::start(&["--max-buffered-bytes", "1048576"]);
-    // Three clients send most of a message each and wait; together that is too much for one.
+    let daemon =
+        Daemon::start(&["--max-message-bytes", "1048576", "--max-buffered-bytes", "2097152"]);
+    // Each client sends most of a message and waits; together that is too much for one.
     let head = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 600000\r\n\r\n";
-    let mut clients: Vec<_> = (0..3)
+    let mut clients: Vec<_> = (0..5)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             stream.write_all(head.as_bytes()).unwrap();
-            stream.write_all(&vec![b' '; 500_000]).unwrap();
+            let _ = stream.write_all(&vec![b' '; 500_000]);
             stream
         })
         .collect();
@@ -401,7 +407,11 @@ fn requests_together_stay_within_the_budget() {
     let bytes = refused.read(&mut answer).unwrap();
     let answer = String::from_utf8_lossy(&answer[..bytes]).into_owned();
     assert!(answer.starts_with("HTTP/1.1 429 "), "{answer}");
-    assert!(answer.contains("requests that are under way hold all of 1048576 bytes"), "{answer}");
+    assert!(answer.contains("requests that are under way hold all of 2097152 bytes"), "{answer}");
+    // Meanwhile what is small, above all what ends a process, is answered.
+    for _ in 0..20 {
+        assert_alive(&daemon);
+    }
     drop((refused, clients));
     // What they held is free again.
     let mut body = br#"{"path":"/"}"#.to_vec();
@@ -410,4 +420,95 @@ fn requests_together_stay_within_the_budget() {
     common::eventually("their memory is given back", || {
         (http(&daemon, stat, &body).0 == 200).then_some(())
     });
+}
+
+#[test]
+fn clients_that_stall_are_let_go() {
+    let daemon = Daemon::start(&["--stall-timeout", "1", "--max-connections", "1"]);
+    // In the middle of a message.
+    let mut sender = TcpStream::connect(daemon.tcp()).unwrap();
+    sender.set_read_timeout(Some(PATIENCE)).unwrap();
+    sender.write_all(b"POST /process.Process/List HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{").unwrap();
+    let mut answer = String::new();
+    let _ = sender.read_to_string(&mut answer);
+    assert!(answer.starts_with("HTTP/1.1 504 "), "{answer}");
+    assert!(answer.contains("no byte of the request came for 1 s"), "{answer}");
+    drop(sender);
+    // With an answer that it does not take: more than the sockets hold.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(256 << 20).unwrap();
+    let mut reader = common::eventually("the place is free", || {
+        let mut reader = TcpStream::connect(daemon.tcp()).unwrap();
+        let path = file.path().display();
+        let request = format!("GET /files?path={path} HTTP/1.1\r\nhost: x\r\n\r\n");
+        reader.write_all(request.as_bytes()).unwrap();
+        let mut first = [0; 12];
+        reader.read_exact(&mut first).unwrap();
+        (&first == b"HTTP/1.1 200").then_some(reader)
+    });
+    common::eventually("its place is given to another", || {
+        (http(&daemon, "GET /health HTTP/1.1", b"").0 == 204).then_some(())
+    });
+    // What was sent is there, and not all of it.
+    let mut rest = Vec::new();
+    let _ = reader.read_to_end(&mut rest);
+    assert!(rest.len() < 256 << 20);
+}
+
+#[test]
+fn an_http2_client_that_calls_later_is_idle_and_not_slow() {
+    let daemon = Daemon::start(&["--header-timeout", "1", "--idle-timeout", "3"]);
+    let mut client = TcpStream::connect(daemon.tcp()).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let start = std::time::Instant::now();
+    // The preface and empty settings.
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+    let mut answer = Vec::new();
+    let _ = client.read_to_end(&mut answer);
+    // Its end was announced (a GOAWAY frame is of type 7), and not before the idle timeout.
+    assert!(start.elapsed() >= std::time::Duration::from_secs(2), "{:?}", start.elapsed());
+    let mut frames = &answer[..];
+    let mut types = Vec::new();
+    while frames.len() >= 9 {
+        let length = u32::from_be_bytes([0, frames[0], frames[1], frames[2]]) as usize;
+        types.push(frames[3]);
+        frames = &frames[(9 + length).min(frames.len())..];
+    }
+    assert!(types.contains(&7), "{types:?}");
+}
+
+#[test]
+fn a_body_that_nobody_wanted_is_no_slow_request() {
+    let daemon = Daemon::start(&["--header-timeout", "1"]);
+    let mut client = TcpStream::connect(daemon.tcp()).unwrap();
+    client.write_all(b"POST /health HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n").unwrap();
+    let mut answer = [0; 1024];
+    let bytes = client.read(&mut answer).unwrap();
+    assert!(answer[..bytes].starts_with(b"HTTP/1.1 405 "));
+    client.write_all(b"0123456789").unwrap();
+    // Longer than the header timeout there is nothing to read.
+    client.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
+    let nothing = client.read(&mut answer).unwrap_err().kind();
+    assert_eq!(nothing, std::io::ErrorKind::WouldBlock);
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let bytes = client.read(&mut answer).unwrap();
+    assert!(answer[..bytes].starts_with(b"HTTP/1.1 204 "));
+}
+
+#[test]
+fn messages_that_quote_the_request_are_cut() {
+    let daemon = Daemon::start(&[]);
+    let tag = "x".repeat(100_000);
+    let json = format!(r#"{{"process":{{"tag":"{tag}"}},"signal":"SIGNAL_SIGKILL"}}"#);
+    let method = "POST /process.Process/SendSignal HTTP/1.1\r\ncontent-type: ";
+    let (status, _, body) = http(&daemon, &format!("{method}application/json"), json.as_bytes());
+    let (code, message) = connect_error(&body);
+    assert_eq!((status, code.as_str()), (404, "not_found"));
+    assert!(message.starts_with("process with tag xxx"), "{message}");
+    assert!(message.len() < 5000 && message.ends_with("bytes)"), "{message}");
+    let web = format!("{method}application/grpc-web+json");
+    let (status, head, _) = http(&daemon, &web, &envelope(0, json.as_bytes()));
+    assert_eq!(status, 200);
+    assert!(head.contains("\r\ngrpc-status: 5") && head.len() < 8000, "{head}");
 }

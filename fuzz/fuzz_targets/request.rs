@@ -7,6 +7,7 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use http_body_util::BodyExt;
 use libfuzzer_sys::fuzz_target;
+use std::time::Duration;
 
 const TYPES: [&str; 8] = [
     "application/grpc",
@@ -26,13 +27,13 @@ fuzz_target!(|input: (u8, bool, bool, u8, &[u8])| {
     let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
     let Some(protocol) = Protocol::of(&headers) else { panic!("{kind} is known") };
     let encoding = if gzip { Encoding::Gzip } else { Encoding::Identity };
-    let reader = Reader { protocol, encoding, limit: LIMIT };
+    let reader = Reader { protocol, encoding, limit: LIMIT, stall_timeout: Duration::from_secs(60) };
     let chunks: Vec<_> = bytes
         .chunks(usize::from(step) + 1)
         .map(|chunk| Ok::<_, std::io::Error>(Bytes::copy_from_slice(chunk)))
         .collect();
     let body = Body::from_stream(stream::iter(chunks));
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
         let mut share = Budget::new(1 << 16).share();
         let body = match single {

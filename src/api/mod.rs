@@ -33,7 +33,9 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .add(proto::DESCRIPTORS, true)?
         .add(health, false)?
         .add(reflection[0], false)?
-        .add(reflection[1], false)?;
+        .add(reflection[1], false)?
+        .allow_large("/process.Process/SendInput")
+        .allow_large("/process.Process/StreamInput");
 
     // The wire has checked every message already.
     let process = ProcessServer::new(process::Processes::new(Arc::clone(sandbox)))

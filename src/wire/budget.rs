@@ -12,22 +12,43 @@ use std::sync::{
 
 use tonic::Status;
 
+/// What a request may hold without touching the large part of the budget. Nearly all requests stay
+/// below it, those that end a process above all: large ones must never keep them out.
+pub const SMALL_BYTES: usize = 64 << 10;
+
+/// The part of the budget, one in so many, that is kept for what is small.
+const SMALL_PART: usize = 8;
+
 /// The budget of one server; clones share it.
 #[derive(Debug, Clone)]
 pub struct Budget {
-    left: Arc<AtomicUsize>,
+    small: Arc<AtomicUsize>,
+    large: Arc<AtomicUsize>,
     limit: usize,
 }
 
 impl Budget {
     /// A budget of so many bytes.
     pub fn new(limit: usize) -> Self {
-        Self { left: Arc::new(AtomicUsize::new(limit)), limit }
+        let small = limit / SMALL_PART;
+        Self {
+            small: Arc::new(AtomicUsize::new(small)),
+            large: Arc::new(AtomicUsize::new(limit - small)),
+            limit,
+        }
     }
 
     /// A share of it, empty at first.
     pub fn share(&self) -> Share {
         Share { budget: self.clone(), held: 0 }
+    }
+
+    fn part(&self, bytes: usize) -> &AtomicUsize {
+        if bytes <= SMALL_BYTES { &self.small } else { &self.large }
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.part(bytes).fetch_add(bytes, Ordering::AcqRel);
     }
 }
 
@@ -44,18 +65,18 @@ impl Share {
     /// # Errors
     /// `resource_exhausted` when they are not there; what is held stays.
     pub fn hold(&mut self, bytes: usize) -> Result<(), Status> {
-        let left = &self.budget.left;
-        if bytes <= self.held {
-            left.fetch_add(self.held - bytes, Ordering::AcqRel);
-        } else {
-            let more = bytes - self.held;
-            let take = |left: usize| left.checked_sub(more);
-            left.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).map_err(|_| {
-                Status::resource_exhausted(format!(
-                    "requests that are under way hold all of {} bytes; try again later",
-                    self.budget.limit
-                ))
-            })?;
+        let from = self.budget.part(bytes);
+        // What is held in the same part counts towards what is wanted.
+        let credit = if std::ptr::eq(from, self.budget.part(self.held)) { self.held } else { 0 };
+        let take = |left: usize| (left + credit).checked_sub(bytes);
+        from.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).map_err(|_| {
+            Status::resource_exhausted(format!(
+                "requests that are under way hold all of {} bytes; try again later",
+                self.budget.limit
+            ))
+        })?;
+        if credit == 0 {
+            self.budget.give_back(self.held);
         }
         self.held = bytes;
         Ok(())
@@ -64,26 +85,52 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.budget.left.fetch_add(self.held, Ordering::AcqRel);
+        self.budget.give_back(self.held);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    const LIMIT: usize = 64 * SMALL_BYTES;
 
     #[test]
-    fn shares_come_back_and_the_budget_is_never_exceeded() {
-        let budget = Budget::new(10);
-        let (mut one, mut two) = (budget.share(), budget.share());
-        one.hold(7).unwrap();
-        assert_eq!(two.hold(4).unwrap_err().code(), tonic::Code::ResourceExhausted);
-        two.hold(3).unwrap();
-        one.hold(2).unwrap();
-        two.hold(8).unwrap();
-        drop(two);
-        one.hold(10).unwrap();
-        drop(one);
-        budget.share().hold(10).unwrap();
+    fn large_requests_never_keep_small_ones_out() {
+        let budget = Budget::new(LIMIT);
+        let mut large = Vec::new();
+        let refused = loop {
+            let mut share = budget.share();
+            match share.hold(7 * SMALL_BYTES) {
+                Ok(()) => large.push(share),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(large.len(), 8);
+        budget.share().hold(SMALL_BYTES).unwrap();
+        large.pop();
+        budget.share().hold(7 * SMALL_BYTES).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_held_comes_back(
+            steps in prop::collection::vec((0_usize..8, 0..LIMIT / 4), 0..100),
+        ) {
+            let budget = Budget::new(LIMIT);
+            let mut shares: Vec<_> = (0..8).map(|_| budget.share()).collect();
+            for (index, bytes) in steps {
+                if let Some(share) = shares.get_mut(index) {
+                    let _ = share.hold(bytes);
+                    let held: usize = shares.iter().map(|share| share.held).sum();
+                    prop_assert!(held <= LIMIT);
+                }
+            }
+            drop(shares);
+            prop_assert_eq!(budget.small.load(Ordering::Acquire), LIMIT / SMALL_PART);
+            prop_assert_eq!(budget.large.load(Ordering::Acquire), LIMIT - LIMIT / SMALL_PART);
+        }
     }
 }

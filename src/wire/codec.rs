@@ -122,6 +122,10 @@ impl<U: prost::Message + DeserializeOwned + Default> Decoder for DualDecoder<U> 
     }
 }
 
+/// The largest message that is read a second time. As a tree of values it takes thirty times its
+/// size; and who writes `null` and `1.0` does it by hand.
+const MAX_REREAD_BYTES: usize = 256 << 10;
+
 /// Reads proto3 JSON (<https://protobuf.dev/programming-guides/json/>).
 ///
 /// The generated code is stricter than the format: it refuses `null` for a field that is not
@@ -132,6 +136,9 @@ fn from_json<U: DeserializeOwned>(message: &[u8]) -> Result<U, String> {
         Ok(message) => return Ok(message),
         Err(error) => error,
     };
+    if message.len() > MAX_REREAD_BYTES {
+        return Err(first.to_string());
+    }
     // A field that is there twice would be there once after another reading.
     if !first.is_data() || first.to_string().starts_with("duplicate field") {
         return Err(first.to_string());

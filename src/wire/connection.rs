@@ -7,6 +7,7 @@
 //!   may last [`super::IDLE_TIMEOUT`].
 //! * A connection without a call is closed after the idle timeout. One timer an idle connection,
 //!   none while calls run.
+//! * A client that takes nothing of what is there for it for [`super::STALL_TIMEOUT`] is let go.
 //! * Above the limit on connections a call is answered with `unavailable` or 503.
 
 use std::{
@@ -34,13 +35,13 @@ use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     sync::{Notify, OwnedSemaphorePermit, watch},
-    time::Instant,
+    time::{Instant, Sleep},
 };
 use tower::Service;
 
 use super::{
     Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
-    drain::DrainOnDrop, translate::Refused,
+    MAX_SEND_BUFFER, drain::DrainOnDrop, translate::Refused,
 };
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
@@ -53,6 +54,9 @@ const REQUEST_TIMEOUT: &[u8] =
 /// answer. A client that vanished without closing would hold its calls for ever.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long a connection without a call may take to end once that was asked of it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The client's place on a connection.
 #[derive(Debug)]
@@ -82,8 +86,18 @@ pub async fn serve<I, S>(
         Err(_) => return tracing::debug!("connection closed: no request within the time for one"),
     };
     let http2 = start.starts_with(PREFACE);
-    let activity = Arc::new(Activity::default());
-    let io = Watched { io: Rewound { start, io }, activity: Arc::clone(&activity), heads: !http2 };
+    let activity = Arc::new(Activity::new(match http2 {
+        // A client that says hello and calls later is idle, not slow.
+        true => Waiting::ForRequest,
+        false => Waiting::ForHead,
+    }));
+    let io = Watched {
+        io: Rewound { start, io },
+        activity: Arc::clone(&activity),
+        heads: !http2,
+        stall_timeout: limits.stall_timeout,
+        stalled: None,
+    };
     let service = Calls { inner: service, activity: Arc::clone(&activity), refused: place.refused };
     let io = TokioIo::new(io);
     if http2 {
@@ -91,6 +105,7 @@ pub async fn serve<I, S>(
         builder
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+            .max_send_buf_size(MAX_SEND_BUFFER)
             .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT);
@@ -137,6 +152,8 @@ where
         let timer = activity.timer(limits);
         let expired = async {
             match timer {
+                // The end that was announced is given time to be read.
+                Some(_) if closing => tokio::time::sleep(CLOSE_TIMEOUT).await,
                 Some((at, _)) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
             }
@@ -195,15 +212,12 @@ struct Activity {
     changed: Notify,
 }
 
-impl Default for Activity {
-    fn default() -> Self {
-        // Its first bytes are there already.
-        let waiting = Mutex::new((Instant::now(), Waiting::ForHead));
+impl Activity {
+    fn new(waiting: Waiting) -> Self {
+        let waiting = Mutex::new((Instant::now(), waiting));
         Self { calls: AtomicUsize::new(0), waiting, changed: Notify::new() }
     }
-}
 
-impl Activity {
     fn timer(&self, limits: &Limits) -> Option<(Instant, Waiting)> {
         if self.calls.load(Ordering::Acquire) > 0 {
             return None;
@@ -235,7 +249,8 @@ impl Activity {
     }
 }
 
-/// A running call; dropped with its response's body.
+/// A running call: one is dropped with its response's body, another with its request's, of which
+/// more may come, and be thrown away, after the answer.
 #[derive(Debug)]
 struct Running(Arc<Activity>);
 
@@ -260,6 +275,28 @@ struct Watched<I> {
     io: Rewound<I>,
     activity: Arc<Activity>,
     heads: bool,
+    /// See [`super::STALL_TIMEOUT`].
+    stall_timeout: Duration,
+    /// Runs while the client takes nothing that is there for it.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl<I> Watched<I> {
+    /// What becomes of a write: an error when it has waited for too long.
+    fn progress<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let timeout = self.stall_timeout;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
+    }
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
@@ -288,7 +325,8 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io.io).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.io.io).poll_write(cx, bytes);
+        self.progress(cx, written)
     }
 
     fn poll_write_vectored(
@@ -296,7 +334,8 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io.io).poll_write_vectored(cx, slices)
+        let written = Pin::new(&mut self.io.io).poll_write_vectored(cx, slices);
+        self.progress(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -334,7 +373,7 @@ where
         let refused = self.refused.clone();
         let http1 = request.version() < Version::HTTP_2;
         let mut request = request.map(|body| match http1 {
-            true => Body::new(DrainOnDrop::new(body)),
+            true => Body::new(DrainOnDrop::new(body, self.activity.begin())),
             false => Body::new(body),
         });
         let close = http1 && refused.is_some();

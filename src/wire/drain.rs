@@ -20,18 +20,18 @@ pub const MAX_DRAINED_BYTES: usize = 128 << 20;
 /// The longest time for it.
 pub const MAX_DRAIN_TIME: Duration = Duration::from_secs(5);
 
-/// An HTTP/1.1 request body that is read on when it is dropped.
+/// An HTTP/1.1 request body that is read on when it is dropped. `G` is held until its end.
 #[derive(Debug)]
-pub struct DrainOnDrop(Option<Incoming>);
+pub struct DrainOnDrop<G: Send + 'static>(Option<(Incoming, G)>);
 
-impl DrainOnDrop {
+impl<G: Send + 'static> DrainOnDrop<G> {
     /// Wraps a body as hyper gave it.
-    pub fn new(body: Incoming) -> Self {
-        Self(Some(body))
+    pub fn new(body: Incoming, guard: G) -> Self {
+        Self((!body.is_end_stream()).then_some((body, guard)))
     }
 }
 
-impl Body for DrainOnDrop {
+impl<G: Send + Unpin + 'static> Body for DrainOnDrop<G> {
     type Data = Bytes;
     type Error = hyper::Error;
 
@@ -39,7 +39,7 @@ impl Body for DrainOnDrop {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some(body) = &mut self.0 else {
+        let Some((body, _)) = &mut self.0 else {
             return Poll::Ready(None);
         };
         let frame = std::task::ready!(Pin::new(body).poll_frame(cx));
@@ -50,21 +50,24 @@ impl Body for DrainOnDrop {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Body::is_end_stream)
+        self.0.as_ref().is_none_or(|(body, _)| body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |(body, _)| body.size_hint())
     }
 }
 
-impl Drop for DrainOnDrop {
+impl<G: Send + 'static> Drop for DrainOnDrop<G> {
     fn drop(&mut self) {
-        let Some(body) = self.0.take().filter(|body| !body.is_end_stream()) else {
+        let Some((body, guard)) = self.0.take().filter(|(body, _)| !body.is_end_stream()) else {
             return;
         };
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async { tokio::time::timeout(MAX_DRAIN_TIME, drain(body)).await });
+            runtime.spawn(async move {
+                let _ = tokio::time::timeout(MAX_DRAIN_TIME, drain(body)).await;
+                drop(guard);
+            });
         }
     }
 }

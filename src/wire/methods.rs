@@ -17,6 +17,9 @@ pub struct Method {
     pub server_stream: bool,
     /// Whether the service also speaks JSON.
     pub json: bool,
+    /// Whether its messages may be as large as the server allows, and not only
+    /// [`super::MAX_ORDINARY_BYTES`].
+    pub large: bool,
 }
 
 impl Method {
@@ -51,6 +54,7 @@ impl Methods {
                         client_stream: method.client_streaming(),
                         server_stream: method.server_streaming(),
                         json,
+                        large: false,
                     };
                     self.by_path.insert(path, method);
                 }
@@ -58,6 +62,15 @@ impl Methods {
             }
         }
         Ok(self)
+    }
+
+    /// Lets one method have messages as large as the server allows: one whose messages are data,
+    /// which is as large decoded as it was before. Of others a few bytes may become a hundred.
+    pub fn allow_large(mut self, path: &str) -> Self {
+        if let Some(method) = self.by_path.get_mut(path) {
+            method.large = true;
+        }
+        self
     }
 
     /// The method at a path.

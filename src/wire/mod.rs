@@ -47,6 +47,10 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// from taking the sandbox's memory.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
+/// The largest message of a method whose messages are not data: what can be started has arguments
+/// and variables of 2 MiB at most (execve(2)), and a path is shorter still.
+pub const MAX_ORDINARY_BYTES: usize = 4 << 20;
+
 /// The most bytes of all requests together that wait in memory.
 pub const MAX_BUFFERED_BYTES: usize = 256 << 20;
 
@@ -65,7 +69,14 @@ pub const MAX_CONNECTIONS: usize = 1024;
 pub const MAX_REFUSALS: usize = 64;
 
 /// The most calls at the same time on one HTTP/2 connection (`SETTINGS_MAX_CONCURRENT_STREAMS`).
-pub const MAX_CONCURRENT_STREAMS: u32 = 1024;
+pub const MAX_CONCURRENT_STREAMS: u32 = 256;
+
+/// The most bytes of one HTTP/2 response that wait for the client to take them.
+pub const MAX_SEND_BUFFER: usize = 64 << 10;
+
+/// How long a client may take nothing while there is something for it, and how long it may send
+/// nothing in the middle of a message.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long a connection without a call stays open. E2B's proxies keep theirs for 620 s.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(640);
@@ -87,6 +98,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// See [`HEADER_TIMEOUT`].
     pub header_timeout: Duration,
+    /// See [`STALL_TIMEOUT`].
+    pub stall_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -97,6 +110,7 @@ impl Default for Limits {
             connections: MAX_CONNECTIONS,
             idle_timeout: IDLE_TIMEOUT,
             header_timeout: HEADER_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::{
     collections::VecDeque,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -33,6 +34,8 @@ pub struct Reader {
     pub encoding: Encoding,
     /// The most bytes of one message.
     pub limit: usize,
+    /// How long a single message may make no progress.
+    pub stall_timeout: Duration,
 }
 
 impl Reader {
@@ -67,7 +70,7 @@ impl Reader {
         let mut first = Bytes::new();
         let mut rest = BytesMut::new();
         let mut total = 0;
-        while let Some(frame) = body.frame().await {
+        while let Some(frame) = self.in_time(body.frame()).await? {
             let Ok(data) = frame.map_err(unreadable)?.into_data() else {
                 continue;
             };
@@ -99,16 +102,30 @@ impl Reader {
     }
 
     async fn enveloped(self, body: Body, share: &mut Share) -> Result<Bytes, Status> {
+        let stall = self.clone();
         let mut envelopes = Envelopes::new(self, body);
         let mut only: Option<Bytes> = None;
-        while let Some(message) =
-            std::future::poll_fn(|cx| envelopes.poll_next(cx, share)).await.transpose()?
-        {
+        loop {
+            let next = std::future::poll_fn(|cx| envelopes.poll_progress(cx, share));
+            let message = match stall.in_time(next).await? {
+                Progress::Message(message) => message?,
+                Progress::Bytes => continue,
+                Progress::End => break,
+            };
             if only.replace(message).is_some() {
                 return Err(Status::unimplemented("unary request has multiple messages"));
             }
         }
         only.ok_or_else(|| Status::unimplemented("unary request has zero messages"))
+    }
+
+    async fn in_time<T>(&self, step: impl Future<Output = T>) -> Result<T, Status> {
+        tokio::time::timeout(self.stall_timeout, step).await.map_err(|_| {
+            Status::deadline_exceeded(format!(
+                "no byte of the request came for {} s",
+                self.stall_timeout.as_secs()
+            ))
+        })
     }
 
     /// The message in an envelope, or `None` where the envelope ends the stream.
@@ -166,40 +183,66 @@ impl Envelopes {
         share: &mut Share,
     ) -> Poll<Option<Result<Bytes, Status>>> {
         loop {
-            match self.splitter.take().transpose() {
-                Some(Ok(envelope)) if !self.ended => match self.reader.open(envelope) {
-                    Ok(Some(message)) => {
-                        let held = share.hold(self.splitter.buffered() + message.len());
-                        return Poll::Ready(Some(held.map(|()| message)));
-                    }
-                    Ok(None) => self.ended = true,
-                    Err(status) => return Poll::Ready(Some(Err(status))),
-                },
-                Some(Ok(_)) => {}
-                Some(Err(status)) => return Poll::Ready(Some(Err(status))),
-                None => match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                    None if self.ended => return Poll::Ready(None),
-                    None => return Poll::Ready(self.splitter.end().err().map(Err)),
-                    Some(Err(error)) => return Poll::Ready(Some(Err(unreadable(error)))),
-                    Some(Ok(frame)) => {
-                        let Some(data) = frame.data_ref() else {
-                            continue;
-                        };
-                        match &mut self.text {
-                            None => self.splitter.push(data),
-                            Some(text) => match text.decode(data) {
-                                Ok(bytes) => self.splitter.push(&bytes),
-                                Err(status) => return Poll::Ready(Some(Err(status))),
-                            },
-                        }
-                        if let Err(status) = share.hold(self.splitter.buffered()) {
-                            return Poll::Ready(Some(Err(status)));
-                        }
-                    }
-                },
+            match ready!(self.poll_progress(cx, share)) {
+                Progress::Message(message) => return Poll::Ready(Some(message)),
+                Progress::Bytes => {}
+                Progress::End => return Poll::Ready(None),
             }
         }
     }
+
+    fn poll_progress(&mut self, cx: &mut Context<'_>, share: &mut Share) -> Poll<Progress> {
+        let failed = |status| Poll::Ready(Progress::Message(Err(status)));
+        while let Some(envelope) = self.splitter.take().transpose() {
+            let envelope = match envelope {
+                Ok(envelope) => envelope,
+                Err(status) => return failed(status),
+            };
+            if self.ended {
+                continue;
+            }
+            match self.reader.open(envelope) {
+                Ok(Some(message)) => {
+                    let held = share.hold(self.splitter.buffered() + message.len());
+                    return Poll::Ready(Progress::Message(held.map(|()| message)));
+                }
+                Ok(None) => self.ended = true,
+                Err(status) => return failed(status),
+            }
+        }
+        let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            None if self.ended => return Poll::Ready(Progress::End),
+            None => {
+                return Poll::Ready(match self.splitter.end() {
+                    Ok(()) => Progress::End,
+                    Err(status) => Progress::Message(Err(status)),
+                });
+            }
+            Some(Err(error)) => return failed(unreadable(error)),
+            Some(Ok(frame)) => frame,
+        };
+        if let Some(data) = frame.data_ref() {
+            match &mut self.text {
+                None => self.splitter.push(data),
+                Some(text) => match text.decode(data) {
+                    Ok(bytes) => self.splitter.push(&bytes),
+                    Err(status) => return failed(status),
+                },
+            }
+            if let Err(status) = share.hold(self.splitter.buffered()) {
+                return failed(status);
+            }
+        }
+        Poll::Ready(Progress::Bytes)
+    }
+}
+
+/// One step of reading a body.
+enum Progress {
+    Message(Result<Bytes, Status>),
+    /// Bytes came, of a message that is not whole yet perhaps.
+    Bytes,
+    End,
 }
 
 /// Envelopes again, for tonic.

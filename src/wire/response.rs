@@ -32,6 +32,9 @@ const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 const OWN_HEADERS: [&str; 5] =
     ["content-type", "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-encoding"];
 
+/// The most bytes of a status message, as it is written in a header.
+const MAX_STATUS_MESSAGE: usize = 4 << 10;
+
 /// How to write one response.
 #[derive(Debug)]
 pub struct Writer {
@@ -86,7 +89,8 @@ impl Writer {
     }
 
     /// A response that has its outcome and no message.
-    fn finished(self, leading: HeaderMap, trailers: HeaderMap) -> Response<Body> {
+    fn finished(self, leading: HeaderMap, mut trailers: HeaderMap) -> Response<Body> {
+        shorten(&mut trailers);
         let extra = self.metadata.take_headers();
         match self.protocol.framing {
             Framing::ConnectUnary => {
@@ -192,6 +196,24 @@ impl Writer {
     }
 }
 
+/// Cuts a status message that quotes more of the request than anyone reads: it travels in headers,
+/// and clients have limits for those.
+fn shorten(trailers: &mut HeaderMap) {
+    let length = trailers.get(Status::GRPC_MESSAGE).map_or(0, HeaderValue::len);
+    if length <= MAX_STATUS_MESSAGE {
+        return;
+    }
+    let Some(status) = Status::from_header_map(trailers) else { return };
+    let message: String = status.message().chars().take(MAX_STATUS_MESSAGE / 4).collect();
+    let message = format!("{message}… (cut from {} bytes)", status.message().len());
+    let details = Bytes::copy_from_slice(status.details());
+    let short = Status::with_details(status.code(), message, details);
+    trailers.remove(Status::GRPC_MESSAGE);
+    if let Err(error) = short.add_header(trailers) {
+        tracing::warn!(%error, "status cannot be written");
+    }
+}
+
 /// The body of a response with envelopes.
 struct Outgoing {
     framing: Framing,
@@ -235,6 +257,7 @@ impl Outgoing {
     }
 
     fn finish(&mut self, mut trailers: HeaderMap) {
+        shorten(&mut trailers);
         self.inner = None;
         self.deadline = None;
         append_all(&mut trailers, self.metadata.take_trailers());

@@ -5,6 +5,7 @@ use std::{convert::Infallible, io, sync::Arc, time::Duration};
 use http::{Request, Response};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
     sync::{Semaphore, watch},
 };
 use tower::Service;
@@ -19,6 +20,10 @@ use super::{
 /// The pause after an accept that failed for want of descriptors or memory; connections wait in
 /// the backlog meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a TCP connection is silent before the kernel asks whether the client is there, and how
+/// often it asks (`TCP_KEEPIDLE`, `TCP_KEEPINTVL`; tcp(7)).
+const KEEPALIVE: Duration = Duration::from_secs(15);
 
 /// Serves one service on any number of listeners.
 #[derive(Debug)]
@@ -66,8 +71,7 @@ where
         loop {
             let accepted = match listener {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
-                    // Streams of small events must not wait for Nagle's algorithm.
-                    let _ = stream.set_nodelay(true);
+                    prepare(&stream);
                     self.spawn(stream, &peer);
                 }),
                 Listener::Unix(unix, _) => unix.accept().await.map(|(stream, peer)| {
@@ -107,6 +111,18 @@ where
             connection::serve(io, service, place, &server.limits, shutdown).await;
         });
     }
+}
+
+/// Sets up a TCP connection. Each of these is a help, and none a condition.
+fn prepare(stream: &TcpStream) {
+    use nix::sys::socket::{setsockopt, sockopt};
+    // Streams of small events must not wait for Nagle's algorithm.
+    let _ = stream.set_nodelay(true);
+    // A client that vanished is found out, as upstream finds it out, and not waited for.
+    let seconds = u32::try_from(KEEPALIVE.as_secs()).unwrap_or(u32::MAX);
+    let _ = setsockopt(stream, sockopt::KeepAlive, &true);
+    let _ = setsockopt(stream, sockopt::TcpKeepIdle, &seconds);
+    let _ = setsockopt(stream, sockopt::TcpKeepInterval, &seconds);
 }
 
 /// Errors of accept(2) that concern the connection, not the listener.

@@ -16,6 +16,7 @@ use std::{
     convert::Infallible,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
@@ -28,7 +29,7 @@ use tonic::Status;
 use tower::Service;
 
 use super::{
-    Body, Limits,
+    Body, Limits, MAX_ORDINARY_BYTES,
     budget::{Budget, Share},
     codec,
     envelope::Encoding,
@@ -51,6 +52,7 @@ pub struct Translate<S> {
     inner: S,
     methods: Arc<Methods>,
     message_bytes: usize,
+    stall_timeout: Duration,
     budget: Budget,
 }
 
@@ -61,6 +63,7 @@ impl<S> Translate<S> {
             inner,
             methods: Arc::new(methods),
             message_bytes: limits.message_bytes,
+            stall_timeout: limits.stall_timeout,
             budget: Budget::new(limits.buffered_bytes),
         }
     }
@@ -94,6 +97,7 @@ struct Call {
     method: Method,
     protocol: Protocol,
     message_bytes: usize,
+    stall_timeout: Duration,
     share: Share,
 }
 
@@ -138,7 +142,11 @@ impl<S> Translate<S> {
         Ok(Some(Call {
             method,
             protocol,
-            message_bytes: self.message_bytes,
+            message_bytes: match method.large {
+                true => self.message_bytes,
+                false => self.message_bytes.min(MAX_ORDINARY_BYTES),
+            },
+            stall_timeout: self.stall_timeout,
             share: self.budget.share(),
         }))
     }
@@ -163,8 +171,12 @@ impl Call {
         };
         writer.deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let deadline = writer.deadline;
-        let reader =
-            Reader { protocol: self.protocol.clone(), encoding, limit: self.message_bytes };
+        let reader = Reader {
+            protocol: self.protocol.clone(),
+            encoding,
+            limit: self.message_bytes,
+            stall_timeout: self.stall_timeout,
+        };
         let mut share = self.share;
 
         let call = async move {
@@ -198,7 +210,7 @@ impl Call {
         &self,
         headers: &HeaderMap,
         writer: &mut Writer,
-    ) -> Result<(Encoding, Option<std::time::Duration>), Status> {
+    ) -> Result<(Encoding, Option<Duration>), Status> {
         let timeout = if self.protocol.is_connect() {
             match headers.get("connect-protocol-version") {
                 Some(version) if version != "1" => {

@@ -13,6 +13,7 @@
 use std::{
     convert::Infallible,
     io,
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
         Arc,
@@ -23,8 +24,8 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::future::BoxFuture;
-use http::{HeaderValue, Request, Response, Version, header};
+use futures_util::{FutureExt, future::BoxFuture};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -41,7 +42,7 @@ use tower::Service;
 
 use super::{
     Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
-    MAX_SEND_BUFFER, drain::DrainOnDrop, translate::Refused,
+    MAX_SEND_BUFFER, drain::DrainOnDrop, error, translate::Refused,
 };
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
@@ -382,7 +383,11 @@ where
         }
         let response = self.inner.clone().call(request);
         Box::pin(async move {
-            let mut response = response.await?;
+            // A fault of ours is that call's misfortune, and no other's.
+            let mut response = match AssertUnwindSafe(response).catch_unwind().await {
+                Ok(response) => response?,
+                Err(_) => error::rest(StatusCode::INTERNAL_SERVER_ERROR, "the call failed"),
+            };
             if close {
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(header::CONNECTION, close);

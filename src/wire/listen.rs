@@ -8,11 +8,18 @@
 use std::{
     fmt, fs, io,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
     path::{Path, PathBuf},
     str::FromStr,
 };
 
+use nix::{
+    errno::Errno,
+    sys::stat::{Mode, umask},
+};
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
@@ -153,13 +160,28 @@ pub enum Listener {
     Vsock(VsockListener),
 }
 
-/// The file of a unix socket, removed on drop.
+/// The file of a unix socket, removed on drop unless it is another's by then.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), identity: Self::identity(path) }
+    }
+
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        if self.identity.is_some() && self.identity == Self::identity(&self.path) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -171,7 +193,7 @@ impl Listener {
                 Ok(address) => format!("tcp://{address}"),
                 Err(error) => format!("tcp://? ({error})"),
             },
-            Self::Unix(_, SocketFile(path)) => format!("unix://{}", path.display()),
+            Self::Unix(_, file) => format!("unix://{}", file.path.display()),
             Self::Vsock(listener) => match listener.local_addr() {
                 Ok(address) if address.cid() == VMADDR_CID_ANY => {
                     format!("vsock://{}", address.port())
@@ -237,18 +259,26 @@ fn unix(path: &Path, mode: u32) -> io::Result<Listener> {
             ));
         }
         // A socket that nobody listens on is left over from a daemon that was killed.
-        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path)?;
-            }
-            _ => return Err(io::ErrorKind::AddrInUse.into()),
-        },
+        Ok(_) if is_abandoned(path) => fs::remove_file(path)?,
+        Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),
         Err(_) => {}
     }
-    let listener = UnixListener::bind(path)?;
-    let file = SocketFile(path.to_owned());
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    // With its mode from the first moment on: nobody may slip in before a chmod.
+    let mask = umask(Mode::from_bits_truncate(0o777 & !mode));
+    let listener = UnixListener::bind(path);
+    umask(mask);
+    let listener = listener?;
+    let file = SocketFile::new(path);
     Ok(Listener::Unix(listener, file))
+}
+
+/// Whether nobody listens on a socket, found out without waiting for whoever does.
+fn is_abandoned(path: &Path) -> bool {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None);
+    let (Ok(probe), Ok(address)) = (probe, UnixAddr::new(path)) else { return false };
+    connect(probe.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED)
 }
 
 #[cfg(test)]

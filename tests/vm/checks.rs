@@ -275,13 +275,16 @@ pub(crate) async fn cgroups(address: &str) {
 pub(crate) async fn orphans(address: &str) {
     const MANAGED: i32 = 1000;
     let client = root(address, Wire::Grpc);
+    // One connection carries 256 calls at the same time.
+    let clients: Vec<_> = (0..5).map(|_| root(address, Wire::Grpc)).collect();
     let gate = format!("{PLACE}-gate");
     sh(address, &format!("mkfifo {gate}")).await;
     // Each waits in the opening of the FIFO, which costs nothing, and ends with its own code.
     let managed: Vec<_> = stream::iter(0..MANAGED)
         .map(|number| {
-            let (client, gate) = (&client, &gate);
+            let (clients, gate) = (&clients, &gate);
             async move {
+                let client = &clients[usize::try_from(number).unwrap() % clients.len()];
                 let code = number % 256;
                 let line = format!("read -r line < {gate}; exit {code}");
                 (code, events(client, &start("sh", &["-c", &line])).await.1)

@@ -5,30 +5,41 @@
 //! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
 //! them is the service manager's task (systemd's `KillMode`).
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    convert::Infallible,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ::http::{Request, Response, StatusCode, Uri};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{Semaphore, watch},
     task::JoinSet,
 };
 use tower::{Service, ServiceExt};
 
 use crate::{
     api,
+    blocking::Pool,
     config::Config,
-    fs::watch::Hub,
+    fs::{transfer::Writers, watch::Hub},
     guest::{boot::Times, limits, notify, ready, users::Users},
     http,
     process::Manager,
-    sandbox::{Defaults, Sandbox},
+    sandbox::{Defaults, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
     wire::{
         self, Body, Limits, dial,
         listen::{self, Address, ListenError, Listener, Place},
         server::Server,
     },
 };
+
+/// Where cgroup2 is mounted when the command line does not say it.
+const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// The pause between two looks at whether uploads have cleaned up, at the end.
+const CLEANUP_PAUSE: Duration = Duration::from_millis(2);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -54,11 +65,12 @@ pub enum DaemonError {
 ///
 /// # Errors
 /// [`DaemonError`] when it cannot start.
-pub async fn run(config: Config) -> Result<(), DaemonError> {
+pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
 
     let sandbox = sandbox(&config)?;
+    let writers = Arc::clone(&sandbox.writers);
     let limits = Limits {
         message_bytes: config.max_message_bytes,
         buffered_bytes: config.max_buffered_bytes,
@@ -105,7 +117,27 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         _ = terminate.recv() => tracing::warn!("second SIGTERM: not waiting"),
         _ = interrupt.recv() => tracing::warn!("second SIGINT: not waiting"),
     }
-    Ok(())
+    Ok(Ended { writers })
+}
+
+/// A daemon that no longer serves.
+#[derive(Debug)]
+pub struct Ended {
+    writers: Arc<Writers>,
+}
+
+impl Ended {
+    /// Blocks until the uploads that were cut have left their files in order, or the deadline. The
+    /// runtime must have dropped its tasks.
+    pub fn clean_up(self, deadline: Instant) {
+        while self.writers.live() > 0 {
+            if Instant::now() >= deadline {
+                tracing::warn!(uploads = self.writers.live(), "uploads may leave half a file");
+                return;
+            }
+            std::thread::sleep(CLEANUP_PAUSE);
+        }
+    }
 }
 
 /// Tells everybody who wants to know, and goes on giving signs of life to a manager that wants
@@ -151,6 +183,9 @@ where
 }
 
 fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
+    if config.cgroup_root != Path::new(DEFAULT_CGROUP_ROOT) {
+        tracing::info!(root = %config.cgroup_root.display(), "cgroups are not used yet: -cgroup-root has no effect");
+    }
     let users = Arc::new(Users::system());
     let own = users.own_name();
     if !nix::unistd::geteuid().is_root() {
@@ -159,10 +194,15 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
     let user = config.default_user.clone().unwrap_or(own);
     let workdir = config.default_workdir.clone();
     let env = vec![("E2B_SANDBOX".to_owned(), (!config.is_not_fc).to_string())];
+    let files = Pool::for_files();
     let sandbox = Sandbox {
         processes: Manager::with_nofile(limits::raise_open_files()),
-        watches: Hub::new(Arc::clone(&users)),
+        watches: Hub::new(Arc::clone(&users), Arc::clone(&files)),
         users,
+        files,
+        writers: Writers::new(),
+        uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
+        listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
         defaults: Defaults { user, workdir, env },
     };
     match sandbox.default_user() {

@@ -12,11 +12,13 @@
 //! * [`sandbox`] is what those two share.
 //! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
 //!   be itself; and whom to tell that the daemon is ready.
+//! * [`blocking`] runs what may block, [`quote`] cuts what messages quote; anyone may use them.
 //! * [`sys`] holds every `unsafe` block, each behind a safe function.
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
 //! * [`proto`] is what build.rs generates from `proto/`.
 
 pub mod api;
+pub mod blocking;
 pub mod config;
 pub mod daemon;
 pub mod fs;
@@ -24,6 +26,7 @@ pub mod guest;
 pub mod http;
 pub mod process;
 pub mod proto;
+pub mod quote;
 pub mod sandbox;
 pub mod sys;
 pub mod wire;

@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     io::{self, IsTerminal, Write},
     process::ExitCode,
+    time::{Duration, Instant},
 };
 
 use envd::{
@@ -19,8 +20,12 @@ use tracing_subscriber::{Layer, filter::Targets, fmt, prelude::*, registry};
 
 /// Threads that run tasks. The daemon waits more than it computes; more threads only cost memory.
 const WORKERS: usize = 2;
-/// The most threads for calls that block: files, spawning.
-const BLOCKING_THREADS: usize = 128;
+/// The most threads of tokio's own for calls that block. What blocks of ours goes elsewhere
+/// (`envd::blocking`); what is left is the look-up of a name.
+const BLOCKING_THREADS: usize = 4;
+/// How long the end waits for calls that were cut to leave their files in order. A file system that
+/// hangs must not hold the exit.
+const CLEANUP_TIME: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -56,9 +61,10 @@ fn main() -> ExitCode {
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(daemon::run(config));
-            // A blocking call that hangs, on a dead network mount say, must not hold the exit.
-            runtime.shutdown_background();
-            result.map_err(|error| error.to_string())
+            let deadline = Instant::now() + CLEANUP_TIME;
+            // It drops every call, and with it the file that the call was writing.
+            runtime.shutdown_timeout(CLEANUP_TIME);
+            result.map(|ended| ended.clean_up(deadline)).map_err(|error| error.to_string())
         }
         Err(error) => Err(format!("cannot start the runtime: {error}")),
     };

@@ -3,11 +3,22 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use crate::{
-    fs::watch::Hub,
+    blocking::Pool,
+    fs::{transfer::Writers, watch::Hub},
     guest::users::{User, UserError, Users},
     process::Manager,
 };
+
+/// The uploads at a time; beyond it they are refused. Each may hold
+/// [`MAX_BODY_IN_MEMORY`](crate::fs::transfer::MAX_BODY_IN_MEMORY) and two descriptors.
+pub const MAX_UPLOADS: usize = 64;
+
+/// The listings at a time; others wait. Each may hold
+/// [`MAX_LIST_ENTRIES`](crate::fs::dir::MAX_LIST_ENTRIES) entries.
+pub const MAX_LISTINGS: usize = 4;
 
 /// The sandbox that this daemon serves.
 #[derive(Debug)]
@@ -18,6 +29,14 @@ pub struct Sandbox {
     pub processes: Arc<Manager>,
     /// Its watches.
     pub watches: Arc<Hub>,
+    /// Where work on files runs, since it may block.
+    pub files: Arc<Pool>,
+    /// The uploads that are under way.
+    pub writers: Arc<Writers>,
+    /// Who may upload: [`MAX_UPLOADS`] at a time.
+    pub uploads: Arc<Semaphore>,
+    /// Who may list directories: [`MAX_LISTINGS`] at a time.
+    pub listings: Arc<Semaphore>,
     /// What a call gets that says nothing else.
     pub defaults: Defaults,
 }

@@ -1131,6 +1131,129 @@ async fn a_big_form_in_bounded_memory() {
     }
 }
 
+// What one client cannot take from the others.
+
+#[tokio::test]
+async fn a_path_of_a_hundred_thousand_directories_is_refused() {
+    let house = House::new();
+    let path = format!("/{}x", "a/".repeat(100_000));
+    for failed in [
+        house.rename("/tmp", &path).await.unwrap_err(),
+        house.rename(&path, "/tmp").await.unwrap_err(),
+        house.make_dir(&path).await.unwrap_err(),
+        house.stat(&path).await.unwrap_err(),
+    ] {
+        assert_eq!(failed.code, "invalid_argument", "{failed:?}");
+        assert!(failed.message.starts_with("path '/a/a/a/"), "{failed:?}");
+        assert!(failed.message.ends_with("…': file name too long"), "{failed:?}");
+        assert!(failed.message.len() < 2000, "{}", failed.message.len());
+    }
+    house.is_well().await;
+}
+
+/// As `MAX_UPLOADS`.
+const UPLOADS: usize = 64;
+
+#[tokio::test]
+async fn uploads_that_stall_leave_the_threads_to_others() {
+    let house = House::new();
+    let mut stalled = Vec::new();
+    for number in 0..UPLOADS {
+        let cut = CUTS[number % CUTS.len()];
+        stalled.push(cut.send(&house, &house.at(&number.to_string()), &noise(1000)).await);
+    }
+    eventually("all are open", || {
+        (house.opened(|opened| opened.starts_with(house.dir())) == UPLOADS).then_some(())
+    });
+    let refused = house.upload(&house.at("one more"), &[], "x").await;
+    assert_eq!(rest_error(refused, 503).await, "too many uploads: 64 are under way");
+    house.is_well().await;
+    assert_eq!(house.list(house.dir().to_str().unwrap(), 1).await.unwrap().len(), UPLOADS);
+    // Those who leave make room.
+    drop(stalled);
+    common::in_time("the others have gone", async || {
+        (house.upload(&house.at("late"), &[], "x").await.status() == 200).then_some(())
+    })
+    .await;
+    eventually("nothing else is left", || (house.names() == ["late"]).then_some(()));
+}
+
+#[tokio::test]
+async fn without_new_threads_calls_are_answered() {
+    let house = House::new();
+    // No room for another stack, which is what a thread needs first.
+    let room = (house.daemon.memory("VmSize") + 1024) * 1024;
+    let limited = std::process::Command::new("prlimit")
+        .args(["--pid", &house.daemon.pid().to_string(), &format!("--as={room}")])
+        .status();
+    if !able("prlimit", limited.is_ok_and(|status| status.success())) {
+        return;
+    }
+    for _ in 0..10 {
+        let calls = (0..20).map(|_| house.stat("/"));
+        for answer in futures_util::future::join_all(calls).await {
+            assert_eq!(answer.unwrap().path, "/");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upload_survives_that_of_another_who_gives_up() {
+    let house = House::new();
+    for cut in CUTS {
+        let path = house.at("file");
+        let first = cut.send(&house, &path, &noise(100_000)).await;
+        eventually("it is being written", || {
+            fs::metadata(&path).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+        });
+        written(house.upload(&path, &[], "whole").await).await;
+        drop(first);
+        eventually("the other is given up", || {
+            (house.opened(|opened| opened.starts_with(house.dir())) == 0).then_some(())
+        });
+        assert_eq!(fs::read(&path).unwrap(), b"whole", "{cut:?}");
+        fs::remove_file(path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_last_of_two_uploads_is_there_and_whole() {
+    let house = House::new();
+    for length in [100_000, BODY_IN_MEMORY + 100_000] {
+        let path = house.at("file");
+        let mut body = noise(length);
+        let mut first = Cut::Length.send(&house, &path, &body).await;
+        eventually("it is being written", || {
+            fs::metadata(&path).is_ok_and(|meta| meta.len() == length as u64).then_some(())
+        });
+        written(house.upload(&path, &[], noise(2 * length).split_off(length)).await).await;
+        first.send("x").await;
+        body.push(b'x');
+        assert_eq!(first.answer().await.status, 200);
+        assert!(fs::read(&path).unwrap() == body, "{length}");
+        fs::remove_file(path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_the_daemon_leaves_no_half_file() {
+    for cut in CUTS {
+        let mut house = House { daemon: Daemon::start(&["--shutdown-grace", "0"]), ..House::new() };
+        let (new, old) = (house.at("new"), house.put("old", "old"));
+        let _uploads = [
+            cut.send(&house, &new, &noise(100_000)).await,
+            cut.send(&house, &old, &noise(100_000)).await,
+        ];
+        eventually("it is being written", || {
+            fs::metadata(&new).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+        });
+        house.daemon.signal(nix::sys::signal::Signal::SIGTERM);
+        assert!(house.daemon.wait().success());
+        assert_eq!(house.names(), ["old"], "{cut:?}");
+        assert_eq!(fs::read(&old).unwrap(), b"old", "{cut:?}");
+    }
+}
+
 // Routes and headers.
 
 #[tokio::test]

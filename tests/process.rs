@@ -763,6 +763,32 @@ async fn of_two_processes_with_one_tag_the_newest_is_meant() {
 }
 
 #[tokio::test]
+async fn a_daemon_without_a_path_gives_its_processes_one() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"/\xff");
+    for path in [None, Some(odd)] {
+        let mut command = Daemon::command(&["--listen", "tcp://127.0.0.1:0"]);
+        command.env_remove("PATH").envs(path.map(|path| ("PATH", path)));
+        let daemon = Daemon::spawn(&mut command);
+        let env = stdout(&client(&daemon), &start("env", &[])).await;
+        let path = env.lines().find(|line| line.starts_with("PATH=")).unwrap();
+        assert_eq!(path, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    }
+}
+
+#[tokio::test]
+async fn errors_quote_the_beginning_of_a_long_command_line() {
+    let daemon = Daemon::start(&[]);
+    let long = "x".repeat(100_000);
+    for request in [start("echo", &[&long, "\0"]), start(&long, &["\0"])] {
+        let failed = refused(&client(&daemon), &request).await;
+        assert_eq!(failed.code, "invalid_argument");
+        assert!(failed.message.contains("xxx…'"), "{failed:?}");
+        assert!(failed.message.len() < 1200, "{}", failed.message.len());
+    }
+}
+
+#[tokio::test]
 async fn a_process_that_is_not_there() {
     let daemon = Daemon::start(&[]);
     let client = client(&daemon);

@@ -1,6 +1,13 @@
 //! The service `filesystem.Filesystem`.
 
-use std::{path::PathBuf, pin::Pin, sync::Arc};
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use futures_util::Stream;
 use tonic::{Request, Response, Status};
@@ -64,10 +71,8 @@ impl Files {
         work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
     ) -> Result<T, Status> {
         let users = Arc::clone(&self.sandbox.users);
-        tokio::task::spawn_blocking(move || work(&users))
-            .await
-            .map_err(|error| status::of_task(&error))?
-            .map_err(|error| status::of_files(&error))
+        let done = self.sandbox.files.run(move || work(&users)).await;
+        done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
     }
 }
 
@@ -119,10 +124,21 @@ impl Filesystem for Files {
     ) -> Result<Response<pb::ListDirResponse>, Status> {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
-        let depth = call.message.depth;
-        let entries = self.blocking(move |users| dir::list(&path, depth, users)).await?;
+        let (depth, view) = (call.message.depth, call.view);
+        // It closes with the daemon only.
+        let slot = Arc::clone(&self.sandbox.listings).acquire_owned().await;
+        let slot = slot.map_err(|_| Status::unavailable("the daemon ends"))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let _left = SetOnDrop(Arc::clone(&stop));
+        let entries = self
+            .blocking(move |users| {
+                // Held until the work has ended, which may be after its caller has left.
+                let _slot = slot;
+                let entries = dir::list(&path, depth, users, &stop)?;
+                Ok(entries.into_iter().map(|entry| view.entry(info(entry))).collect())
+            })
+            .await?;
         call.view.announce(call.metadata.as_ref());
-        let entries = entries.into_iter().map(|entry| call.view.entry(info(entry))).collect();
         Ok(Response::new(pb::ListDirResponse { entries }))
     }
 
@@ -210,6 +226,15 @@ impl Filesystem for Files {
         let id = request.into_inner().watcher_id;
         self.sandbox.watches.remove_polled(&id).map_err(|error| status::of_files(&error))?;
         Ok(Response::new(pb::RemoveWatcherResponse {}))
+    }
+}
+
+/// Tells work that nobody waits for it any more: a call's future is dropped when its client leaves.
+struct SetOnDrop(Arc<AtomicBool>);
+
+impl Drop for SetOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

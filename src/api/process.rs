@@ -19,6 +19,7 @@ use crate::{
         process_selector, process_server::Process, stream_input_request,
     },
     sandbox::Sandbox,
+    sys,
     wire::timeout,
 };
 
@@ -81,7 +82,7 @@ impl Processes {
         let cwd = path::resolve(cwd, user, defaults.workdir.as_deref())
             .map_err(|error| status::of_files(&error))?;
         let home = user.home.to_string_lossy().into_owned();
-        let path = std::env::var("PATH").unwrap_or_default();
+        let path = std::env::var("PATH").unwrap_or_else(|_| sys::DEFAULT_PATH.to_owned());
         let own = [("PATH", path), ("HOME", home)]
             .into_iter()
             .chain([("USER", user.name.clone()), ("LOGNAME", user.name.clone())])
@@ -137,12 +138,6 @@ impl Process for Processes {
         // Of whatever protocol: this header, and no other, limits the life of the process.
         let timeout = timeout::connect(&metadata.into_headers())?.filter(|t| !t.is_zero());
         let spec = self.spec(message, &user, timeout)?;
-        // Missing directories are told before anything is started, and the same for pipes and PTY.
-        if matches!(tokio::fs::metadata(&spec.cwd).await, Err(error) if error.kind() == std::io::ErrorKind::NotFound)
-        {
-            let cwd = spec.cwd.display();
-            return Err(Status::invalid_argument(format!("cwd '{cwd}' does not exist")));
-        }
         let (process, subscription) =
             self.sandbox.processes.start(spec).await.map_err(|error| status::of_start(&error))?;
         tracing::info!(pid = process.pid(), user = user.name, "process started");

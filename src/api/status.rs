@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 
 use crate::{
+    blocking::Busy,
     fs::{FsError, Kind},
     process::{InputError, ResizeError, SignalError, StartError},
 };
@@ -24,9 +25,15 @@ pub(super) fn of_files(error: &FsError) -> Status {
 /// The status of a process that did not start.
 pub(super) fn of_start(error: &StartError) -> Status {
     let code = match error {
-        StartError::TooMany => Code::ResourceExhausted,
-        StartError::Nul { .. } | StartError::Spawn { .. } => Code::InvalidArgument,
-        StartError::Pipe { .. } | StartError::Task(_) => Code::Internal,
+        StartError::TooMany | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => {
+            Code::ResourceExhausted
+        }
+        StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
+            Code::InvalidArgument
+        }
+        StartError::Pipe { .. } | StartError::Blocking(Busy::Panicked) | StartError::Task(_) => {
+            Code::Internal
+        }
     };
     Status::new(code, error.to_string())
 }
@@ -49,10 +56,4 @@ pub(super) fn of_signal(error: &SignalError) -> Status {
 /// The status of a terminal that was not resized.
 pub(super) fn of_resize(error: &ResizeError) -> Status {
     Status::internal(format!("error resizing tty: {error}"))
-}
-
-/// The status of a blocking task that did not come to its end.
-pub(super) fn of_task(error: &tokio::task::JoinError) -> Status {
-    tracing::error!(%error, "a blocking task failed");
-    Status::internal("the daemon could not finish the call; its log says why")
 }

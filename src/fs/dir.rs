@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::errno::Errno;
@@ -69,17 +70,28 @@ pub fn move_entry(src: &Path, dst: &Path, user: &User, users: &Users) -> Result<
 ///
 /// # Errors
 /// [`FsError::PathNotFound`], [`FsError::NotADirectory`], [`FsError::SymlinkLoop`],
-/// [`FsError::TooManyEntries`], or the call that failed.
-pub fn list(path: &Path, depth: u32, users: &Users) -> Result<Vec<Entry>, FsError> {
-    list_at_most(path, depth, users, MAX_LIST_ENTRIES)
+/// [`FsError::TooManyEntries`], [`FsError::ListingAbandoned`] once `stop` is set, or the call that
+/// failed.
+pub fn list(
+    path: &Path,
+    depth: u32,
+    users: &Users,
+    stop: &AtomicBool,
+) -> Result<Vec<Entry>, FsError> {
+    list_at_most(path, depth, users, stop, MAX_LIST_ENTRIES)
 }
 
 fn list_at_most(
     path: &Path,
     depth: u32,
     users: &Users,
+    stop: &AtomicBool,
     limit: usize,
 ) -> Result<Vec<Entry>, FsError> {
+    let check = || match stop.load(Ordering::Relaxed) {
+        true => Err(FsError::ListingAbandoned(path.to_owned())),
+        false => Ok(()),
+    };
     let root = resolve_root(path)?;
     let shown_root = path::clean(path);
     let depth = usize::try_from(depth.max(1)).unwrap_or(usize::MAX);
@@ -100,6 +112,7 @@ fn list_at_most(
     // The directories that are being listed, each inside the one before it.
     let mut open = vec![(PathBuf::new(), first.into_iter())];
     while let Some((dir, rest)) = open.last_mut() {
+        check()?;
         let Some(name) = rest.next() else {
             open.pop();
             continue;
@@ -162,11 +175,12 @@ mod tests {
     use std::{
         ffi::OsStr,
         os::unix::{ffi::OsStrExt, fs::symlink},
-        sync::atomic::{AtomicBool, Ordering},
     };
 
     use super::*;
     use crate::fs::Kind;
+
+    static GO_ON: AtomicBool = AtomicBool::new(false);
 
     fn user() -> User {
         let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
@@ -174,7 +188,7 @@ mod tests {
     }
 
     fn listed(path: &Path, depth: u32) -> Vec<String> {
-        let entries = list(path, depth, &Users::system()).unwrap();
+        let entries = list(path, depth, &Users::system(), &GO_ON).unwrap();
         let prefix = format!("{}/", path::clean(path).display());
         entries.iter().map(|e| e.path.strip_prefix(&prefix).unwrap().to_owned()).collect()
     }
@@ -208,8 +222,8 @@ mod tests {
         assert!(names.is_sorted());
         assert_eq!(names.last().unwrap(), "\u{fffd}");
         let users = Users::system();
-        assert_eq!(list_at_most(tmp.path(), 1, &users, 2001).unwrap().len(), 2001);
-        let error = list_at_most(tmp.path(), 1, &users, 2000).unwrap_err();
+        assert_eq!(list_at_most(tmp.path(), 1, &users, &GO_ON, 2001).unwrap().len(), 2001);
+        let error = list_at_most(tmp.path(), 1, &users, &GO_ON, 2000).unwrap_err();
         assert_eq!(error.kind(), Kind::ResourceExhausted);
     }
 
@@ -228,14 +242,15 @@ mod tests {
                     }
                 }
             });
-            let results: Vec<_> =
-                (0..300).map(|_| list(tmp.path(), 3, &Users::system()).map(|e| e.len())).collect();
+            let results: Vec<_> = (0..300)
+                .map(|_| list(tmp.path(), 3, &Users::system(), &GO_ON).map(|e| e.len()))
+                .collect();
             stop.store(true, Ordering::Relaxed);
             for result in results {
                 result.unwrap();
             }
         });
-        list(Path::new("/proc"), 2, &Users::system()).unwrap();
+        list(Path::new("/proc"), 2, &Users::system(), &GO_ON).unwrap();
     }
 
     #[test]
@@ -252,9 +267,19 @@ mod tests {
             ("f/x", format!("error resolving symlink: lstat {shown}/f: not a directory")),
         ];
         for (path, wanted) in cases {
-            let error = list(&root.join(path), 1, &Users::system()).unwrap_err();
+            let error = list(&root.join(path), 1, &Users::system(), &GO_ON).unwrap_err();
             assert_eq!(error.to_string(), wanted);
         }
+    }
+
+    #[test]
+    fn a_listing_that_nobody_wants_ends() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stop = AtomicBool::new(true);
+        let error = list(tmp.path(), 1, &Users::system(), &stop).unwrap_err();
+        assert!(matches!(error, FsError::ListingAbandoned(_)), "{error}");
+        stop.store(false, Ordering::Relaxed);
+        list(tmp.path(), 1, &Users::system(), &stop).unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::{
 use nix::errno::Errno;
 
 use super::errno;
+use crate::{blocking::Busy, quote};
 
 /// What the two API layers need to know of an error: they map it to a gRPC code or HTTP status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl PathError {
 
 impl fmt::Display for PathError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}: {}", self.op, self.path.display(), errno::text(self.errno))
+        write!(f, "{} {}: {}", self.op, quote::path(&self.path), errno::text(self.errno))
     }
 }
 
@@ -72,7 +73,7 @@ pub struct RenameError {
 
 impl fmt::Display for RenameError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (from, to) = (self.from.display(), self.to.display());
+        let (from, to) = (quote::path(&self.from), quote::path(&self.to));
         write!(f, "rename {from} {to}: {}", errno::text(self.errno))
     }
 }
@@ -86,11 +87,14 @@ pub enum FsError {
     #[error("failed to expand path '' for user '{0}': cannot expand user-specific home dir")]
     ExpandHome(String),
     /// The path holds a NUL byte, which no path can.
-    #[error("path {0:?} contains a NUL byte")]
+    #[error("path {:?} contains a NUL byte", quote::text(.0))]
     NulByte(String),
+    /// The path is longer than the kernel takes one.
+    #[error("path '{}': {}", quote::text(.0), errno::text(Errno::ENAMETOOLONG))]
+    PathTooLong(String),
 
     /// A part of the path to be made is a file.
-    #[error("path is a file: {}", .0.display())]
+    #[error("path is a file: {}", quote::path(.0))]
     PathIsFile(PathBuf),
     /// A part of the path to be made could not be looked at.
     #[error("failed to stat directory: {0}")]
@@ -112,10 +116,10 @@ pub enum FsError {
     #[error("error getting file info: {0}")]
     FileInfo(PathError),
     /// The directory to be made exists.
-    #[error("directory already exists: {}", .0.display())]
+    #[error("directory already exists: {}", quote::path(.0))]
     DirectoryExists(PathBuf),
     /// What was to become a directory is a file.
-    #[error("path already exists but it is not a directory: {}", .0.display())]
+    #[error("path already exists but it is not a directory: {}", quote::path(.0))]
     ExistsAsFile(PathBuf),
     /// There is nothing to move.
     #[error("source file not found: {0}")]
@@ -127,16 +131,16 @@ pub enum FsError {
     #[error("path not found: {0}")]
     PathNotFound(PathError),
     /// The path to list has too many symbolic links.
-    #[error("cyclic symlink or chain >255 links at {0:?}")]
+    #[error("cyclic symlink or chain >255 links at \"{}\"", quote::path(.0))]
     SymlinkLoop(PathBuf),
     /// The path to list could not be resolved.
     #[error("error resolving symlink: {0}")]
     ResolveSymlink(PathError),
     /// The path to list is not a directory.
-    #[error("path is not a directory: {}", .0.display())]
+    #[error("path is not a directory: {}", quote::path(.0))]
     NotADirectory(PathBuf),
     /// A directory could not be read.
-    #[error("error reading directory {}: {error}", .root.display())]
+    #[error("error reading directory {}: {error}", quote::path(.root))]
     ReadDirectory {
         /// The directory that was to be listed.
         root: PathBuf,
@@ -144,44 +148,47 @@ pub enum FsError {
         error: PathError,
     },
     /// A listing would be longer than this daemon answers.
-    #[error("directory {}: more than {limit} entries; list it with a smaller depth", .path.display())]
+    #[error("directory {}: more than {limit} entries; list it with a smaller depth", quote::path(.path))]
     TooManyEntries {
         /// The directory that was to be listed.
         path: PathBuf,
         /// The bound.
         limit: usize,
     },
+    /// Nobody waits for the listing any more.
+    #[error("directory {}: the caller has left", quote::path(.0))]
+    ListingAbandoned(PathBuf),
     /// The root directory is not removed.
-    #[error("error removing file or directory: {}: refusing to remove the root directory", .0.display())]
+    #[error("error removing file or directory: {}: refusing to remove the root directory", quote::path(.0))]
     RemoveRoot(PathBuf),
     /// The removal failed.
     #[error("error removing file or directory: {0}")]
     Remove(PathError),
 
     /// There is no such file to read.
-    #[error("path '{}' does not exist", .0.display())]
+    #[error("path '{}' does not exist", quote::path(.0))]
     NotThere(PathBuf),
     /// The file to read could not be looked at.
-    #[error("error checking if path exists '{}': {error}", .error.path.display())]
+    #[error("error checking if path exists '{}': {error}", quote::path(&.error.path))]
     CheckPath {
         /// The call that failed.
         error: PathError,
     },
     /// A directory cannot be read as a file.
-    #[error("path '{}' is a directory", .0.display())]
+    #[error("path '{}' is a directory", quote::path(.0))]
     ReadOfDirectory(PathBuf),
     /// A device, FIFO or socket cannot be transferred.
-    #[error("path '{}' is not a regular file", .0.display())]
+    #[error("path '{}' is not a regular file", quote::path(.0))]
     NotRegular(PathBuf),
     /// The file could not be opened for reading.
-    #[error("error opening file '{}': {error}", .error.path.display())]
+    #[error("error opening file '{}': {error}", quote::path(&.error.path))]
     OpenForReading {
         /// The call that failed.
         error: PathError,
     },
 
     /// A directory cannot be written as a file.
-    #[error("path is a directory: {}", .0.display())]
+    #[error("path is a directory: {}", quote::path(.0))]
     WriteOfDirectory(PathBuf),
     /// The file could not be given to its user.
     #[error("error changing file ownership: {0}")]
@@ -209,22 +216,22 @@ pub enum FsError {
     WriteMetadata(PathError),
 
     /// There is no such path to watch.
-    #[error("path {} not found: {error}", .error.path.display())]
+    #[error("path {} not found: {error}", quote::path(&.error.path))]
     WatchNotFound {
         /// The call that failed.
         error: PathError,
     },
     /// The path to watch could not be looked at.
-    #[error("error statting path {}: {error}", .error.path.display())]
+    #[error("error statting path {}: {error}", quote::path(&.error.path))]
     WatchStat {
         /// The call that failed.
         error: PathError,
     },
     /// Only directories are watched.
-    #[error("path {} not a directory", .0.display())]
+    #[error("path {} not a directory", quote::path(.0))]
     WatchNotDirectory(PathBuf),
     /// inotify is silent about what other machines do.
-    #[error("cannot watch path on network filesystem: {}", .0.display())]
+    #[error("cannot watch path on network filesystem: {}", quote::path(.0))]
     WatchNetwork(PathBuf),
     /// The file system of the path to watch could not be told.
     #[error("error checking mount status: {0}")]
@@ -233,7 +240,7 @@ pub enum FsError {
     #[error("error creating watcher: {0}")]
     WatchStart(String),
     /// The kernel did not take the watch.
-    #[error("error adding path {} to watcher: {}", .path.display(), errno::text(*.errno))]
+    #[error("error adding path {} to watcher: {}", quote::path(.path), errno::text(*.errno))]
     WatchAdd {
         /// The path.
         path: PathBuf,
@@ -241,13 +248,16 @@ pub enum FsError {
         errno: Errno,
     },
     /// A recursive watch would hold more directories than this daemon watches.
-    #[error("error adding path {} to watcher: more than {limit} directories are watched", .path.display())]
+    #[error("error adding path {} to watcher: more than {limit} directories are watched", quote::path(.path))]
     TooManyDirectories {
         /// The path.
         path: PathBuf,
         /// The bound.
         limit: usize,
     },
+    /// The work could not be done where it may block.
+    #[error(transparent)]
+    Blocking(#[from] Busy),
     /// No such polled watcher.
     #[error("watcher with id {0} not found")]
     WatcherNotFound(String),
@@ -266,6 +276,7 @@ impl FsError {
         match self {
             Self::ExpandHome(_)
             | Self::NulByte(_)
+            | Self::PathTooLong(_)
             | Self::ExistsAsFile(_)
             | Self::NotADirectory(_)
             | Self::RemoveRoot(_)
@@ -286,6 +297,7 @@ impl FsError {
             Self::NoInodes(_) | Self::NoSpace(_) | Self::NoSpaceForMetadata(_) => Kind::NoSpace,
             Self::TooManyEntries { .. }
             | Self::TooManyDirectories { .. }
+            | Self::Blocking(Busy::Full(_) | Busy::NoThread(_))
             | Self::TooManyWatchers(_) => Kind::ResourceExhausted,
             Self::PathIsFile(_)
             | Self::StatDirectory(_)
@@ -296,6 +308,8 @@ impl FsError {
             | Self::Rename(_)
             | Self::ResolveSymlink(_)
             | Self::ReadDirectory { .. }
+            | Self::ListingAbandoned(_)
+            | Self::Blocking(Busy::Panicked)
             | Self::Remove(_)
             | Self::CheckPath { .. }
             | Self::OpenForReading { .. }

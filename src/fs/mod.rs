@@ -2,7 +2,7 @@
 //! no HTTP; the texts of its errors are those that clients of E2B's daemon have seen.
 //!
 //! Everything but watching is synchronous and may block: async callers go through
-//! `tokio::task::spawn_blocking`. Paths come in as the client wrote them, are resolved once
+//! [`Pool`](crate::blocking::Pool). Paths come in as the client wrote them, are resolved once
 //! ([`path::resolve`]) and are used verbatim from there on: cleaning `a/../b` would change what a
 //! path through a symbolic link means.
 //!

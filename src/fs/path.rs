@@ -14,10 +14,14 @@ use std::{
 use nix::errno::Errno;
 
 use super::{FsError, PathError, errno};
-use crate::guest::users::User;
+use crate::{guest::users::User, quote};
 
 /// The symbolic links that one path may lead through, Go's number.
 pub const MAX_LINKS: usize = 255;
+
+/// The bytes of a path that the kernel refuses, and so does [`resolve`]: it counts the NUL behind
+/// the path. Without this bound, work on a path would be bounded only by the size of a message.
+pub const PATH_MAX: usize = libc::PATH_MAX as usize;
 
 /// The permissions of a directory that is made on the way.
 const DIR_MODE: u32 = 0o755;
@@ -26,21 +30,30 @@ const DIR_MODE: u32 = 0o755;
 /// empty path is `workdir` or else the home directory, an absolute path stays as it is.
 ///
 /// # Errors
-/// [`FsError::ExpandHome`] for `~name`, [`FsError::NulByte`] for a path that holds one.
+/// [`FsError::ExpandHome`] for `~name`, [`FsError::NulByte`] for a path that holds one,
+/// [`FsError::PathTooLong`] for one of [`PATH_MAX`] bytes or more, as written or made absolute.
 pub fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf, FsError> {
     let path = if path.is_empty() { workdir.unwrap_or_default() } else { path };
     if path.contains('\0') {
-        return Err(FsError::NulByte(path.to_owned()));
+        return Err(FsError::NulByte(quote::text(path).into_owned()));
     }
+    // As written, before anything is done for each part of it.
+    let fits = |length: usize| match length < PATH_MAX {
+        true => Ok(()),
+        false => Err(FsError::PathTooLong(quote::text(path).into_owned())),
+    };
+    fits(path.len())?;
     // login(1)'s rule for a user without a home directory.
     let home = if user.home.is_absolute() { user.home.as_path() } else { Path::new("/") };
-    match path.strip_prefix('~') {
+    let resolved = match path.strip_prefix('~') {
         // Go's `~\x` keeps the backslash as part of a name.
-        Some(rest) if rest.is_empty() || rest.starts_with(['/', '\\']) => Ok(join(home, rest)),
-        Some(_) => Err(FsError::ExpandHome(user.name.clone())),
-        None if path.starts_with('/') => Ok(PathBuf::from(path)),
-        None => Ok(join(home, path)),
-    }
+        Some(rest) if rest.is_empty() || rest.starts_with(['/', '\\']) => join(home, rest),
+        Some(_) => return Err(FsError::ExpandHome(user.name.clone())),
+        None if path.starts_with('/') => PathBuf::from(path),
+        None => join(home, path),
+    };
+    fits(resolved.as_os_str().len())?;
+    Ok(resolved)
 }
 
 /// Go's `filepath.Join` of two elements: an absolute second one is not taken as absolute.
@@ -111,14 +124,13 @@ pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
     if fs::metadata(path).is_ok_and(|meta| meta.is_dir()) {
         return Ok(());
     }
-    let mut prefixes = vec![path.to_owned()];
-    let mut above = dir_of(path);
-    while above != Path::new("/") && above != Path::new(".") {
-        let next = dir_of(&above);
-        prefixes.push(above);
-        above = next;
-    }
-    prefixes.iter().rev().try_for_each(|prefix| ensure_dir(prefix, owner))
+    let above = dir_of(path);
+    let mut prefixes: Vec<&Path> = above
+        .ancestors()
+        .filter(|prefix| !matches!(prefix.as_os_str().as_bytes(), b"" | b"." | b"/"))
+        .collect();
+    prefixes.reverse();
+    prefixes.into_iter().chain([path]).try_for_each(|prefix| ensure_dir(prefix, owner))
 }
 
 fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
@@ -261,6 +273,22 @@ mod tests {
         let error = resolve("/a\0b", &user("/h"), None).unwrap_err();
         assert_eq!(error.to_string(), "path \"/a\\0b\" contains a NUL byte");
         assert_eq!(error.kind(), super::super::Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn a_path_longer_than_the_kernel_takes_is_refused_by_its_beginning() {
+        let refused = |path: &str, home: &str| {
+            let error = resolve(path, &user(home), None).unwrap_err();
+            assert_eq!(error.kind(), super::super::Kind::InvalidArgument);
+            error.to_string()
+        };
+        let long = format!("/{}", "a/".repeat(PATH_MAX / 2));
+        resolve(&long[..PATH_MAX - 1], &user("/h"), None).unwrap();
+        let error = refused(&long[..PATH_MAX], "/h");
+        assert_eq!(error, format!("path '{}…': file name too long", &long[..quote::MAX_QUOTED]));
+        // Short as written, and too long with what is put before it.
+        let home = &long[..PATH_MAX - 3];
+        assert!(refused("~/abc", home).starts_with("path '~/abc': "));
     }
 
     #[test]

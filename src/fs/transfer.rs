@@ -9,17 +9,30 @@
 //!   and beyond [`MAX_BODY_IN_MEMORY`] in a file without a name. Then it is copied into the same
 //!   inode, so that mode, hard links, links to it and open descriptors stay as they are. Whether
 //!   there is room for it is looked at before anything is lost.
+//!
+//! Several uploads may write one file at a time. Their contents never mix: whoever finishes last
+//! has their whole content there. [`Writers`] knows the files that are being written:
+//!
+//! * Content is replaced by one of them at a time.
+//! * A new file is written in place by the one that created it, and by nobody else. When another
+//!   finishes first, what has come so far is saved from the file, and its creator becomes one that
+//!   replaces an existing file.
+//! * A new file that none of them finished is unlinked by the last one that gives up.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Seek, Write},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::{errno::Errno, sys::statvfs::fstatvfs};
+use parking_lot::Mutex;
 
 use super::{FsError, PathError, errno, metadata, path};
 use crate::guest::users::User;
@@ -28,6 +41,9 @@ pub use super::metadata::{set_metadata, validate_metadata};
 
 /// The body for an existing file that waits in memory; a longer one waits on the disk.
 pub const MAX_BODY_IN_MEMORY: usize = 1 << 20;
+
+/// The bytes that are copied at a time when an unfinished file is saved from another's content.
+const COPY_PIECE: usize = 64 << 10;
 
 /// Opening a FIFO must not wait for its other end, and a terminal must not become ours.
 const CAREFULLY: i32 = libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -79,6 +95,115 @@ pub struct WriteInfo {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// Device and inode.
+type Key = (u64, u64);
+
+/// The files that are being written. It holds one entry a file, and that only while there is a
+/// [`Writer`] of it.
+#[derive(Debug, Default)]
+pub struct Writers {
+    state: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The writers, of whatever kind, and of files not yet open.
+    live: usize,
+    files: HashMap<Key, (usize, Arc<Mutex<Shared>>)>,
+}
+
+/// What the writers of one file share. Its lock is held while the file is written, which may block:
+/// the lock of [`Writers`] is not.
+#[derive(Debug, Default)]
+struct Shared {
+    writers: usize,
+    /// Some have finished.
+    finished: bool,
+    /// The path of a file that was created by a writer and has been finished by none.
+    fresh: Option<PathBuf>,
+    /// The file of the writer that writes in place.
+    creator: Option<Arc<File>>,
+    /// What that one had written when another replaced it.
+    saved: Option<Body>,
+}
+
+impl Writers {
+    /// Nobody writes yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// How many files are being written.
+    pub fn live(&self) -> usize {
+        self.state.lock().live
+    }
+
+    fn join(self: &Arc<Self>, key: Key) -> Membership {
+        let shared = {
+            let mut state = self.state.lock();
+            let (members, shared) = state.files.entry(key).or_default();
+            *members += 1;
+            Arc::clone(shared)
+        };
+        shared.lock().writers += 1;
+        Membership { writers: Arc::clone(self), key, shared }
+    }
+}
+
+/// A writer that counts, from before it has touched the disk until it has left it in order.
+#[derive(Debug)]
+struct Live(Arc<Writers>);
+
+impl Live {
+    fn new(writers: &Arc<Writers>) -> Self {
+        writers.state.lock().live += 1;
+        Self(Arc::clone(writers))
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.state.lock().live -= 1;
+    }
+}
+
+/// A writer's share in its file. Dropped, it unlinks a new file that nobody has finished, if it is
+/// the last.
+#[derive(Debug)]
+struct Membership {
+    writers: Arc<Writers>,
+    key: Key,
+    shared: Arc<Mutex<Shared>>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let mut shared = self.shared.lock();
+        shared.writers -= 1;
+        // Under the lock: who opens the file now looks, once they have joined, whether it is there.
+        if shared.writers == 0
+            && let Some(path) = shared.fresh.take()
+            // Only what is still ours: somebody may have put another file there.
+            && leads_to(fs::symlink_metadata(&path), self.key)
+            && let Err(error) = fs::remove_file(&path)
+        {
+            tracing::warn!(path = %path.display(), %error, "half a file stays");
+        }
+        drop(shared);
+        let mut state = self.writers.state.lock();
+        if let Some((members, _)) = state.files.get_mut(&self.key) {
+            *members -= 1;
+            if *members == 0 {
+                state.files.remove(&self.key);
+            }
+        }
+    }
+}
+
+fn leads_to(found: io::Result<Metadata>, key: Key) -> bool {
+    found.is_ok_and(|meta| (meta.dev(), meta.ino()) == key)
+}
+
 /// A file that is being written. Dropped without [`Writer::finish`], it leaves everything as it
 /// was, except for new directories.
 #[derive(Debug)]
@@ -88,16 +213,18 @@ pub struct Writer {
     real: PathBuf,
     owner: (u32, u32),
     expected: Option<u64>,
-    file: File,
+    file: Arc<File>,
     sink: Sink,
+    /// Behind what it counts, so that it is dropped after it.
+    _live: Live,
 }
 
 #[derive(Debug)]
 enum Sink {
-    /// A file that we created, to be unlinked unless it is finished.
-    New { device: u64, inode: u64, finished: bool },
+    /// A file that we created and write in place.
+    New(Membership),
     /// A regular file that existed, and the body that waits for it.
-    Existing(Body),
+    Existing(Membership, Body),
     /// A character device such as /dev/null, written at once.
     Device,
 }
@@ -108,26 +235,58 @@ enum Body {
     Disk(File),
 }
 
+impl Default for Body {
+    fn default() -> Self {
+        Self::Memory(Vec::new())
+    }
+}
+
 impl Writer {
     /// Starts to write the file at `path`, which may exist, for `owner`.
     ///
     /// # Errors
     /// [`FsError::EnsureDirectories`], [`FsError::WriteOfDirectory`], [`FsError::NotRegular`],
     /// [`FsError::NoInodes`], or the call that failed.
-    pub fn create(path: &Path, owner: &User) -> Result<Self, FsError> {
+    pub fn create(writers: &Arc<Writers>, path: &Path, owner: &User) -> Result<Self, FsError> {
         let owner = (owner.uid, owner.gid);
+        let live = Live::new(writers);
         path::ensure_dirs(&path::dir_of(path), owner)
             .map_err(|error| FsError::EnsureDirectories(Box::new(error)))?;
         let mut real = path.to_owned();
         // Again for every link to a file that does not exist, and when somebody was faster.
         for _ in 0..=path::MAX_LINKS {
-            match OpenOptions::new().write(true).create_new(true).open(&real) {
-                Ok(file) => return Self::new_file(path, real, owner, file),
+            // Readable too: see `Shared::saved`.
+            match OpenOptions::new().read(true).write(true).create_new(true).open(&real) {
+                Ok(file) => {
+                    let (file, sink) = new_file(writers, path, &real, file)?;
+                    let path = path.to_owned();
+                    let writer =
+                        Self { path, real, owner, expected: None, file, sink, _live: live };
+                    if matches!(writer.sink, Sink::New(_)) {
+                        writer.change_owner()?;
+                    }
+                    return Ok(writer);
+                }
                 Err(error) if matches!(errno::of(&error), Errno::EEXIST | Errno::EISDIR) => {}
                 Err(error) => return Err(open_failed(path, &error)),
             }
             match fs::metadata(&real) {
-                Ok(meta) => return Self::existing(path, real, owner, &meta),
+                Ok(meta) => {
+                    if let Some((file, sink)) = existing_file(writers, path, &real, &meta)? {
+                        let (path, file) = (path.to_owned(), Arc::new(file));
+                        return Ok(Self {
+                            path,
+                            real,
+                            owner,
+                            expected: None,
+                            file,
+                            sink,
+                            _live: live,
+                        });
+                    }
+                    // An upload that made it has taken it away again.
+                    continue;
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(open_failed(path, &error)),
             }
@@ -136,44 +295,6 @@ impl Writer {
             }
         }
         Err(FsError::OpenForWriting(PathError::new("open", path, Errno::ELOOP)))
-    }
-
-    fn new_file(
-        path: &Path,
-        real: PathBuf,
-        owner: (u32, u32),
-        file: File,
-    ) -> Result<Self, FsError> {
-        let meta = file.metadata().map_err(|error| open_failed(path, &error))?;
-        let sink = Sink::New { device: meta.dev(), inode: meta.ino(), finished: false };
-        let writer = Self { path: path.to_owned(), real, owner, expected: None, file, sink };
-        writer.change_owner()?;
-        Ok(writer)
-    }
-
-    fn existing(
-        path: &Path,
-        real: PathBuf,
-        owner: (u32, u32),
-        meta: &Metadata,
-    ) -> Result<Self, FsError> {
-        let device = meta.file_type().is_char_device();
-        if meta.is_dir() {
-            return Err(FsError::WriteOfDirectory(path.to_owned()));
-        }
-        if !meta.is_file() && !device {
-            return Err(FsError::NotRegular(path.to_owned()));
-        }
-        // Opened now, not at the end: what forbids it (a running program, a read-only mount) is
-        // told before the body is sent.
-        let opened = OpenOptions::new().write(true).custom_flags(CAREFULLY).open(&real);
-        let file = opened.map_err(|error| open_failed(path, &error))?;
-        let now = file.metadata().map_err(|error| open_failed(path, &error))?;
-        if now.is_file() == device {
-            return Err(FsError::NotRegular(path.to_owned()));
-        }
-        let sink = if device { Sink::Device } else { Sink::Existing(Body::Memory(Vec::new())) };
-        Ok(Self { path: path.to_owned(), real, owner, expected: None, file, sink })
     }
 
     /// Tells how many bytes the client announced, for the message when they do not fit.
@@ -187,8 +308,16 @@ impl Writer {
     /// [`FsError::NoSpace`] or [`FsError::WriteFile`]; the writer is then to be dropped.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), FsError> {
         let written = match &mut self.sink {
-            Sink::New { .. } | Sink::Device => self.file.write_all(bytes),
-            Sink::Existing(body) => append(body, bytes, &self.real),
+            Sink::New(membership) => {
+                // Against one who finishes meanwhile and saves what has been written.
+                let mut shared = membership.shared.lock();
+                match shared.saved.as_mut() {
+                    Some(body) => append(body, bytes, &self.real),
+                    None => (&*self.file).write_all(bytes),
+                }
+            }
+            Sink::Device => (&*self.file).write_all(bytes),
+            Sink::Existing(_, body) => append(body, bytes, &self.real),
         };
         written.map_err(|error| self.write_failed(&error))
     }
@@ -198,15 +327,40 @@ impl Writer {
     /// # Errors
     /// [`FsError::NoSpace`] while an existing file is still intact, or the call that failed.
     pub fn finish(mut self, metadata: &BTreeMap<String, String>) -> Result<WriteInfo, FsError> {
-        if let Sink::Existing(body) = &mut self.sink {
-            // Swapped, so that the body can be read while the file is written.
-            let body = std::mem::replace(body, Body::Memory(Vec::new()));
+        let shared = match &self.sink {
+            Sink::New(membership) | Sink::Existing(membership, _) => {
+                Some(Arc::clone(&membership.shared))
+            }
+            Sink::Device => None,
+        };
+        // One at a time, to the end: the content and the metadata of one upload.
+        let mut shared = shared.as_deref().map(Mutex::lock);
+        let body = match &mut self.sink {
+            Sink::New(_) => shared.as_mut().and_then(|shared| shared.saved.take()),
+            // Taken out, so that the body can be read while the file is written.
+            Sink::Existing(_, body) => Some(std::mem::take(body)),
+            Sink::Device => None,
+        };
+        if let Some(shared) = shared.as_mut()
+            && body.is_some()
+            && let Some(creator) = shared.creator.clone()
+        {
+            let saved = copy_of(&creator, &self.real);
+            shared.saved = Some(saved.map_err(|error| self.write_failed(&error))?);
+            shared.creator = None;
+        }
+        if let Some(body) = body {
             self.replace_content(body)?;
         }
         metadata::replace(&self.file, &self.path, metadata)?;
-        if let Sink::New { finished, .. } = &mut self.sink {
-            *finished = true;
+        if let Some(shared) = shared.as_mut() {
+            shared.finished = true;
+            shared.fresh = None;
+            if matches!(self.sink, Sink::New(_)) {
+                shared.creator = None;
+            }
         }
+        drop(shared);
         Ok(WriteInfo {
             name: path::base_name(&self.path).to_string_lossy().into_owned(),
             path: self.path.to_string_lossy().into_owned(),
@@ -214,7 +368,7 @@ impl Writer {
         })
     }
 
-    fn replace_content(&mut self, body: Body) -> Result<(), FsError> {
+    fn replace_content(&self, body: Body) -> Result<(), FsError> {
         let old = self.file.metadata().map_err(|error| self.write_failed(&error))?;
         let wanted = match &body {
             Body::Memory(bytes) => u64::try_from(bytes.len()).unwrap_or(u64::MAX),
@@ -225,16 +379,21 @@ impl Writer {
         }
         self.change_owner()?;
         let write = || -> io::Result<()> {
+            let mut file = &*self.file;
             // Files of /proc and /sys are empty to the eye, and not all can be truncated.
             if old.len() > 0 {
-                self.file.set_len(0)?;
+                file.set_len(0)?;
+            }
+            // A creator's stands where it stopped to write in place.
+            if file.stream_position().is_ok_and(|at| at > 0) {
+                file.rewind()?;
             }
             match body {
-                Body::Memory(bytes) => self.file.write_all(&bytes),
+                Body::Memory(bytes) => file.write_all(&bytes),
                 Body::Disk(mut spool) => {
                     spool.rewind()?;
                     // copy_file_range: shared extents where the file system can.
-                    io::copy(&mut spool, &mut self.file).map(|_| ())
+                    io::copy(&mut spool, &mut file).map(|_| ())
                 }
             }
         };
@@ -243,7 +402,7 @@ impl Writer {
 
     fn change_owner(&self) -> Result<(), FsError> {
         let (uid, gid) = self.owner;
-        fchown(&self.file, Some(uid), Some(gid))
+        fchown(&*self.file, Some(uid), Some(gid))
             .or_else(|error| path::tolerate_own(error, uid, || self.file.metadata()))
             .map_err(|error| FsError::ChangeOwner(PathError::io("chown", &self.path, &error)))
     }
@@ -258,14 +417,95 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        let Sink::New { device, inode, finished: false } = self.sink else {
-            return;
-        };
-        // Only what is still ours: somebody may have put another file there.
-        let ours = fs::symlink_metadata(&self.real)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == (device, inode));
-        if ours && let Err(error) = fs::remove_file(&self.real) {
-            tracing::warn!(path = %self.real.display(), %error, "half a file stays");
+        // Nobody has to save what this one has written any more.
+        if let Sink::New(membership) = &self.sink {
+            let mut shared = membership.shared.lock();
+            shared.creator = None;
+            shared.saved = None;
+        }
+    }
+}
+
+/// Joins the writers of a file that has just been created.
+fn new_file(
+    writers: &Arc<Writers>,
+    path: &Path,
+    real: &Path,
+    file: File,
+) -> Result<(Arc<File>, Sink), FsError> {
+    let meta = file.metadata().map_err(|error| open_failed(path, &error))?;
+    let membership = writers.join((meta.dev(), meta.ino()));
+    let file = Arc::new(file);
+    let mut shared = membership.shared.lock();
+    // Another may have found it, and even finished, before we joined.
+    let alone = shared.writers == 1 && file.metadata().is_ok_and(|meta| meta.len() == 0);
+    if alone {
+        shared.creator = Some(Arc::clone(&file));
+    }
+    if alone || !shared.finished {
+        shared.fresh = Some(real.to_owned());
+    }
+    drop(shared);
+    let sink =
+        if alone { Sink::New(membership) } else { Sink::Existing(membership, Body::default()) };
+    Ok((file, sink))
+}
+
+/// Opens a file that exists and joins its writers; none when it was an upload's that has given up
+/// meanwhile.
+fn existing_file(
+    writers: &Arc<Writers>,
+    path: &Path,
+    real: &Path,
+    meta: &Metadata,
+) -> Result<Option<(File, Sink)>, FsError> {
+    let device = meta.file_type().is_char_device();
+    if meta.is_dir() {
+        return Err(FsError::WriteOfDirectory(path.to_owned()));
+    }
+    if !meta.is_file() && !device {
+        return Err(FsError::NotRegular(path.to_owned()));
+    }
+    // Opened now, not at the end: what forbids it (a running program, a read-only mount) is
+    // told before the body is sent.
+    let file = match OpenOptions::new().write(true).custom_flags(CAREFULLY).open(real) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(open_failed(path, &error)),
+    };
+    let now = file.metadata().map_err(|error| open_failed(path, &error))?;
+    if now.is_file() == device {
+        return Err(FsError::NotRegular(path.to_owned()));
+    }
+    if device {
+        return Ok(Some((file, Sink::Device)));
+    }
+    let key = (now.dev(), now.ino());
+    let membership = writers.join(key);
+    // Looked at after joining: from now on it is not unlinked without us. Of a file that has no
+    // link but is there all the same, the file system does not count them.
+    let gone = {
+        let _shared = membership.shared.lock();
+        let linked = file.metadata().map_err(|error| open_failed(path, &error))?.nlink() > 0;
+        !linked && !leads_to(fs::metadata(real), key)
+    };
+    Ok((!gone).then(|| (file, Sink::Existing(membership, Body::default()))))
+}
+
+/// The whole content of a file, wherever it is read or written meanwhile.
+fn copy_of(file: &File, beside: &Path) -> io::Result<Body> {
+    let mut body = Body::default();
+    let mut piece = vec![0; COPY_PIECE];
+    let mut at = 0;
+    loop {
+        match file.read_at(&mut piece, at) {
+            Ok(0) => return Ok(body),
+            Ok(read) => {
+                append(&mut body, piece.get(..read).unwrap_or_default(), beside)?;
+                at += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
 }
@@ -348,7 +588,7 @@ mod tests {
     }
 
     fn put(path: &Path, content: &[u8]) -> Result<WriteInfo, FsError> {
-        let mut writer = Writer::create(path, &user())?;
+        let mut writer = Writer::create(&Writers::new(), path, &user())?;
         content.chunks(300_000).try_for_each(|chunk| writer.write(chunk))?;
         writer.finish(&none())
     }
@@ -385,18 +625,105 @@ mod tests {
         let (new, old) = (tmp.path().join("new"), tmp.path().join("old"));
         fs::write(&old, "old").unwrap();
         for path in [&new, &old] {
-            let mut writer = Writer::create(path, &user()).unwrap();
+            let mut writer = Writer::create(&Writers::new(), path, &user()).unwrap();
             writer.write(&vec![1; 2 * MAX_BODY_IN_MEMORY]).unwrap();
         }
         assert_eq!(names(tmp.path()), ["old"]);
         assert_eq!(fs::read(&old).unwrap(), b"old");
 
         // Another file that took the place meanwhile stays.
-        let writer = Writer::create(&new, &user()).unwrap();
+        let writer = Writer::create(&Writers::new(), &new, &user()).unwrap();
         fs::write(tmp.path().join("other"), "other").unwrap();
         fs::rename(tmp.path().join("other"), &new).unwrap();
         drop(writer);
         assert_eq!(fs::read(&new).unwrap(), b"other");
+    }
+
+    /// A creator that stalls, and another writer of the same file, of small and of long contents.
+    fn two_writers(check: impl Fn(&Path, Writer, Writer, [Vec<u8>; 2])) {
+        for length in [5000, 2 * MAX_BODY_IN_MEMORY] {
+            let tmp = tempfile::tempdir().unwrap();
+            let path = tmp.path().join("f");
+            let writers = Writers::new();
+            let contents = [vec![b'a'; 2 * length], vec![b'b'; length]];
+            let mut first = Writer::create(&writers, &path, &user()).unwrap();
+            first.write(&contents[0][..length]).unwrap();
+            let mut second = Writer::create(&writers, &path, &user()).unwrap();
+            second.write(&contents[1]).unwrap();
+            assert_eq!(writers.live(), 2);
+            check(&path, first, second, contents);
+            assert_eq!(writers.live(), 0);
+            assert!(writers.state.lock().files.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_file_of_one_who_finished_stays_when_its_creator_gives_up() {
+        two_writers(|path, first, second, [_, b]| {
+            second.finish(&none()).unwrap();
+            assert!(fs::read(path).unwrap() == b);
+            drop(first);
+            assert!(fs::read(path).unwrap() == b);
+        });
+        // And when the creator gives up before.
+        two_writers(|path, first, second, [_, b]| {
+            drop(first);
+            second.finish(&none()).unwrap();
+            assert!(fs::read(path).unwrap() == b);
+        });
+        // Without anybody who finishes nothing stays, whoever leaves first.
+        two_writers(|path, first, second, _| {
+            drop((first, second));
+            assert!(!path.exists());
+        });
+        two_writers(|path, first, second, _| {
+            drop((second, first));
+            assert!(!path.exists());
+        });
+    }
+
+    #[test]
+    fn contents_of_two_writers_never_mix_and_the_last_one_stays() {
+        two_writers(|path, mut first, second, [a, b]| {
+            second.finish(&none()).unwrap();
+            first.write(&a[b.len()..]).unwrap();
+            assert!(fs::read(path).unwrap() == b);
+            first.finish(&none()).unwrap();
+            assert!(fs::read(path).unwrap() == a);
+        });
+        two_writers(|path, mut first, second, [a, b]| {
+            first.write(&a[b.len()..]).unwrap();
+            first.finish(&none()).unwrap();
+            assert!(fs::read(path).unwrap() == a);
+            second.finish(&none()).unwrap();
+            assert!(fs::read(path).unwrap() == b);
+        });
+    }
+
+    #[test]
+    fn many_writers_at_once_leave_one_whole_content() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("f");
+        let writers = Writers::new();
+        for _ in 0..50 {
+            std::thread::scope(|scope| {
+                for id in 0..4_u8 {
+                    let (path, writers) = (&path, &writers);
+                    scope.spawn(move || {
+                        let mut writer = Writer::create(writers, path, &user()).unwrap();
+                        (0..20).for_each(|_| writer.write(&[id; 1000]).unwrap());
+                        if id > 0 {
+                            writer.finish(&none()).unwrap();
+                        }
+                    });
+                }
+            });
+            let content = fs::read(&path).unwrap();
+            assert_eq!(content.len(), 20_000);
+            assert!(content[0] > 0 && content.iter().all(|byte| *byte == content[0]));
+            fs::remove_file(&path).unwrap();
+        }
+        assert!(writers.state.lock().files.is_empty());
     }
 
     #[test]
@@ -463,7 +790,8 @@ mod tests {
         let tmp = tempfile::tempdir_in(".").unwrap();
         let path = tmp.path().join("f");
         let author = BTreeMap::from([("author".to_owned(), "me".to_owned())]);
-        let told = Writer::create(&path, &user()).unwrap().finish(&author).unwrap();
+        let told =
+            Writer::create(&Writers::new(), &path, &user()).unwrap().finish(&author).unwrap();
         assert_eq!(told.metadata, author);
         assert_eq!(put(&path, b"x").unwrap().metadata, none());
     }
@@ -474,7 +802,7 @@ mod tests {
         if !full.exists() {
             return;
         }
-        let mut writer = Writer::create(full, &user()).unwrap();
+        let mut writer = Writer::create(&Writers::new(), full, &user()).unwrap();
         let error = writer.write(b"x").unwrap_err();
         assert_eq!(error.to_string(), "not enough disk space available");
         writer.expect_bytes(7);

@@ -4,7 +4,7 @@
 //! gzip; that costs it a factor of thirty in speed on a link that is a socket away. Here a download
 //! is sent uncompressed, with its length.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, io::Read, path::Path, sync::Arc};
 
 use axum::{
     extract::State,
@@ -16,10 +16,11 @@ use http::{HeaderMap, HeaderValue, header};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::{FilesParams, Refusal, Shared, blocking, query, resolve, user};
-use crate::{fs::transfer, wire::Body};
+use crate::{blocking::Pool, fs::transfer, wire::Body};
 
-/// Bytes read at a time.
-const CHUNK: usize = 256 << 10;
+/// Bytes read at a time. Each download that its client does not read holds one such chunk and one
+/// that is being sent, and there may be as many downloads as calls.
+const CHUNK: usize = 64 << 10;
 
 /// Characters of RFC 8187's `attr-char` that may stay as they are in `filename*`.
 const EXTENDED: &AsciiSet = &NON_ALPHANUMERIC
@@ -44,7 +45,7 @@ pub(super) async fn download(
     let user = user(&sandbox, &query)?;
     let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
 
-    let (reader, first, length, name) = blocking(move || {
+    let (reader, first, length, name) = blocking(&sandbox.files, move || {
         let (file, metadata) = transfer::open_read(&path)?;
         let mut reader = Reader { file, left: metadata.len() };
         if reader.left == 0 {
@@ -61,9 +62,9 @@ pub(super) async fn download(
             0 if !first.is_empty() => None,
             length => Some(length),
         };
-        Ok::<_, Refusal>((reader, first, length, path))
+        Ok((reader, first, length, path))
     })
-    .await??;
+    .await?;
 
     let mut headers = HeaderMap::new();
     headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
@@ -74,7 +75,7 @@ pub(super) async fn download(
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     }
-    Ok((headers, body(reader, first)).into_response())
+    Ok((headers, body(&sandbox.files, reader, first)).into_response())
 }
 
 /// A file, read in chunks to the length that it had when it was opened.
@@ -104,19 +105,23 @@ impl Reader {
 }
 
 /// The first chunk, then the rest as the client takes it.
-fn body(reader: Reader, first: Bytes) -> Body {
+fn body(files: &Arc<Pool>, reader: Reader, first: Bytes) -> Body {
     if reader.left == 0 || first.is_empty() {
         return Body::from(first);
     }
-    let rest = stream::try_unfold(reader, |mut reader| async move {
-        let (reader, chunk) = blocking(move || {
-            let chunk = reader.next();
-            (reader, chunk)
-        })
-        .await
-        .map_err(|refusal| std::io::Error::other(refusal.1))?;
-        let chunk = chunk?;
-        Ok::<_, std::io::Error>((!chunk.is_empty()).then_some((chunk, reader)))
+    let files = Arc::clone(files);
+    let rest = stream::try_unfold(reader, move |mut reader| {
+        let files = Arc::clone(&files);
+        async move {
+            // Calls are bounded by the wire, and one that has begun shall come to its end.
+            let read = files.run_next_step(move || {
+                let chunk = reader.next();
+                (reader, chunk)
+            });
+            let (reader, chunk) = read.await.map_err(std::io::Error::other)?;
+            let chunk = chunk?;
+            Ok::<_, std::io::Error>((!chunk.is_empty()).then_some((chunk, reader)))
+        }
     });
     let first = stream::once(async { Ok(first) });
     Body::from_stream(futures_util::StreamExt::chain(first, rest))
@@ -172,6 +177,17 @@ mod tests {
         ] {
             assert_eq!(disposition(Path::new(name)), expected);
         }
+    }
+
+    #[test]
+    fn a_chunk_is_small_enough_for_many_downloads() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(200_000).unwrap();
+        let mut reader = Reader { file, left: 200_000 };
+        let sizes: Vec<_> = std::iter::from_fn(|| Some(reader.next().unwrap().len()))
+            .take_while(|size| *size > 0)
+            .collect();
+        assert_eq!(sizes, [65_536, 65_536, 65_536, 3_392]);
     }
 
     #[test]

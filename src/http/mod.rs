@@ -5,6 +5,8 @@
 mod download;
 mod upload;
 
+pub use upload::UPLOAD_STALL;
+
 use std::{path::PathBuf, sync::Arc};
 
 use axum::{
@@ -17,8 +19,10 @@ use http::{HeaderValue, StatusCode, header};
 use serde::Deserialize;
 
 use crate::{
+    blocking::Pool,
     fs::{FsError, Kind, path},
     guest::users::User,
+    quote,
     sandbox::Sandbox,
     wire::error,
 };
@@ -74,6 +78,7 @@ impl From<FsError> for Refusal {
             Kind::InvalidArgument => StatusCode::BAD_REQUEST,
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+            Kind::ResourceExhausted => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, error.to_string())
@@ -98,19 +103,15 @@ fn user(sandbox: &Sandbox, query: &FilesQuery) -> Result<User, Refusal> {
 
 fn resolve(sandbox: &Sandbox, path: &str, user: &User) -> Result<PathBuf, Refusal> {
     path::resolve(path, user, sandbox.defaults.workdir.as_deref()).map_err(|error| {
+        let path = quote::text(path);
         Refusal::bad(format!("error expanding and resolving path '{path}': {error}"))
     })
 }
 
 /// Runs file work where it may block.
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
+    files: &Pool,
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
 ) -> Result<T, Refusal> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        tracing::error!(%error, "a blocking task failed");
-        Refusal(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the daemon could not finish the call; its log says why".to_owned(),
-        )
-    })
+    files.run(work).await.map_err(|busy| Refusal::from(FsError::from(busy)))?
 }

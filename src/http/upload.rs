@@ -1,7 +1,7 @@
 //! `POST /files`: one file as the body, or any number as a multipart form.
 //!
-//! A body is passed to a thread that writes; at most [`CHUNKS_IN_FLIGHT`] chunks wait between the
-//! two. When the client goes away the thread's writer is dropped, and the file is as it was.
+//! Each chunk of a body is written by a job of its own, so that a client that stalls holds no
+//! thread. One that brings nothing for [`UPLOAD_STALL`], or goes away, leaves the file as it was.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,9 +9,10 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Poll, ready},
+    time::Duration,
 };
 
 use axum::{
@@ -20,23 +21,26 @@ use axum::{
 };
 use bytes::Bytes;
 use flate2::write::MultiGzDecoder;
-use futures_util::{Stream, StreamExt};
+use futures_util::{FutureExt, Stream, StreamExt};
 use http::{HeaderMap, StatusCode, header};
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{FilesParams, FilesQuery, Refusal, Shared, blocking, query, resolve, user};
 use crate::{
     fs::{
         FsError,
-        transfer::{self, WriteInfo, Writer},
+        transfer::{self, Writer},
     },
     guest::users::User,
-    sandbox::Sandbox,
+    quote,
+    sandbox::{MAX_UPLOADS, Sandbox},
 };
 
-/// Chunks of a body between the network and the disk.
-const CHUNKS_IN_FLIGHT: usize = 8;
+/// How long an upload may bring no byte before it is ended.
+pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
+/// Bytes of a body that one job writes, as long as they are there; the last chunk may exceed it.
+const MAX_BATCH: usize = 256 << 10;
 /// The most bytes between two parts of a form: boundary and headers.
 const MAX_PART_HEAD: usize = 64 << 10;
 /// Compressed bytes that are decompressed at a time: they may grow a thousandfold in memory.
@@ -61,19 +65,79 @@ pub(super) async fn upload(
 ) -> Result<Response, Refusal> {
     let query = query(params)?;
     let (parts, body) = request.into_parts();
+    let body = body.into_data_stream();
     let gzip = is_gzip(&parts.headers)?;
     let user = Arc::new(user(&sandbox, &query)?);
     let metadata = metadata(&parts.headers)?;
-    let target = Target { sandbox, query, user, metadata };
+    let slot = Arc::clone(&sandbox.uploads).try_acquire_owned().map_err(|_| {
+        Refusal(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("too many uploads: {MAX_UPLOADS} are under way"),
+        )
+    })?;
+    let target = Target { sandbox, query, user, metadata, slot: Arc::new(slot) };
+    let stalled = Arc::new(AtomicBool::new(false));
+    let written = write_all(target, &parts.headers, gzip, patient(body, &stalled, UPLOAD_STALL));
+    // Whatever the layers between made of it.
+    let written = written.await.map_err(|refusal| match stalled.load(Ordering::Relaxed) {
+        true => Refusal(StatusCode::REQUEST_TIMEOUT, Stalled(UPLOAD_STALL).to_string()),
+        false => refusal,
+    })?;
+    let text = serde_json::to_string(&written).unwrap_or_default();
+    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+}
 
-    let content_type = parts.headers.get(header::CONTENT_TYPE);
+/// The client brings nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("error reading the body of the upload: no byte came for {} s", .0.as_secs())]
+struct Stalled(Duration);
+
+/// The chunks of a body; it ends with an error, and sets `stalled`, when none comes for `stall`.
+fn patient<B>(
+    body: B,
+    stalled: &Arc<AtomicBool>,
+    stall: Duration,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin + use<B>
+where
+    B: Stream<Item = Result<Bytes, axum::Error>> + Send + Unpin + 'static,
+{
+    let stalled = Arc::clone(stalled);
+    Box::pin(futures_util::stream::try_unfold(body, move |mut body| {
+        let stalled = Arc::clone(&stalled);
+        async move {
+            // Frames without a byte do not count.
+            let bytes = async {
+                loop {
+                    match body.next().await {
+                        Some(Ok(chunk)) if chunk.is_empty() => {}
+                        other => return other.transpose(),
+                    }
+                }
+            };
+            match tokio::time::timeout(stall, bytes).await {
+                Ok(chunk) => Ok(chunk.map_err(io::Error::other)?.map(|chunk| (chunk, body))),
+                Err(_) => {
+                    stalled.store(true, Ordering::Relaxed);
+                    Err(io::Error::other(Stalled(stall)))
+                }
+            }
+        }
+    }))
+}
+
+async fn write_all(
+    target: Target,
+    headers: &HeaderMap,
+    gzip: bool,
+    chunks: impl Stream<Item = io::Result<Bytes>> + Send + Unpin + 'static,
+) -> Result<Vec<Written>, Refusal> {
+    let content_type = headers.get(header::CONTENT_TYPE);
     let content_type = content_type.and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    let chunks = body.into_data_stream();
-    let written = if essence == "application/octet-stream" {
-        let length = parts.headers.get(header::CONTENT_LENGTH);
+    if essence == "application/octet-stream" {
+        let length = headers.get(header::CONTENT_LENGTH);
         let length = length.and_then(|value| value.to_str().ok()?.parse().ok());
-        vec![raw(target, chunks, gzip, length).await?]
+        Ok(vec![raw(target, chunks, gzip, length).await?])
     } else if essence.starts_with("multipart/") {
         let boundary =
             multer::parse_boundary(content_type.replacen(&essence, "multipart/form-data", 1))
@@ -84,16 +148,14 @@ pub(super) async fn upload(
                     )
                 })?;
         match gzip {
-            true => multipart(target, gunzip(chunks), boundary).await?,
-            false => multipart(target, chunks, boundary).await?,
+            true => multipart(target, gunzip(chunks), boundary).await,
+            false => multipart(target, chunks, boundary).await,
         }
     } else {
-        return Err(Refusal::bad(format!(
+        Err(Refusal::bad(format!(
             "unsupported content type: {content_type}, expected multipart/form-data or application/octet-stream"
-        )));
-    };
-    let text = serde_json::to_string(&written).unwrap_or_default();
-    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+        )))
+    }
 }
 
 /// Where and as whom to write.
@@ -102,6 +164,8 @@ struct Target {
     query: FilesQuery,
     user: Arc<User>,
     metadata: BTreeMap<String, String>,
+    /// Goes with every piece of the work, so that what hangs in the kernel still counts.
+    slot: Arc<OwnedSemaphorePermit>,
 }
 
 impl Target {
@@ -125,9 +189,16 @@ async fn raw<E: std::fmt::Display>(
     let mut sink = Sink::open(&target, path, gzip, length).await?;
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|error| cut(&error))?;
-        if !sink.send(chunk).await {
-            break;
+        let (mut bytes, mut batch) = (chunk.len(), vec![chunk]);
+        // HTTP/2 brings 16 KiB at a time. What has come already does not need jobs of its own.
+        while bytes < MAX_BATCH
+            && let Some(Some(chunk)) = chunks.next().now_or_never()
+        {
+            let chunk = chunk.map_err(|error| cut(&error))?;
+            bytes += chunk.len();
+            batch.push(chunk);
         }
+        sink.send(batch).await?;
     }
     sink.finish().await
 }
@@ -170,14 +241,12 @@ where
         if !seen.insert(path.clone()) {
             return Err(Refusal::bad(format!(
                 "you cannot upload multiple files to the same path '{}' in one upload request, only the first specified file was uploaded",
-                path.display()
+                quote::path(&path)
             )));
         }
         let mut sink = Sink::open(&target, path, false, None).await?;
         while let Some(chunk) = field.chunk().await.map_err(|error| cut(&error))? {
-            if !sink.send(chunk).await {
-                break;
-            }
+            sink.send(vec![chunk]).await?;
         }
         written.push(sink.finish().await?);
     }
@@ -223,18 +292,24 @@ where
     })
 }
 
-/// A file that is being written on another thread.
+/// A file that is being written, between the jobs that do it.
 struct Sink {
-    /// Chunks, and `None` behind the last one of a body that came to its end.
-    chunks: mpsc::Sender<Option<Bytes>>,
-    end: tokio::task::JoinHandle<Result<WriteInfo, FsOrBody>>,
+    sandbox: Arc<Sandbox>,
+    /// None while a job has it, and for good once one has failed.
+    open: Option<Open>,
+    metadata: BTreeMap<String, String>,
 }
 
-/// What ended a write: the file system, or a body that is no gzip.
-enum FsOrBody {
-    Fs(FsError),
-    Body(io::Error),
-    Cut,
+/// What the jobs of one file hand on.
+struct Open {
+    coder: Coder,
+    _slot: Arc<OwnedSemaphorePermit>,
+}
+
+enum Coder {
+    Plain(Box<Output>),
+    /// With whether a byte has come: a body of none is no broken gzip.
+    Gzip(Box<MultiGzDecoder<Output>>, bool),
 }
 
 impl Sink {
@@ -244,82 +319,86 @@ impl Sink {
         gzip: bool,
         length: Option<u64>,
     ) -> Result<Self, Refusal> {
-        let user = Arc::clone(&target.user);
-        let mut writer = blocking(move || Writer::create(&path, &user)).await??;
-        if let Some(length) = length.filter(|length| *length > 0) {
-            writer.expect_bytes(length);
-        }
-        let metadata = target.metadata.clone();
-        let (chunks, received) = mpsc::channel(CHUNKS_IN_FLIGHT);
-        let end = tokio::task::spawn_blocking(move || write(writer, received, gzip, &metadata));
-        Ok(Self { chunks, end })
-    }
-
-    /// Passes on a chunk; false when the writer has given up.
-    async fn send(&mut self, chunk: Bytes) -> bool {
-        self.chunks.send(Some(chunk)).await.is_ok()
-    }
-
-    async fn finish(self) -> Result<Written, Refusal> {
-        let _ = self.chunks.send(None).await;
-        drop(self.chunks);
-        let internal = |message: String| Refusal(StatusCode::INTERNAL_SERVER_ERROR, message);
-        match self.end.await {
-            Ok(Ok(info)) => Ok(Written {
-                metadata: info.metadata,
-                name: info.name,
-                path: info.path,
-                r#type: "file",
-            }),
-            Ok(Err(FsOrBody::Fs(error))) => Err(error.into()),
-            Ok(Err(FsOrBody::Body(error))) => {
-                Err(Refusal::bad(format!("error decompressing request body: {error}")))
+        let (user, slot) = (Arc::clone(&target.user), Arc::clone(&target.slot));
+        let writers = Arc::clone(&target.sandbox.writers);
+        let open = blocking(&target.sandbox.files, move || {
+            let mut writer = Writer::create(&writers, &path, &user)?;
+            if let Some(length) = length.filter(|length| *length > 0) {
+                writer.expect_bytes(length);
             }
-            Ok(Err(FsOrBody::Cut)) => Err(cut(&"unexpected EOF")),
-            Err(error) => Err(internal(format!("error writing file: {error}"))),
+            let output = Output { writer, failed: None };
+            let coder = match gzip {
+                true => Coder::Gzip(Box::new(MultiGzDecoder::new(output)), false),
+                false => Coder::Plain(Box::new(output)),
+            };
+            Ok(Open { coder, _slot: slot })
+        });
+        let open = Some(open.await?);
+        let (sandbox, metadata) = (Arc::clone(&target.sandbox), target.metadata.clone());
+        Ok(Self { sandbox, open, metadata })
+    }
+
+    /// Writes chunks.
+    async fn send(&mut self, chunks: Vec<Bytes>) -> Result<(), Refusal> {
+        let open = self
+            .next_step(move |mut open| {
+                chunks.iter().try_for_each(|chunk| open.coder.write(chunk))?;
+                Ok(open)
+            })
+            .await?;
+        self.open = Some(open);
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<Written, Refusal> {
+        let metadata = std::mem::take(&mut self.metadata);
+        let info =
+            self.next_step(move |open| Ok(open.coder.finish()?.writer.finish(&metadata)?)).await?;
+        Ok(Written { metadata: info.metadata, name: info.name, path: info.path, r#type: "file" })
+    }
+
+    /// Uploads are bounded, and one that has begun is not refused in its middle.
+    async fn next_step<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(Open) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let open = self.open.take().ok_or_else(|| cut(&"it has failed before"))?;
+        let done = self.sandbox.files.run_next_step(move || work(open)).await;
+        done.map_err(|busy| Refusal::from(FsError::from(busy)))?
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        // To take a file away may block.
+        if let Some(open) = self.open.take() {
+            self.sandbox.files.run_later(move || drop(open));
         }
     }
 }
 
-fn write(
-    writer: Writer,
-    mut chunks: mpsc::Receiver<Option<Bytes>>,
-    gzip: bool,
-    metadata: &BTreeMap<String, String>,
-) -> Result<WriteInfo, FsOrBody> {
-    let mut output = Output { writer, failed: None };
-    if gzip {
-        let mut decoder = MultiGzDecoder::new(output);
-        let mut any = false;
-        loop {
-            match chunks.blocking_recv() {
-                None => return Err(FsOrBody::Cut),
-                Some(None) => break,
-                Some(Some(chunk)) => {
-                    any = true;
-                    if let Err(error) = decoder.write_all(&chunk) {
-                        return Err(decoder.get_mut().failure(error));
-                    }
-                }
-            }
-        }
-        if any && let Err(error) = decoder.try_finish() {
-            return Err(decoder.get_mut().failure(error));
-        }
-        output = match decoder.finish() {
-            Ok(output) => output,
-            Err(error) => return Err(FsOrBody::Body(error)),
-        };
-    } else {
-        loop {
-            match chunks.blocking_recv() {
-                None => return Err(FsOrBody::Cut),
-                Some(None) => break,
-                Some(Some(chunk)) => output.writer.write(&chunk).map_err(FsOrBody::Fs)?,
+impl Coder {
+    fn write(&mut self, chunk: &[u8]) -> Result<(), Refusal> {
+        match self {
+            Self::Plain(output) => Ok(output.writer.write(chunk)?),
+            Self::Gzip(decoder, any) => {
+                *any = true;
+                decoder.write_all(chunk).map_err(|error| decoder.get_mut().failure(&error))
             }
         }
     }
-    output.writer.finish(metadata).map_err(FsOrBody::Fs)
+
+    fn finish(self) -> Result<Output, Refusal> {
+        match self {
+            Self::Plain(output) => Ok(*output),
+            Self::Gzip(mut decoder, any) => {
+                if any && let Err(error) = decoder.try_finish() {
+                    return Err(decoder.get_mut().failure(&error));
+                }
+                decoder.finish().map_err(|error| not_gzip(&error))
+            }
+        }
+    }
 }
 
 /// A writer as flate2 wants it, which keeps what really failed.
@@ -329,8 +408,9 @@ struct Output {
 }
 
 impl Output {
-    fn failure(&mut self, error: io::Error) -> FsOrBody {
-        self.failed.take().map_or(FsOrBody::Body(error), FsOrBody::Fs)
+    /// What ended a write: the file system, or a body that is no gzip.
+    fn failure(&mut self, error: &io::Error) -> Refusal {
+        self.failed.take().map_or_else(|| not_gzip(error), Refusal::from)
     }
 }
 
@@ -422,10 +502,34 @@ fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Refusal> {
     Ok(metadata)
 }
 
+fn not_gzip(error: &io::Error) -> Refusal {
+    Refusal::bad(format!("error decompressing request body: {error}"))
+}
+
 fn cut(error: &dyn std::fmt::Display) -> Refusal {
     Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("error writing file: {error}"))
 }
 
 fn broken_form(error: &multer::Error) -> Refusal {
     Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("error reading form: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_that_stalls_ends_and_one_that_goes_on_does_not() {
+        let stalled = Arc::new(AtomicBool::new(false));
+        let chunks = [&b"one"[..], b"", b"two"].map(|chunk| Ok(Bytes::from_static(chunk)));
+        // Then nothing, and no end.
+        let body = futures_util::stream::iter(chunks).chain(futures_util::stream::pending());
+        let mut body = patient(body, &stalled, Duration::from_millis(20));
+        assert_eq!(body.next().await.unwrap().unwrap(), "one");
+        assert_eq!(body.next().await.unwrap().unwrap(), "two");
+        assert!(!stalled.load(Ordering::Relaxed));
+        body.next().await.unwrap().unwrap_err();
+        assert!(stalled.load(Ordering::Relaxed));
+        assert!(body.next().await.is_none());
+    }
 }

@@ -10,7 +10,10 @@ use parking_lot::Mutex;
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{Ending, Process, StartError, StartSpec, Subscription, start};
-use crate::sys::pidfd;
+use crate::{
+    blocking::{MAX_DIRECTORY_THREADS, Pool, SPAWN_THREADS},
+    sys::pidfd,
+};
 
 /// The most processes at a time. One that has ended counts for as long as a background child of it
 /// holds its output open, since that is still read.
@@ -55,6 +58,11 @@ pub struct Manager {
     /// The limits of open files (soft, hard) that processes get, where the daemon has changed its
     /// own.
     pub(super) nofile: Option<(u64, u64)>,
+    /// Where children are made. Apart from the work on files, so that a start never waits for a
+    /// file system that hangs.
+    pub(super) spawners: Arc<Pool>,
+    /// Where working directories are looked at, which may be on such a file system.
+    pub(super) directories: Arc<Pool>,
 }
 
 #[derive(Debug, Default)]
@@ -87,6 +95,8 @@ impl Manager {
             state: Mutex::default(),
             slots: Arc::new(Semaphore::new(MAX_PROCESSES)),
             nofile,
+            spawners: Pool::new("spawn", SPAWN_THREADS, SPAWN_THREADS),
+            directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
         })
     }
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use crate::guest::users::User;
+use crate::{guest::users::User, quote};
 
 /// A process to start. Paths and defaults are resolved by the caller.
 #[derive(Debug, Clone)]
@@ -53,12 +53,15 @@ pub enum Stdio {
 impl StartSpec {
     /// The command and its arguments in one line, as messages quote it.
     pub(super) fn command_line(&self) -> String {
-        let mut line = self.cmd.clone();
+        let mut line = quote::text(&self.cmd).into_owned();
         for arg in &self.args {
+            if line.len() > quote::MAX_QUOTED {
+                break;
+            }
             line.push(' ');
-            line.push_str(arg);
+            line.push_str(&quote::text(arg));
         }
-        line
+        quote::text(&line).into_owned()
     }
 
     /// The name of the first field with a NUL inside, which no program can be given.
@@ -110,6 +113,16 @@ mod tests {
             .to_vec();
         let env = spec.environment("/here".to_owned());
         assert_eq!(env, [("A", "2"), ("PWD", "/here")].map(|(n, v)| (n.to_owned(), v.to_owned())));
+    }
+
+    #[test]
+    fn a_long_command_line_is_quoted_by_its_beginning() {
+        let line = |cmd: &str, args: &[&str]| spec(cmd, args).command_line();
+        assert_eq!(line("echo", &["a", "b"]), "echo a b");
+        let long = "x".repeat(5000);
+        assert_eq!(line(&long, &["y"]), format!("{}…", &long[..1024]));
+        assert_eq!(line("e", &[&long, &long]), format!("e {}…", &long[..1022]));
+        assert_eq!(line("e", &[&long[..1022]]), format!("e {}", &long[..1022]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -18,7 +19,9 @@ use super::{
     supervise::supervise,
 };
 use crate::{
+    blocking::Busy,
     guest::users::User,
+    quote,
     sys::{
         errno, pidfd, pty, ready,
         spawn::{self, Child, Credentials, SpawnError, Stage},
@@ -57,6 +60,12 @@ pub enum StartError {
         /// What failed, with the kernel's word for it.
         reason: String,
     },
+    /// The working directory does not exist.
+    #[error("cwd '{}' does not exist", quote::path(.0))]
+    NoDirectory(PathBuf),
+    /// There is no thread to start it on.
+    #[error("error starting process: {0}")]
+    Blocking(#[from] Busy),
     /// The task that starts processes broke down; a fault of the daemon.
     #[error("error starting process: {0}")]
     Task(String),
@@ -102,7 +111,7 @@ impl Attempt {
         match spec.stdio {
             Stdio::Pipes { .. } => Self::Process { command },
             Stdio::Pty { cols, rows } => {
-                Self::Terminal { command, dir: spec.cwd.display().to_string(), cols, rows }
+                Self::Terminal { command, dir: quote::path(&spec.cwd), cols, rows }
             }
         }
     }
@@ -122,23 +131,26 @@ pub(super) async fn start(
     spec: StartSpec,
     slot: OwnedSemaphorePermit,
 ) -> Result<(Arc<Process>, Subscription), StartError> {
+    let cwd = spec.cwd.clone();
+    // Starts are bounded by their slots; a burst of them waits.
+    let pwd = manager.directories.run_next_step(move || shown_directory(&cwd)).await??;
     if let Some(field) = spec.field_with_nul() {
         return Err(StartError::Nul { attempt: Attempt::of(&spec), field });
     }
     let Ends { child: stdio, input, sources } = open_ends(&spec)?;
 
     let nofile = manager.nofile;
-    let spawned = tokio::task::spawn_blocking(move || {
-        let child = spawn(&spec, &stdio, nofile);
+    let spawned = manager.spawners.run_next_step(move || {
+        let child = spawn(&spec, pwd, &stdio, nofile);
         // Our copies of the child's ends must go, or its output never ends.
         drop(stdio);
         (child, spec)
     });
-    let (child, spec) = spawned.await.map_err(|error| StartError::Task(error.to_string()))?;
+    let (child, spec) = spawned.await?;
     let Child { pid, pidfd, exec_error } = child.map_err(|error| spawn_error(&spec, &error))?;
     let pidfd = ready::watch(pidfd).map_err(|error| {
         let (pidfd, error) = error.into_parts();
-        abandon(pidfd);
+        abandon(&manager, pidfd);
         refused(&spec, "pidfd", &error)
     })?;
 
@@ -151,24 +163,36 @@ pub(super) async fn start(
             true => (Channel::Pty, "\r\n"),
             false => (Channel::Stderr, "\n"),
         };
-        let text = format!("envd: '{cmd}': {}{end}", errno::capitalised(error));
+        let text = format!("envd: '{}': {}{end}", quote::text(&cmd), errno::capitalised(error));
         process.journal.append(channel, text.into()).await;
     }
-    tracing::debug!(pid, cmd, "process started");
+    tracing::debug!(pid, cmd = %quote::text(&cmd), "process started");
     manager.register(&process);
     supervise(manager, Arc::clone(&process), sources, timeout, slot);
     Ok((process, subscription))
 }
 
-/// Blocks: resolves the directory, starts the child and waits until it has executed.
+/// Blocks: what a shell would put into PWD, the directory without symbolic links, if we may know
+/// it. That it is missing is told before anything is started, and the same for pipes and terminals.
+fn shown_directory(cwd: &Path) -> Result<String, StartError> {
+    let shown = match cwd.canonicalize() {
+        Ok(real) => real,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(StartError::NoDirectory(cwd.to_owned()));
+        }
+        Err(_) => cwd.to_owned(),
+    };
+    Ok(shown.to_string_lossy().into_owned())
+}
+
+/// Blocks: starts the child and waits until it has executed.
 fn spawn(
     spec: &StartSpec,
+    pwd: String,
     stdio: &[OwnedFd; 3],
     nofile: Option<(u64, u64)>,
 ) -> Result<Child, SpawnError> {
-    // What a shell would put there: the directory without symbolic links, if we may know it.
-    let pwd = spec.cwd.canonicalize().unwrap_or_else(|_| spec.cwd.clone());
-    let env = spec.environment(pwd.to_string_lossy().into_owned());
+    let env = spec.environment(pwd);
     let credentials = credentials(&spec.user);
     let [stdin, stdout, stderr] = stdio;
     spawn::spawn(&spawn::Spec {
@@ -273,9 +297,10 @@ fn nonblocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Ends a child that cannot be watched. It does not take long to die, but may.
-fn abandon(pidfd: OwnedFd) {
-    tokio::task::spawn_blocking(move || {
-        let _ = pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL);
+fn abandon(manager: &Manager, pidfd: OwnedFd) {
+    let _ = pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL);
+    // Not where children are made: there are few threads for that.
+    manager.directories.run_later(move || {
         let _ = pidfd::wait_blocking(pidfd.as_fd());
     });
 }
@@ -296,7 +321,7 @@ fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
             return StartError::Nul { attempt, field: "a string contains NUL".to_owned() };
         }
         SpawnError::System { what, source } => {
-            format!("fork/exec {}: {what}: {}", spec.cmd, errno::text_of(source))
+            format!("fork/exec {}: {what}: {}", quote::text(&spec.cmd), errno::text_of(source))
         }
         SpawnError::Child { stage, errno: number } => {
             let text = errno::text(*number);
@@ -308,8 +333,8 @@ fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
                 Stage::Groups => format!("set groups of user '{}': {text}", user.name),
                 Stage::Gid => format!("set group {}: {text}", user.gid),
                 Stage::Uid => format!("set user '{}' ({}): {text}", user.name, user.uid),
-                Stage::Chdir => format!("chdir '{}': {text}", spec.cwd.display()),
-                Stage::Exec => format!("fork/exec {}: {text}", spec.cmd),
+                Stage::Chdir => format!("chdir '{}': {text}", quote::path(&spec.cwd)),
+                Stage::Exec => format!("fork/exec {}: {text}", quote::text(&spec.cmd)),
             }
         }
     };

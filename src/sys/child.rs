@@ -28,8 +28,9 @@ use libc::{c_char, c_int, c_long, c_void};
 
 use super::spawn::{Spec, Stage};
 
-/// The search path of a command whose environment has no PATH.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The search path of a command whose environment has no PATH, and the PATH that processes get where
+/// the daemon itself has none.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Longer names cannot be opened; a candidate beyond it is not even tried. Together with the
 /// kernel's bound on one environment string (128 KiB) this bounds the memory of a search.

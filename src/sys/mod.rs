@@ -18,3 +18,5 @@ pub mod ready;
 pub mod signals;
 pub mod spawn;
 mod stack;
+
+pub use child::DEFAULT_PATH;

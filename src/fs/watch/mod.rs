@@ -39,7 +39,7 @@ use self::{
     thread::{Command, Shared},
 };
 use super::{FsError, PathError, entry::Entry};
-use crate::guest::users::Users;
+use crate::{blocking::Pool, guest::users::Users};
 
 /// The watchers that clients poll: they live until they are removed, whether polled or not.
 pub const MAX_POLLED_WATCHERS: usize = 1024;
@@ -91,6 +91,7 @@ pub struct WatchEvent {
 pub struct Hub {
     shared: Arc<Shared>,
     polled: Mutex<HashMap<String, Watcher>>,
+    files: Arc<Pool>,
 }
 
 /// One watch; dropping it ends it.
@@ -115,9 +116,9 @@ impl Drop for Watcher {
 }
 
 impl Hub {
-    /// A hub without watchers: nothing runs yet.
-    pub fn new(users: Arc<Users>) -> Arc<Self> {
-        Arc::new(Self { shared: Arc::new(Shared::new(users)), polled: Mutex::default() })
+    /// A hub without watchers: nothing runs yet. Paths are looked at on `files`.
+    pub fn new(users: Arc<Users>, files: Arc<Pool>) -> Arc<Self> {
+        Arc::new(Self { shared: Arc::new(Shared::new(users)), polled: Mutex::default(), files })
     }
 
     /// Watches a directory. When this returns, the watch is set.
@@ -128,8 +129,7 @@ impl Hub {
         let path = path.to_owned();
         // A network mount can take its time to answer; neither an async worker nor the watching
         // thread, which serves everyone, shall wait for it.
-        let checked = tokio::task::spawn_blocking(move || check(&path, options).map(|()| path));
-        let path = checked.await.map_err(|error| FsError::WatchStart(error.to_string()))??;
+        let path = self.files.run(move || check(&path, options).map(|()| path)).await??;
         let queue = Arc::new(Queue::default());
         // Before the command is sent: if this future is dropped, the watch goes with it.
         let id = self.shared.next_id();
@@ -174,7 +174,7 @@ impl Hub {
         let queue = || {
             let polled = self.polled.lock();
             let watcher = polled.get(id).ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))?;
-            Ok(Arc::clone(&watcher.queue))
+            Ok::<_, FsError>(Arc::clone(&watcher.queue))
         };
         let queue = queue()?;
         let (done, flushed) = oneshot::channel();

@@ -12,7 +12,10 @@ use super::{
     tree::Tree,
     *,
 };
-use crate::{fs::transfer::Writer, guest::users::User};
+use crate::{
+    fs::transfer::{Writer, Writers},
+    guest::users::User,
+};
 
 const RECURSIVE: WatchOptions =
     WatchOptions { recursive: true, include_entry: false, allow_network_mounts: false };
@@ -22,8 +25,12 @@ fn user() -> User {
     User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
 }
 
+fn hub() -> Arc<Hub> {
+    Hub::new(Arc::new(Users::system()), Pool::for_files())
+}
+
 fn upload(path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
-    let mut writer = Writer::create(path, &user()).unwrap();
+    let mut writer = Writer::create(&Writers::new(), path, &user()).unwrap();
     writer.write(content).unwrap();
     writer.finish(metadata).unwrap();
 }
@@ -37,7 +44,7 @@ struct Fixture {
 impl Fixture {
     async fn new(options: WatchOptions) -> Self {
         let tmp = tempfile::tempdir_in(".").unwrap();
-        let hub = Hub::new(Arc::new(Users::system()));
+        let hub = hub();
         let mut fixture = Self { tmp, hub, ids: Vec::new() };
         fs::create_dir(fixture.path("root")).unwrap();
         fixture.watch("root", options).await;
@@ -273,7 +280,7 @@ async fn names_that_are_not_utf_8_are_told() {
 #[tokio::test]
 async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     let tmp = tempfile::tempdir_in(".").unwrap();
-    let hub = Hub::new(Arc::new(Users::system()));
+    let hub = hub();
     let mut watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
     let late = tmp.path().join("late");
     let writer = std::thread::spawn(move || {
@@ -301,7 +308,7 @@ async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watchers_that_come_and_go_at_once_start_and_end_the_thread_without_loss() {
     let tmp = tempfile::tempdir_in(".").unwrap();
-    let hub = Hub::new(Arc::new(Users::system()));
+    let hub = hub();
     let tasks: Vec<_> = (0..4)
         .map(|i| {
             let (hub, root) = (Arc::clone(&hub), tmp.path().to_owned());
@@ -325,7 +332,7 @@ async fn watchers_that_come_and_go_at_once_start_and_end_the_thread_without_loss
 #[tokio::test]
 async fn errors_are_upstreams() {
     let tmp = tempfile::tempdir_in(".").unwrap();
-    let hub = Hub::new(Arc::new(Users::system()));
+    let hub = hub();
     let shown = tmp.path().display();
     fs::write(tmp.path().join("f"), "").unwrap();
     let cases = [

@@ -1,0 +1,37 @@
+//! What messages quote of a caller's own words: enough to know them again, and not all of them. An
+//! error that repeats a command line of a megabyte is read by nobody, and is held in memory twice.
+
+use std::{borrow::Cow, path::Path};
+
+/// The most bytes of one quoted text.
+pub const MAX_QUOTED: usize = 1 << 10;
+
+/// The text, cut to [`MAX_QUOTED`] bytes and marked where it was cut.
+pub fn text(text: &str) -> Cow<'_, str> {
+    let end = text.floor_char_boundary(MAX_QUOTED);
+    match text.get(..end) {
+        Some(start) if end < text.len() => Cow::Owned(format!("{start}…")),
+        _ => Cow::Borrowed(text),
+    }
+}
+
+/// The path, as [`text`].
+pub fn path(path: &Path) -> String {
+    text(&path.to_string_lossy()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_long_is_cut_and_never_in_a_character() {
+        let fits = "x".repeat(MAX_QUOTED);
+        assert_eq!(text(&fits), fits);
+        assert_eq!(text(&format!("{fits}y")), format!("{fits}…"));
+        let cut = text(&"ä".repeat(MAX_QUOTED)).into_owned();
+        assert_eq!(cut, format!("{}…", "ä".repeat(MAX_QUOTED / 2)));
+        let odd = format!("x{}", "ä".repeat(MAX_QUOTED));
+        assert_eq!(text(&odd), format!("x{}…", "ä".repeat((MAX_QUOTED - 1) / 2)));
+    }
+}

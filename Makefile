@@ -1,6 +1,6 @@
 # What a contributor runs by hand; .ci/run runs the same.
 
-.PHONY: build test conformance grpcurl static size image lint ci
+.PHONY: build test conformance grpcurl static size image vm lint ci
 
 build:
 	cargo build --locked
@@ -28,6 +28,11 @@ size: static
 # IMAGE="--init envd", say, makes another one: rootfs/build.sh --help.
 image: static
 	rootfs/build.sh $(IMAGE)
+
+# Real guests under QEMU, checked over vsock and TCP (needs root); VM="pid1 minimal", say, runs some
+# of the scenarios of tests/vm/main.rs.
+vm: static
+	scripts/vm.sh $(VM)
 
 lint:
 	cargo fmt --all --check

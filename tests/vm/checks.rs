@@ -355,7 +355,7 @@ pub(crate) async fn carried(address: &str) -> Vec<String> {
     names.lines().map(str::to_owned).collect()
 }
 
-/// Runs one of them as root; gives its last line.
+/// Runs one of them, with its filters, as root; gives its last line.
 pub(crate) async fn run_carried(address: &str, test: &str) -> String {
     // What a test prints while it runs is kept, and shown when it fails.
     let line =

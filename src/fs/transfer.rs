@@ -20,15 +20,12 @@
 //! * A new file that none of them finished is unlinked by the last one that gives up.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Seek, Write},
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
 };
 
 use nix::{errno::Errno, sys::statvfs::fstatvfs};
@@ -37,13 +34,14 @@ use parking_lot::Mutex;
 use super::{FsError, PathError, errno, metadata, path};
 use crate::guest::users::User;
 
+mod body;
+mod writers;
+
 pub use super::metadata::{set_metadata, validate_metadata};
-
-/// The body for an existing file that waits in memory; a longer one waits on the disk.
-pub const MAX_BODY_IN_MEMORY: usize = 1 << 20;
-
-/// The bytes that are copied at a time when an unfinished file is saved from another's content.
-const COPY_PIECE: usize = 64 << 10;
+pub use body::MAX_BODY_IN_MEMORY;
+use body::{Body, append, copy_of};
+pub use writers::Writers;
+use writers::{Live, Membership, leads_to};
 
 /// Opening a FIFO must not wait for its other end, and a terminal must not become ours.
 const CAREFULLY: i32 = libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -95,115 +93,6 @@ pub struct WriteInfo {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Device and inode.
-type Key = (u64, u64);
-
-/// The files that are being written. It holds one entry a file, and that only while there is a
-/// [`Writer`] of it.
-#[derive(Debug, Default)]
-pub struct Writers {
-    state: Mutex<Known>,
-}
-
-#[derive(Debug, Default)]
-struct Known {
-    /// The writers, of whatever kind, and of files not yet open.
-    live: usize,
-    files: HashMap<Key, (usize, Arc<Mutex<Shared>>)>,
-}
-
-/// What the writers of one file share. Its lock is held while the file is written, which may block:
-/// the lock of [`Writers`] is not.
-#[derive(Debug, Default)]
-struct Shared {
-    writers: usize,
-    /// Some have finished.
-    finished: bool,
-    /// The path of a file that was created by a writer and has been finished by none.
-    fresh: Option<PathBuf>,
-    /// The file of the writer that writes in place.
-    creator: Option<Arc<File>>,
-    /// What that one had written when another replaced it.
-    saved: Option<Body>,
-}
-
-impl Writers {
-    /// Nobody writes yet.
-    pub fn new() -> Arc<Self> {
-        Arc::default()
-    }
-
-    /// How many files are being written.
-    pub fn live(&self) -> usize {
-        self.state.lock().live
-    }
-
-    fn join(self: &Arc<Self>, key: Key) -> Membership {
-        let shared = {
-            let mut state = self.state.lock();
-            let (members, shared) = state.files.entry(key).or_default();
-            *members += 1;
-            Arc::clone(shared)
-        };
-        shared.lock().writers += 1;
-        Membership { writers: Arc::clone(self), key, shared }
-    }
-}
-
-/// A writer that counts, from before it has touched the disk until it has left it in order.
-#[derive(Debug)]
-struct Live(Arc<Writers>);
-
-impl Live {
-    fn new(writers: &Arc<Writers>) -> Self {
-        writers.state.lock().live += 1;
-        Self(Arc::clone(writers))
-    }
-}
-
-impl Drop for Live {
-    fn drop(&mut self) {
-        self.0.state.lock().live -= 1;
-    }
-}
-
-/// A writer's share in its file. Dropped, it unlinks a new file that nobody has finished, if it is
-/// the last.
-#[derive(Debug)]
-struct Membership {
-    writers: Arc<Writers>,
-    key: Key,
-    shared: Arc<Mutex<Shared>>,
-}
-
-impl Drop for Membership {
-    fn drop(&mut self) {
-        let mut shared = self.shared.lock();
-        shared.writers -= 1;
-        // Under the lock: who opens the file now looks, once they have joined, whether it is there.
-        if shared.writers == 0
-            && let Some(path) = shared.fresh.take()
-            // Only what is still ours: somebody may have put another file there.
-            && leads_to(fs::symlink_metadata(&path), self.key)
-            && let Err(error) = fs::remove_file(&path)
-        {
-            tracing::warn!(path = %path.display(), %error, "half a file stays");
-        }
-        drop(shared);
-        let mut state = self.writers.state.lock();
-        if let Some((members, _)) = state.files.get_mut(&self.key) {
-            *members -= 1;
-            if *members == 0 {
-                state.files.remove(&self.key);
-            }
-        }
-    }
-}
-
-fn leads_to(found: io::Result<Metadata>, key: Key) -> bool {
-    found.is_ok_and(|meta| (meta.dev(), meta.ino()) == key)
-}
-
 /// A file that is being written. Dropped without [`Writer::finish`], it leaves everything as it
 /// was, except for new directories.
 #[derive(Debug)]
@@ -227,18 +116,6 @@ enum Sink {
     Existing(Membership, Body),
     /// A character device such as /dev/null, written at once.
     Device,
-}
-
-#[derive(Debug)]
-enum Body {
-    Memory(Vec<u8>),
-    Disk(File),
-}
-
-impl Default for Body {
-    fn default() -> Self {
-        Self::Memory(Vec::new())
-    }
 }
 
 impl Writer {
@@ -492,24 +369,6 @@ fn existing_file(
     Ok((!gone).then(|| (file, Sink::Existing(membership, Body::default()))))
 }
 
-/// The whole content of a file, wherever it is read or written meanwhile.
-fn copy_of(file: &File, beside: &Path) -> io::Result<Body> {
-    let mut body = Body::default();
-    let mut piece = vec![0; COPY_PIECE];
-    let mut at = 0;
-    loop {
-        match file.read_at(&mut piece, at) {
-            Ok(0) => return Ok(body),
-            Ok(read) => {
-                append(&mut body, piece.get(..read).unwrap_or_default(), beside)?;
-                at += read as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
 fn open_failed(path: &Path, error: &io::Error) -> FsError {
     let error = PathError::io("open", path, error);
     match error.errno {
@@ -528,55 +387,16 @@ fn room_for(file: &File, old: &Metadata) -> Option<u64> {
     Some(blocks.saturating_mul(space.fragment_size()).saturating_add(old.blocks() * 512))
 }
 
-fn append(body: &mut Body, bytes: &[u8], beside: &Path) -> io::Result<()> {
-    if let Body::Memory(held) = body {
-        if held.len() + bytes.len() <= MAX_BODY_IN_MEMORY {
-            held.extend_from_slice(bytes);
-            return Ok(());
-        }
-        let mut spool = spool(beside.parent().unwrap_or_else(|| Path::new("/")))?;
-        spool.write_all(held)?;
-        *body = Body::Disk(spool);
-    }
-    match body {
-        Body::Disk(spool) => spool.write_all(bytes),
-        Body::Memory(_) => Ok(()),
-    }
-}
-
-/// A file without a name: in `dir`, where the body will have to fit anyway, else where temporary
-/// files go.
-fn spool(dir: &Path) -> io::Result<File> {
-    let unnamed = |dir: &Path| {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(dir)
-    };
-    match unnamed(dir) {
-        // Not every file system can, and NFS and old FUSE say it in different ways.
-        Err(error) if errno::of(&error) != Errno::ENOSPC => {
-            spool_unlinked(dir).or_else(|_| unnamed(&std::env::temp_dir())).map_err(|_| error)
-        }
-        other => other,
-    }
-}
-
-fn spool_unlinked(dir: &Path) -> io::Result<File> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = dir.join(format!(".envd-upload-{}-{number}", std::process::id()));
-    let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    fs::remove_file(&path)?;
-    Ok(file)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
-    use super::*;
+    use super::{
+        body::{spool, spool_unlinked},
+        *,
+    };
 
     fn user() -> User {
         let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());

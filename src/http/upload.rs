@@ -26,16 +26,17 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{FilesParams, FilesQuery, Refusal, Shared, blocking, query, resolve, user};
+use super::{FilesParams, FilesQuery, Refusal, Shared, query, resolve, user};
 use crate::{
-    fs::{
-        FsError,
-        transfer::{self, Writer},
-    },
+    fs::transfer::{self},
     guest::users::User,
     quote,
     sandbox::{MAX_UPLOADS, Sandbox},
 };
+
+mod sink;
+
+use sink::{Sink, cut};
 
 /// How long an upload may bring no byte before it is ended.
 pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
@@ -292,145 +293,6 @@ where
     })
 }
 
-/// A file that is being written, between the jobs that do it.
-struct Sink {
-    sandbox: Arc<Sandbox>,
-    /// None while a job has it, and for good once one has failed.
-    open: Option<Open>,
-    metadata: BTreeMap<String, String>,
-}
-
-/// What the jobs of one file hand on.
-struct Open {
-    coder: Coder,
-    _slot: Arc<OwnedSemaphorePermit>,
-}
-
-enum Coder {
-    Plain(Box<Output>),
-    /// With whether a byte has come: a body of none is no broken gzip.
-    Gzip(Box<MultiGzDecoder<Output>>, bool),
-}
-
-impl Sink {
-    async fn open(
-        target: &Target,
-        path: PathBuf,
-        gzip: bool,
-        length: Option<u64>,
-    ) -> Result<Self, Refusal> {
-        let (user, slot) = (Arc::clone(&target.user), Arc::clone(&target.slot));
-        let writers = Arc::clone(&target.sandbox.writers);
-        let open = blocking(&target.sandbox.files, move || {
-            let mut writer = Writer::create(&writers, &path, &user)?;
-            if let Some(length) = length.filter(|length| *length > 0) {
-                writer.expect_bytes(length);
-            }
-            let output = Output { writer, failed: None };
-            let coder = match gzip {
-                true => Coder::Gzip(Box::new(MultiGzDecoder::new(output)), false),
-                false => Coder::Plain(Box::new(output)),
-            };
-            Ok(Open { coder, _slot: slot })
-        });
-        let open = Some(open.await?);
-        let (sandbox, metadata) = (Arc::clone(&target.sandbox), target.metadata.clone());
-        Ok(Self { sandbox, open, metadata })
-    }
-
-    /// Writes chunks.
-    async fn send(&mut self, chunks: Vec<Bytes>) -> Result<(), Refusal> {
-        let open = self
-            .next_step(move |mut open| {
-                chunks.iter().try_for_each(|chunk| open.coder.write(chunk))?;
-                Ok(open)
-            })
-            .await?;
-        self.open = Some(open);
-        Ok(())
-    }
-
-    async fn finish(mut self) -> Result<Written, Refusal> {
-        let metadata = std::mem::take(&mut self.metadata);
-        let info =
-            self.next_step(move |open| Ok(open.coder.finish()?.writer.finish(&metadata)?)).await?;
-        Ok(Written { metadata: info.metadata, name: info.name, path: info.path, r#type: "file" })
-    }
-
-    /// Uploads are bounded, and one that has begun is not refused in its middle.
-    async fn next_step<T: Send + 'static>(
-        &mut self,
-        work: impl FnOnce(Open) -> Result<T, Refusal> + Send + 'static,
-    ) -> Result<T, Refusal> {
-        let open = self.open.take().ok_or_else(|| cut(&"it has failed before"))?;
-        let done = self.sandbox.files.run_next_step(move || work(open)).await;
-        done.map_err(|busy| Refusal::from(FsError::from(busy)))?
-    }
-}
-
-impl Drop for Sink {
-    fn drop(&mut self) {
-        // To take a file away may block.
-        if let Some(open) = self.open.take() {
-            self.sandbox.files.run_later(move || drop(open));
-        }
-    }
-}
-
-impl Coder {
-    fn write(&mut self, chunk: &[u8]) -> Result<(), Refusal> {
-        match self {
-            Self::Plain(output) => Ok(output.writer.write(chunk)?),
-            Self::Gzip(decoder, any) => {
-                *any = true;
-                decoder.write_all(chunk).map_err(|error| decoder.get_mut().failure(&error))
-            }
-        }
-    }
-
-    fn finish(self) -> Result<Output, Refusal> {
-        match self {
-            Self::Plain(output) => Ok(*output),
-            Self::Gzip(mut decoder, any) => {
-                if any && let Err(error) = decoder.try_finish() {
-                    return Err(decoder.get_mut().failure(&error));
-                }
-                decoder.finish().map_err(|error| not_gzip(&error))
-            }
-        }
-    }
-}
-
-/// A writer as flate2 wants it, which keeps what really failed.
-struct Output {
-    writer: Writer,
-    failed: Option<FsError>,
-}
-
-impl Output {
-    /// What ended a write: the file system, or a body that is no gzip.
-    fn failure(&mut self, error: &io::Error) -> Refusal {
-        self.failed.take().map_or_else(|| not_gzip(error), Refusal::from)
-    }
-}
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.writer.write(bytes) {
-            Ok(()) => Ok(bytes.len()),
-            Err(error) => {
-                let text = error.to_string();
-                self.failed = Some(error);
-                Err(io::Error::other(text))
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Decompresses a body that is read, not written: a form.
 fn gunzip<E: std::fmt::Display + Send + 'static>(
     chunks: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
@@ -500,14 +362,6 @@ fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Refusal> {
     }
     transfer::validate_metadata(&metadata)?;
     Ok(metadata)
-}
-
-fn not_gzip(error: &io::Error) -> Refusal {
-    Refusal::bad(format!("error decompressing request body: {error}"))
-}
-
-fn cut(error: &dyn std::fmt::Display) -> Refusal {
-    Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("error writing file: {error}"))
 }
 
 fn broken_form(error: &multer::Error) -> Refusal {

@@ -15,10 +15,7 @@ use std::{
     io,
     panic::AssertUnwindSafe,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -32,17 +29,20 @@ use hyper::{
     server::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
-    sync::{Notify, OwnedSemaphorePermit, watch},
-    time::{Instant, Sleep},
+    sync::{OwnedSemaphorePermit, watch},
+    time::Sleep,
 };
 use tower::Service;
 
 use super::{
     Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
-    MAX_SEND_BUFFER, drain::DrainOnDrop, error, translate::Refused,
+    MAX_SEND_BUFFER,
+    activity::{Activity, Running, Waiting},
+    drain::DrainOnDrop,
+    error,
+    translate::Refused,
 };
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
@@ -195,72 +195,6 @@ async fn sniff(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
         }
     }
     Ok(start.freeze())
-}
-
-/// What a connection without a call waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Waiting {
-    ForRequest,
-    ForHead,
-}
-
-/// What happens on a connection.
-#[derive(Debug)]
-struct Activity {
-    calls: AtomicUsize,
-    /// Since when it waits, and for what; of no meaning while calls run.
-    waiting: Mutex<(Instant, Waiting)>,
-    changed: Notify,
-}
-
-impl Activity {
-    fn new(waiting: Waiting) -> Self {
-        let waiting = Mutex::new((Instant::now(), waiting));
-        Self { calls: AtomicUsize::new(0), waiting, changed: Notify::new() }
-    }
-
-    fn timer(&self, limits: &Limits) -> Option<(Instant, Waiting)> {
-        if self.calls.load(Ordering::Acquire) > 0 {
-            return None;
-        }
-        let (since, waiting) = *self.waiting.lock();
-        let patience = match waiting {
-            Waiting::ForRequest => limits.idle_timeout,
-            Waiting::ForHead => limits.header_timeout,
-        };
-        Some((since + patience, waiting))
-    }
-
-    fn bytes_came(&self) {
-        let mut waiting = self.waiting.lock();
-        if self.calls.load(Ordering::Acquire) == 0 && waiting.1 == Waiting::ForRequest {
-            *waiting = (Instant::now(), Waiting::ForHead);
-            self.changed.notify_one();
-        }
-    }
-
-    fn begin(self: &Arc<Self>) -> Running {
-        self.calls.fetch_add(1, Ordering::AcqRel);
-        self.changed.notify_one();
-        Running(Arc::clone(self))
-    }
-
-    fn rest(&self) {
-        *self.waiting.lock() = (Instant::now(), Waiting::ForRequest);
-    }
-}
-
-/// A running call: one is dropped with its response's body, another with its request's, of which
-/// more may come, and be thrown away, after the answer.
-#[derive(Debug)]
-struct Running(Arc<Activity>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.rest();
-        self.0.calls.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_one();
-    }
 }
 
 /// A connection whose first bytes were read already.

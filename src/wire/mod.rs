@@ -16,6 +16,7 @@
 //!
 //! Held to the public Connect conformance suite (`make conformance`).
 
+mod activity;
 pub mod budget;
 pub mod codec;
 pub mod connection;

@@ -1,0 +1,77 @@
+//! What happens on a connection: how many calls run, and else what it waits for since when.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use parking_lot::Mutex;
+use tokio::{sync::Notify, time::Instant};
+
+use super::Limits;
+
+/// What a connection without a call waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiting {
+    ForRequest,
+    ForHead,
+}
+
+/// What happens on a connection.
+#[derive(Debug)]
+pub(super) struct Activity {
+    calls: AtomicUsize,
+    /// Since when it waits, and for what; of no meaning while calls run.
+    waiting: Mutex<(Instant, Waiting)>,
+    pub(super) changed: Notify,
+}
+
+impl Activity {
+    pub(super) fn new(waiting: Waiting) -> Self {
+        let waiting = Mutex::new((Instant::now(), waiting));
+        Self { calls: AtomicUsize::new(0), waiting, changed: Notify::new() }
+    }
+
+    pub(super) fn timer(&self, limits: &Limits) -> Option<(Instant, Waiting)> {
+        if self.calls.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let (since, waiting) = *self.waiting.lock();
+        let patience = match waiting {
+            Waiting::ForRequest => limits.idle_timeout,
+            Waiting::ForHead => limits.header_timeout,
+        };
+        Some((since + patience, waiting))
+    }
+
+    pub(super) fn bytes_came(&self) {
+        let mut waiting = self.waiting.lock();
+        if self.calls.load(Ordering::Acquire) == 0 && waiting.1 == Waiting::ForRequest {
+            *waiting = (Instant::now(), Waiting::ForHead);
+            self.changed.notify_one();
+        }
+    }
+
+    pub(super) fn begin(self: &Arc<Self>) -> Running {
+        self.calls.fetch_add(1, Ordering::AcqRel);
+        self.changed.notify_one();
+        Running(Arc::clone(self))
+    }
+
+    fn rest(&self) {
+        *self.waiting.lock() = (Instant::now(), Waiting::ForRequest);
+    }
+}
+
+/// A running call: one is dropped with its response's body, another with its request's, of which
+/// more may come, and be thrown away, after the answer.
+#[derive(Debug)]
+pub(super) struct Running(Arc<Activity>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.rest();
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}

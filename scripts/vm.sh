@@ -52,6 +52,9 @@ if [ ! -e "$venv/complete" ]; then
 fi
 export ENVD_VM_PYTHON=$venv/bin/python
 
+cargo build --locked --example vsock_uds
+export ENVD_VM_EXAMPLE=$CARGO_TARGET_DIR/debug/examples/vsock_uds
+
 # The guest has this system's C library, so the test binaries run there as they are. They look for
 # the daemon where cargo has put it: place.sh makes that path lead to the copy.
 carry() {

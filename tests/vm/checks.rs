@@ -1,6 +1,6 @@
 //! What must be true of envd in a guest. Each check cleans up after itself.
 
-use std::{collections::BTreeSet, process::Stdio};
+use std::{collections::BTreeSet, path::Path, process::Stdio};
 
 use futures_util::{StreamExt, stream};
 
@@ -229,6 +229,25 @@ pub(crate) async fn python_sdk(address: &str) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
     assert!(text(&output.stdout).ends_with("all of it works\n"), "{}", text(&output.stdout));
+}
+
+/// `examples/vsock_uds.rs`, as a user would run it.
+pub(crate) async fn example(socket: &Path) {
+    let example = std::env::var_os("ENVD_VM_EXAMPLE").expect("ENVD_VM_EXAMPLE: use make vm");
+    let output = tokio::process::Command::new(example)
+        .arg(socket)
+        .args(["49983", "echo", "through the example"])
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "through the example\n", "{output:?}");
+}
+
+/// Waits until the guest's driver has a vsock device again: before, the backend must not be called.
+pub(crate) async fn vsock_is_back(address: &str) {
+    let line = "for i in $(seq 600); do ls /sys/bus/virtio/drivers/vmw_vsock_virtio_transport | grep -q '^virtio' && exit 0; sleep 0.1; done; exit 1";
+    sh(address, line).await;
 }
 
 /// Whom calls act as that name nobody.

@@ -22,7 +22,7 @@ const PORT: u32 = 49983;
 /// The vsock port of the host that the guest calls when it is ready.
 const READY_PORT: u32 = 1024;
 /// The longest that a boot may take under emulation, on a busy machine.
-const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+const BOOT_PATIENCE: Duration = Duration::from_secs(180);
 /// The longest that an orderly power-off may take.
 const OFF_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -85,6 +85,27 @@ fn bound(program: &Path) -> Command {
     command
 }
 
+/// Starts what serves the guest's vsock device; its socket comes a moment later.
+fn start_backend(dir: &Path) -> Child {
+    bound(&given("ENVD_VM_BACKEND"))
+        .args(["--guest-cid", "3", "--uds-path"])
+        .arg(dir.join("vsock"))
+        .arg("--socket")
+        .arg(dir.join("vhost.sock"))
+        .stdout(fs::File::create(dir.join("backend.log")).unwrap())
+        .stderr(fs::File::create(dir.join("backend.err")).unwrap())
+        .spawn()
+        .expect("the vsock backend can be executed")
+}
+
+async fn wait_for(file: &Path) {
+    let deadline = Instant::now() + BOOT_PATIENCE;
+    while !file.exists() {
+        assert!(Instant::now() < deadline, "there is no {}", file.display());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 impl Guest {
     /// Boots and waits until envd has answered over both transports.
     pub(crate) async fn boot(kind: Kind, disk: Disk) -> Self {
@@ -95,15 +116,7 @@ impl Guest {
         let ready = UnixListener::bind(at(&format!("vsock_{READY_PORT}"))).unwrap();
 
         let start = Instant::now();
-        let backend = bound(&given("ENVD_VM_BACKEND"))
-            .args(["--guest-cid", "3", "--uds-path"])
-            .arg(&uds)
-            .arg("--socket")
-            .arg(&socket)
-            .stdout(fs::File::create(at("backend.log")).unwrap())
-            .stderr(fs::File::create(at("backend.err")).unwrap())
-            .spawn()
-            .expect("the vsock backend can be executed");
+        let backend = start_backend(dir.path());
         let mut guest = Self {
             kind,
             children: vec![backend],
@@ -115,11 +128,7 @@ impl Guest {
             first_tcp: Duration::ZERO,
             dir,
         };
-        let deadline = start + BOOT_PATIENCE;
-        while !socket.exists() {
-            assert!(Instant::now() < deadline, "the vsock backend makes no socket");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        wait_for(&socket).await;
         let port = free_port();
         guest.tcp = format!("127.0.0.1:{port}");
         let machine = guest.start_machine(disk, &socket, port);
@@ -133,11 +142,16 @@ impl Guest {
             stream.read_to_string(&mut line).await?;
             io::Result::Ok(line)
         });
-        let line = match signal.await {
+        let ended = guest.wait(BOOT_PATIENCE);
+        let line = tokio::select! {
+            line = signal => line.map_err(|_| "no ready signal in time".to_owned()),
+            status = ended => Err(format!("the machine has ended: {status}")),
+        };
+        let line = match line {
             Ok(line) => line.unwrap(),
-            Err(_) => {
+            Err(why) => {
                 guest.print_console();
-                panic!("no ready signal within {BOOT_PATIENCE:?}");
+                panic!("{why}");
             }
         };
         guest.ready = serde_json::from_str(&line).expect("the ready signal is JSON");
@@ -177,7 +191,11 @@ impl Guest {
             .args(["-machine", "memory-backend=mem0"])
             .arg("-chardev")
             .arg(format!("socket,id=vs,path={}", socket.display()))
-            .args(["-device", "vhost-user-vsock-pci,chardev=vs"])
+            // Behind a port of its own it can be removed and come back.
+            .args(["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"])
+            .args(["-device", "vhost-user-vsock-pci,chardev=vs,id=vsock,bus=rp0"])
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", self.dir.path().join("qmp").display()))
             .arg("-netdev")
             .arg(format!("user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{PORT}"))
             .args(["-device", "virtio-net-pci,netdev=n0,romfile="])
@@ -230,6 +248,37 @@ impl Guest {
         self.vsock.clone()
     }
 
+    /// The unix socket that stands for the guest's vsock.
+    pub(crate) fn vsock_socket(&self) -> PathBuf {
+        self.dir.path().join("vsock")
+    }
+
+    /// Takes the vsock device away, as a snapshot does, and gives the guest a new one, served by a
+    /// new backend.
+    pub(crate) async fn replace_vsock(&mut self) {
+        let mut qmp = Qmp::connect(&self.dir.path().join("qmp")).await;
+        qmp.execute("device_del", &serde_json::json!({ "id": "vsock" })).await;
+        qmp.event("DEVICE_DELETED", "vsock").await;
+        qmp.execute("chardev-remove", &serde_json::json!({ "id": "vs" })).await;
+        let old = &mut self.children[0];
+        let _ = old.kill();
+        let _ = old.wait();
+        for name in ["vsock", "vhost.sock"] {
+            let _ = fs::remove_file(self.dir.path().join(name));
+        }
+        let socket = self.dir.path().join("vhost.sock");
+        self.children[0] = start_backend(self.dir.path());
+        wait_for(&socket).await;
+        let address = serde_json::json!({ "type": "unix", "data": { "path": socket } });
+        let data = serde_json::json!({ "addr": address, "server": false });
+        let backend = serde_json::json!({ "type": "socket", "data": data });
+        qmp.execute("chardev-add", &serde_json::json!({ "id": "vs", "backend": backend })).await;
+        let device = serde_json::json!({
+            "driver": "vhost-user-vsock-pci", "chardev": "vs", "id": "vsock", "bus": "rp0"
+        });
+        qmp.execute("device_add", &device).await;
+    }
+
     /// From the start of the machine to the first answer over vsock and over TCP.
     pub(crate) fn answered(&self) -> (Duration, Duration) {
         (self.first_vsock, self.first_tcp)
@@ -266,7 +315,7 @@ impl Guest {
             if let Some(status) = machine.try_wait().unwrap() {
                 return status;
             }
-            assert!(Instant::now() < deadline, "the machine runs on after {patience:?}");
+            assert!(Instant::now() < deadline, "nothing of it within {patience:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -320,4 +369,52 @@ impl Drop for Guest {
 /// A port that was free a moment ago. QEMU cannot be given a socket, so a race remains.
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// The machine's monitor (QEMU's QMP).
+struct Qmp {
+    lines: tokio::io::Lines<tokio::io::BufReader<tokio::net::unix::OwnedReadHalf>>,
+    input: tokio::net::unix::OwnedWriteHalf,
+}
+
+impl Qmp {
+    async fn connect(socket: &Path) -> Self {
+        use tokio::io::AsyncBufReadExt;
+        let (output, input) = tokio::net::UnixStream::connect(socket).await.unwrap().into_split();
+        let mut qmp = Self { lines: tokio::io::BufReader::new(output).lines(), input };
+        assert!(qmp.next().await.get("QMP").is_some(), "the greeting comes first");
+        qmp.execute("qmp_capabilities", &Value::Null).await;
+        qmp
+    }
+
+    async fn next(&mut self) -> Value {
+        let line = tokio::time::timeout(BOOT_PATIENCE, self.lines.next_line()).await;
+        let line = line.expect("the monitor answers").unwrap().expect("the machine runs");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    async fn execute(&mut self, command: &str, arguments: &Value) {
+        use tokio::io::AsyncWriteExt;
+        let mut message = serde_json::json!({ "execute": command });
+        if !arguments.is_null() {
+            message["arguments"] = arguments.clone();
+        }
+        self.input.write_all(message.to_string().as_bytes()).await.unwrap();
+        loop {
+            let answer = self.next().await;
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if answer.get("return").is_some() {
+                return;
+            }
+        }
+    }
+
+    async fn event(&mut self, name: &str, device: &str) {
+        loop {
+            let message = self.next().await;
+            if message["event"] == name && message["data"]["device"] == device {
+                return;
+            }
+        }
+    }
 }

@@ -113,6 +113,14 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     report.check(&own("the daemon is protected"), checks::protected(address, kind)).await;
     report.check(&own("cgroup v2 with controllers"), checks::cgroups(address)).await;
     report.check(&own("orphans and statuses"), checks::orphans(address)).await;
+    let socket = guest.vsock_socket();
+    report.check(&own("vsock: the example client"), checks::example(&socket)).await;
+    let replaced = async {
+        guest.replace_vsock().await;
+        checks::vsock_is_back(&guest.tcp()).await;
+        checks::commands(&guest.vsock()).await;
+    };
+    report.check(&own("vsock: the device goes and comes back"), replaced).await;
     if kind == Kind::Systemd {
         report.check(&own("no unit failed"), checks::units(address)).await;
     }

@@ -104,12 +104,16 @@ fn vsock() {
         eprintln!("SKIPPED: this kernel has no /dev/vsock");
         return;
     }
-    let daemon = Daemon::start(&["--listen", "vsock://49983"]);
-    assert!(daemon.addresses().contains(&"vsock://49983".to_owned()), "{:?}", daemon.addresses());
+    // In a guest the usual port is that of the guest's own daemon.
+    let port = 100_000 + std::process::id();
+    let address = format!("vsock://{port}");
+    let daemon = Daemon::start(&["--listen", &address]);
+    assert!(daemon.addresses().contains(&address), "{:?}", daemon.addresses());
     // A second daemon cannot have the same port: the first really is bound to it.
-    let (code, _, log) = run(&["--listen", "vsock://49983"]);
+    let (code, _, log) = run(&["--listen", &address]);
     assert_eq!(code, 1, "{log}");
-    assert!(log.contains("cannot listen on vsock://49983: Address already in use"), "{log}");
+    let taken = format!("cannot listen on {address}: Address already in use");
+    assert!(log.contains(&taken), "{log}");
     // VMADDR_CID_LOCAL, which never leaves this kernel.
     let socket = nix::sys::socket::socket(
         nix::sys::socket::AddressFamily::Vsock,
@@ -118,7 +122,7 @@ fn vsock() {
         None,
     )
     .unwrap();
-    let loopback = nix::sys::socket::VsockAddr::new(1, 49983);
+    let loopback = nix::sys::socket::VsockAddr::new(1, port);
     match nix::sys::socket::connect(socket.as_raw_fd(), &loopback) {
         Ok(()) => health(std::fs::File::from(socket)),
         Err(error) => {

@@ -911,7 +911,7 @@ async fn no_keepalive_interval_is_dangerous() {
 async fn the_timeout_kills_and_others_see_how_it_ended() {
     let daemon = Daemon::start(&[]);
     let client = client(&daemon);
-    let limited = client.clone().with("connect-timeout-ms", "1000");
+    let limited = client.clone().with("connect-timeout-ms", "3000");
     let begun = Instant::now();
     let mut process = begin(&limited, &sh("trap '' TERM; echo on; exec sleep 1000")).await;
     process.until_it_says("on").await;
@@ -932,7 +932,7 @@ async fn the_timeout_kills_and_others_see_how_it_ended() {
 async fn the_timeout_counts_without_the_client() {
     let daemon = Daemon::start(&[]);
     let client = client(&daemon);
-    let limited = client.clone().with("connect-timeout-ms", "300");
+    let limited = client.clone().with("connect-timeout-ms", "3000");
     let process = begin(&limited, &start("sleep", &["1000"])).await;
     let id = process.pid;
     drop(process);

@@ -166,7 +166,7 @@ async fn the_deadline_of_a_start_is_the_life_of_its_process() {
     let daemon = Daemon::start(&[]);
     for wire in WIRES {
         // gRPC's own deadline ends the call alone; this header ends the process, in any protocol.
-        let client = Client::new(&daemon, wire).with("connect-timeout-ms", "300");
+        let client = Client::new(&daemon, wire).with("connect-timeout-ms", "1000");
         let mut events = client.stream(START, &start("sleep", &["1000"])).await.unwrap();
         started(&mut events).await;
         let error = events.next().await.unwrap_err();

@@ -17,7 +17,6 @@ pub(super) fn of_files(error: &FsError) -> Status {
         Kind::FailedPrecondition => Code::FailedPrecondition,
         Kind::Internal => Code::Internal,
         Kind::NoSpace | Kind::ResourceExhausted => Code::ResourceExhausted,
-        Kind::Unimplemented => Code::Unimplemented,
     };
     Status::new(code, error.to_string())
 }

@@ -27,8 +27,6 @@ pub enum Kind {
     NoSpace,
     /// A bound of this daemon was reached.
     ResourceExhausted,
-    /// Not offered.
-    Unimplemented,
 }
 
 /// A failed system call on a path, printed as Go prints it: `lstat /x: no such file or directory`.

@@ -1,8 +1,8 @@
 //! `GET /files`: the content of one file, always as it is.
 //!
 //! Upstream compresses nearly every download, because nearly every client says that it accepts
-//! gzip; that costs it a factor of thirty in speed on a link that is a socket away. Here a download
-//! is sent uncompressed, with its length.
+//! gzip; on a link that is a socket away that only costs time. Here a download is sent
+//! uncompressed, with its length.
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
 

@@ -192,7 +192,16 @@ impl Client {
         let path: http::uri::PathAndQuery = path.parse().unwrap();
         match soon("a gRPC call", client.streaming(request, path, codec)).await {
             Ok(response) => Ok(Messages(Source::Grpc(Box::new(response.into_inner())))),
-            Err(status) => Err(Failure::of(&status)),
+            Err(status) => {
+                let mut failure = Failure::of(&status);
+                // "transport error" alone helps nobody.
+                let mut source = std::error::Error::source(&status);
+                while let Some(cause) = source {
+                    failure.message.push_str(&format!(": {cause}"));
+                    source = cause.source();
+                }
+                Err(failure)
+            }
         }
     }
 

@@ -62,6 +62,7 @@ async fn outcome(mut events: Messages<StartResponse>) -> (Vec<u8>, Vec<u8>, i32,
             }
             Event::Keepalive(_) => {}
             Event::Start(_) => panic!("a second start"),
+            Event::Gap(gap) => panic!("nobody asked for offsets: {gap:?}"),
         }
     }
 }
@@ -90,7 +91,11 @@ async fn random_bytes_through_cat_come_back_in_every_protocol() {
         let mut events = client.stream(START, &start("cat", &[])).await.unwrap();
         let process = started(&mut events).await;
         for piece in bytes.chunks(10_000) {
-            let request = SendInputRequest { process: pid(process), input: stdin(piece) };
+            let request = SendInputRequest {
+                process: pid(process),
+                input: stdin(piece),
+                ..Default::default()
+            };
             let _: SendInputResponse =
                 client.unary("/process.Process/SendInput", &request).await.unwrap();
         }
@@ -114,9 +119,9 @@ async fn a_client_stream_in_every_protocol() {
         let message = |event| StreamInputRequest { event: Some(event) };
         let messages = [
             message(Event::Start(StartEvent { process: pid(process) })),
-            message(Event::Data(DataEvent { input: stdin(b"abc") })),
+            message(Event::Data(DataEvent { input: stdin(b"abc"), offset: None })),
             message(Event::Keepalive(KeepAlive {})),
-            message(Event::Data(DataEvent { input: stdin(b"def") })),
+            message(Event::Data(DataEvent { input: stdin(b"def"), offset: None })),
         ];
         let mut answer: Messages<StreamInputResponse> =
             client.streams("/process.Process/StreamInput", &messages).await.unwrap();
@@ -173,7 +178,7 @@ async fn the_deadline_of_a_start_is_the_life_of_its_process() {
         assert_eq!(error.code, "deadline_exceeded", "{wire:?}");
         let client = Client::new(&daemon, wire);
         loop {
-            let list: ListResponse = client.unary(LIST, &ListRequest {}).await.unwrap();
+            let list: ListResponse = client.unary(LIST, &ListRequest::default()).await.unwrap();
             if list.processes.is_empty() {
                 break;
             }
@@ -195,19 +200,20 @@ async fn a_process_outlives_its_client_and_is_found_again() {
         let process = started(&mut events).await;
         drop(events);
 
-        let list: ListResponse = client.unary(LIST, &ListRequest {}).await.unwrap();
+        let list: ListResponse = client.unary(LIST, &ListRequest::default()).await.unwrap();
         assert_eq!(list.processes.len(), 1, "{wire:?}");
         assert_eq!(list.processes[0].pid, process, "{wire:?}");
         assert_eq!(list.processes[0].config.as_ref().unwrap().cmd, "cat", "{wire:?}");
 
         let tag = Some(ProcessSelector { selector: Some(Selector::Tag("mine".into())) });
-        let request = ConnectRequest { process: tag.clone() };
+        let request = ConnectRequest { process: tag.clone(), ..Default::default() };
         let mut again: Messages<ConnectResponse> =
             client.stream("/process.Process/Connect", &request).await.unwrap();
         let first = again.next().await.unwrap().unwrap().event.unwrap().event.unwrap();
         assert!(matches!(first, Event::Start(start) if start.pid == process), "{wire:?}");
 
-        let request = SendInputRequest { process: tag.clone(), input: stdin(b"again") };
+        let request =
+            SendInputRequest { process: tag.clone(), input: stdin(b"again"), ..Default::default() };
         let _: SendInputResponse =
             client.unary("/process.Process/SendInput", &request).await.unwrap();
         let data = again.next().await.unwrap().unwrap().event.unwrap().event.unwrap();
@@ -217,7 +223,11 @@ async fn a_process_outlives_its_client_and_is_found_again() {
             "{wire:?}: {data:?}"
         );
 
-        let request = SendSignalRequest { process: tag, signal: Signal::Sigterm.into() };
+        let request = SendSignalRequest {
+            process: tag,
+            signal: Signal::Sigterm.into(),
+            ..Default::default()
+        };
         let _: SendSignalResponse =
             client.unary("/process.Process/SendSignal", &request).await.unwrap();
         let end = again.next().await.unwrap().unwrap().event.unwrap().event.unwrap();

@@ -29,7 +29,7 @@ pub(crate) async fn run(channel: Channel, mut command: Vec<String>) -> Result<()
                 None => {}
             },
             Some(Event::End(end)) => writeln!(io::stderr(), "{}", end.status)?,
-            Some(Event::Start(_) | Event::Keepalive(_)) | None => {}
+            Some(Event::Start(_) | Event::Gap(_) | Event::Keepalive(_)) | None => {}
         }
     }
     Ok(())

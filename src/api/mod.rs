@@ -4,6 +4,7 @@ pub mod filesystem;
 pub mod identity;
 pub mod keepalive;
 pub mod legacy;
+mod outcome;
 pub mod process;
 mod status;
 

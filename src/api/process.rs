@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     identity,
     keepalive::{self, Source, Step},
-    status,
+    outcome, status,
 };
 use crate::{
     fs::path,
@@ -39,6 +39,7 @@ impl Processes {
         match selector.and_then(|selector| selector.selector) {
             Some(process_selector::Selector::Pid(pid)) => Ok(Selector::Pid(pid)),
             Some(process_selector::Selector::Tag(tag)) => Ok(Selector::Tag(tag)),
+            Some(process_selector::Selector::ProcessId(_)) => Err(Status::unimplemented("")),
             None => Err(Status::unimplemented(
                 "invalid input type: the field `process` must select by pid or tag",
             )),
@@ -208,7 +209,7 @@ impl Process for Processes {
                 }
             }
         }
-        Ok(Response::new(pb::StreamInputResponse {}))
+        Ok(Response::new(pb::StreamInputResponse { accepted_offset: 0 }))
     }
 
     async fn send_input(
@@ -218,7 +219,7 @@ impl Process for Processes {
         let message = request.into_inner();
         let process = self.live(message.process)?;
         Self::write(&process, message.input).await?;
-        Ok(Response::new(pb::SendInputResponse {}))
+        Ok(Response::new(pb::SendInputResponse { accepted_offset: 0 }))
     }
 
     async fn send_signal(
@@ -227,17 +228,28 @@ impl Process for Processes {
     ) -> Result<Response<pb::SendSignalResponse>, Status> {
         let message = request.into_inner();
         let process = self.live(message.process)?;
-        let signal = match pb::Signal::try_from(message.signal) {
-            Ok(pb::Signal::Sigkill | pb::Signal::Sigterm) => message.signal,
-            Ok(pb::Signal::Unspecified) => {
-                return Err(Status::unimplemented("invalid signal: SIGNAL_UNSPECIFIED"));
-            }
-            Err(_) => {
-                return Err(Status::unimplemented(format!("invalid signal: {}", message.signal)));
-            }
+        // Real-time signals have numbers only, which proto3 enums carry as well.
+        let signal = match message.signal {
+            0 => return Err(Status::unimplemented("invalid signal: SIGNAL_UNSPECIFIED")),
+            signal @ 1..=64 => signal,
+            other => return Err(Status::unimplemented(format!("invalid signal: {other}"))),
         };
         process.signal(signal).map_err(|error| status::of_signal(&error))?;
         Ok(Response::new(pb::SendSignalResponse {}))
+    }
+
+    async fn read(
+        &self,
+        _: Request<pb::ReadRequest>,
+    ) -> Result<Response<pb::ReadResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn wait(
+        &self,
+        _: Request<pb::WaitRequest>,
+    ) -> Result<Response<pb::WaitResponse>, Status> {
+        Err(Status::unimplemented(""))
     }
 
     async fn close_stdin(
@@ -293,7 +305,7 @@ fn event(event: PbEvent) -> pb::ProcessEvent {
 }
 
 fn started(pid: u32) -> pb::ProcessEvent {
-    event(PbEvent::Start(pb::process_event::StartEvent { pid }))
+    event(PbEvent::Start(pb::process_event::StartEvent { pid, ..Default::default() }))
 }
 
 fn output(channel: Channel, data: bytes::Bytes) -> pb::ProcessEvent {
@@ -302,16 +314,11 @@ fn output(channel: Channel, data: bytes::Bytes) -> pb::ProcessEvent {
         Channel::Stderr => Output::Stderr(data),
         Channel::Pty => Output::Pty(data),
     };
-    event(PbEvent::Data(pb::process_event::DataEvent { output: Some(output) }))
+    event(PbEvent::Data(pb::process_event::DataEvent { output: Some(output), offset: 0 }))
 }
 
 fn ended(ending: Ending) -> pb::ProcessEvent {
-    event(PbEvent::End(pb::process_event::EndEvent {
-        exit_code: ending.exit_code,
-        exited: ending.exited,
-        status: ending.status,
-        error: ending.error,
-    }))
+    event(PbEvent::End(outcome::end_event(ending, 0)))
 }
 
 fn info(process: &process::Process) -> pb::ProcessInfo {
@@ -324,6 +331,7 @@ fn info(process: &process::Process) -> pb::ProcessInfo {
         }),
         pid: process.pid(),
         tag: process.tag().map(str::to_owned),
+        ..Default::default()
     }
 }
 

@@ -1,12 +1,86 @@
-//! How a process ended, in upstream's words.
+//! How a process ended: the truth, and beside it upstream's words for it.
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, SystemTime},
+};
 
 use crate::sys::{errno, pidfd::Exit};
+
+/// The truth about an ending.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It exited by itself.
+    Exited {
+        /// With this code.
+        code: i32,
+    },
+    /// A signal ended it.
+    Signalled {
+        /// The signal's number.
+        signal: i32,
+        /// Whether the kernel wrote a core dump.
+        core_dumped: bool,
+    },
+    /// The kernel killed it for want of memory.
+    OomKilled {
+        /// How many processes of the tree were killed so.
+        kills: u64,
+        /// The tree's own limit in bytes, if it had one.
+        memory_limit: Option<u64>,
+    },
+    /// Its own time limit was reached and it was made to end.
+    TimedOut {
+        /// The limit.
+        timeout: Duration,
+        /// How it went then.
+        exit: Exit,
+    },
+    /// The command was never executed.
+    SpawnFailed {
+        /// What the kernel said.
+        errno: i32,
+    },
+    /// Somebody else has taken its exit status.
+    Lost {
+        /// What the kernel said instead.
+        reason: String,
+    },
+}
+
+/// What a process has used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processor time in user mode.
+    pub cpu_user: Duration,
+    /// Processor time in the kernel.
+    pub cpu_system: Duration,
+    /// The most memory at one time, in bytes.
+    pub memory_peak: u64,
+    /// The memory now, in bytes.
+    pub memory: u64,
+    /// Bytes read from block devices.
+    pub io_read: u64,
+    /// Bytes written to block devices.
+    pub io_write: u64,
+    /// Processes and threads now.
+    pub pids: u64,
+    /// Whether all that descends from the process is counted, and not only those of its children
+    /// that it has waited for.
+    pub whole_tree: bool,
+}
 
 /// How a process ended. Clients compare the texts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ending {
+    /// The truth.
+    pub outcome: Outcome,
+    /// The limits that the tree ran into during its life, by the names of their cgroup files.
+    pub limits_hit: Vec<&'static str>,
+    /// What it used.
+    pub usage: Usage,
+    /// When its exit was seen.
+    pub exited_at: SystemTime,
     /// The exit code, or -1 when a signal ended it.
     pub exit_code: i32,
     /// Whether it exited by itself.
@@ -15,7 +89,7 @@ pub struct Ending {
     pub status: String,
     /// The status again, unless the process exited with 0.
     pub error: Option<String>,
-    /// Whether its time ran out.
+    /// Whether the deadline of the call that started it has ended it.
     pub timed_out: bool,
 }
 
@@ -34,17 +108,35 @@ impl Ending {
             Exit::Exited(0) => timed_out.then(|| "context deadline exceeded".to_owned()),
             _ => Some(status.clone()),
         };
-        Self { exit_code, exited, status, error, timed_out }
+        let outcome = match exit {
+            Exit::Exited(code) => Outcome::Exited { code },
+            Exit::Signalled { signal, core_dumped } => Outcome::Signalled { signal, core_dumped },
+        };
+        Self { exit_code, exited, status, error, timed_out, ..Self::of(outcome) }
+    }
+
+    fn of(outcome: Outcome) -> Self {
+        Self {
+            outcome,
+            limits_hit: Vec::new(),
+            usage: Usage::default(),
+            exited_at: SystemTime::now(),
+            exit_code: -1,
+            exited: false,
+            status: String::new(),
+            error: None,
+            timed_out: false,
+        }
     }
 
     /// The ending of a process whose exit status somebody else has taken.
     pub(super) fn unknown(error: &io::Error, timed_out: bool) -> Self {
+        let reason = format!("wait: {}", errno::text_of(error));
         Self {
-            exit_code: -1,
-            exited: false,
             status: "wait error".to_owned(),
-            error: Some(format!("wait: {}", errno::text_of(error))),
+            error: Some(reason.clone()),
             timed_out,
+            ..Self::of(Outcome::Lost { reason })
         }
     }
 }
@@ -86,6 +178,12 @@ pub fn signal_name(signal: i32) -> String {
         other => return format!("signal {other}"),
     };
     name.to_owned()
+}
+
+/// A signal's constant, as in `SIGKILL`; `SIG34` for one without a name.
+pub fn signal_constant(signal: i32) -> String {
+    nix::sys::signal::Signal::try_from(signal)
+        .map_or_else(|_| format!("SIG{signal}"), |signal| signal.as_str().to_owned())
 }
 
 #[cfg(test)]

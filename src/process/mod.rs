@@ -31,7 +31,7 @@ pub mod supervise;
 #[cfg(test)]
 mod tests;
 
-pub use ending::Ending;
+pub use ending::{Ending, Outcome, Usage};
 pub use input::InputError;
 pub use journal::{Channel, Event, Subscription};
 pub use live::{Process, ResizeError, SignalError};

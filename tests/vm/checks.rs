@@ -77,6 +77,7 @@ async fn outcome(mut events: Messages<StartResponse>) -> (Vec<u8>, Vec<u8>, i32)
                 Output::Stderr(bytes) => stderr.extend_from_slice(&bytes),
             },
             Event::End(end) => return (stdout, stderr, end.exit_code),
+            Event::Gap(gap) => panic!("nobody asked for offsets: {gap:?}"),
             Event::Keepalive(_) | Event::Start(_) => {}
         }
     }
@@ -131,7 +132,7 @@ pub(crate) async fn cat(address: &str) {
         let (pid, events) = events(&client, &request).await;
         for piece in bytes.chunks(50_000) {
             let input = Some(ProcessInput { input: Some(Input::Stdin(piece.to_vec().into())) });
-            let request = SendInputRequest { process: of(pid), input };
+            let request = SendInputRequest { process: of(pid), input, ..Default::default() };
             let _: SendInputResponse =
                 client.unary("/process.Process/SendInput", &request).await.unwrap();
         }
@@ -151,7 +152,7 @@ pub(crate) async fn terminal(address: &str) {
     let request = UpdateRequest { process: of(pid), pty: size(100) };
     let _: UpdateResponse = client.unary("/process.Process/Update", &request).await.unwrap();
     let input = Some(ProcessInput { input: Some(Input::Pty(b"go\n"[..].into())) });
-    let request = SendInputRequest { process: of(pid), input };
+    let request = SendInputRequest { process: of(pid), input, ..Default::default() };
     let _: SendInputResponse = client.unary("/process.Process/SendInput", &request).await.unwrap();
     let (screen, _, code) = outcome(events).await;
     let screen = String::from_utf8_lossy(&screen);
@@ -312,7 +313,8 @@ pub(crate) async fn orphans(address: &str) {
         .buffer_unordered(16)
         .collect()
         .await;
-    let list: ListResponse = client.unary("/process.Process/List", &ListRequest {}).await.unwrap();
+    let list: ListResponse =
+        client.unary("/process.Process/List", &ListRequest::default()).await.unwrap();
     assert_eq!(list.processes.len(), managed.len(), "all of them live at the same time");
 
     // Each of a hundred commands leaves a hundred orphans behind.

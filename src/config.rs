@@ -7,7 +7,13 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use lexopt::{Arg, Parser, ValueExt};
 
-use crate::wire::listen::{Address, ListenError, Place};
+use crate::{
+    process::{
+        self,
+        options::{MAX_OUTPUT_WINDOW, MIN_OUTPUT_WINDOW, MIN_RETENTION},
+    },
+    wire::listen::{Address, ListenError, Place},
+};
 
 /// The port that E2B's clients and proxies expect.
 pub const DEFAULT_PORT: u16 = 49983;
@@ -42,6 +48,22 @@ Limits:
                           that it has begun (default 60)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
+
+Processes:
+  --max-processes N       at the same time (default 4096)
+  --output-window N       bytes of output that a process's journal keeps in memory, and that a
+                          reader may be behind (default 1048576)
+  --output-total N        bytes of output of all processes in memory; beyond it what nobody reads
+                          goes sooner (default 268435456)
+  --output-stall-timeout N  seconds that a reader may hold up a process without taking anything
+                          (default 30)
+  --spill-dir PATH        where output goes that a client wants kept on disk
+                          (default /run/envd/journal)
+  --drain-grace N         milliseconds that the end of a process waits for background children
+                          that hold its output open (default 250)
+  --retention N           seconds that an ended process is kept, with its output
+                          (default 600, at least 30)
+  --max-retained N        ended processes that are kept (default 256)
 
 Other:
   -isnotfc                not in a Firecracker VM
@@ -90,6 +112,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// The time that running calls have after SIGTERM.
     pub shutdown_grace: Duration,
+    /// The bounds of processes and their output.
+    pub processes: process::Options,
     /// Not in a Firecracker VM.
     pub is_not_fc: bool,
     /// Do not use cgroups.
@@ -154,6 +178,7 @@ impl Config {
             stall_timeout: crate::wire::STALL_TIMEOUT,
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: Duration::from_secs(5),
+            processes: process::Options::default(),
             is_not_fc: false,
             no_cgroups: false,
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
@@ -200,6 +225,39 @@ impl Config {
                 }
                 Arg::Long("shutdown-grace") => {
                     config.shutdown_grace = seconds("shutdown-grace", 0, &mut parser)?;
+                }
+                Arg::Long("max-processes") => {
+                    let value = parser.value()?.parse()?;
+                    config.processes.max_processes = within("max-processes", value, 1, 1 << 20)?;
+                }
+                Arg::Long("output-window") => {
+                    let (min, max) = (MIN_OUTPUT_WINDOW as u64, MAX_OUTPUT_WINDOW as u64);
+                    let value = parser.value()?.parse()?;
+                    config.processes.output_window = within("output-window", value, min, max)?;
+                }
+                Arg::Long("output-total") => {
+                    let value = parser.value()?.parse()?;
+                    config.processes.output_total = within("output-total", value, 0, 1 << 40)?;
+                }
+                Arg::Long("output-stall-timeout") => {
+                    config.processes.stall_limit = seconds("output-stall-timeout", 1, &mut parser)?;
+                }
+                Arg::Long("spill-dir") => {
+                    let dir = filled("spill-dir", parser.value()?.string()?)?;
+                    config.processes.spill_dir = dir.into();
+                }
+                Arg::Long("drain-grace") => {
+                    let value = parser.value()?.parse()?;
+                    let grace = within("drain-grace", value, 0, 60_000)?;
+                    config.processes.drain_grace = Duration::from_millis(grace as u64);
+                }
+                Arg::Long("retention") => {
+                    let least = MIN_RETENTION.as_secs();
+                    config.processes.retention = seconds("retention", least, &mut parser)?;
+                }
+                Arg::Long("max-retained") => {
+                    let value = parser.value()?.parse()?;
+                    config.processes.max_retained = within("max-retained", value, 0, 1 << 20)?;
                 }
                 Arg::Long("cgroup-root") => config.cgroup_root = parser.value()?.into(),
                 Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,
@@ -347,6 +405,9 @@ mod tests {
             (&["--ready", "1024"], "--ready"),
             (&["--max-connections", "0"], "--max-connections"),
             (&["--max-message-bytes", "1"], "--max-message-bytes"),
+            (&["--output-window", "1"], "--output-window"),
+            (&["--retention", "29"], "--retention"),
+            (&["--drain-grace", "60001"], "--drain-grace"),
             (&["--default-workdir", "relative"], "--default-workdir"),
             (&["--default-user", ""], "--default-user"),
         ] {

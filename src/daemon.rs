@@ -27,7 +27,7 @@ use crate::{
     fs::{transfer::Writers, watch::Hub},
     guest::{boot::Times, limits, notify, ready, users::Users},
     http,
-    process::Manager,
+    process::{self, Manager},
     sandbox::{Defaults, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
     wire::{
         self, Body, Limits, dial,
@@ -196,7 +196,10 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
     let env = vec![("E2B_SANDBOX".to_owned(), (!config.is_not_fc).to_string())];
     let files = Pool::for_files();
     let sandbox = Sandbox {
-        processes: Manager::with_nofile(limits::raise_open_files()),
+        processes: Manager::new(process::Options {
+            nofile: limits::raise_open_files(),
+            ..config.processes.clone()
+        }),
         watches: Hub::new(Arc::clone(&users), Arc::clone(&files)),
         users,
         files,

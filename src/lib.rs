@@ -28,5 +28,6 @@ pub mod process;
 pub mod proto;
 pub mod quote;
 pub mod sandbox;
+mod sync;
 pub mod sys;
 pub mod wire;

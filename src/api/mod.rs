@@ -1,12 +1,15 @@
 //! The RPC services: protobuf to domain and back. No logic of their own.
 
+mod events;
 pub mod filesystem;
 pub mod identity;
 pub mod keepalive;
 pub mod legacy;
 mod outcome;
 pub mod process;
+pub mod read;
 mod status;
+pub mod wait;
 
 use std::sync::Arc;
 

@@ -6,18 +6,19 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    identity,
-    keepalive::{self, Source, Step},
-    outcome, status,
+    events::{self, Follow, Stop},
+    identity, keepalive, outcome, read, status, wait,
 };
 use crate::{
     fs::path,
     guest::users::User,
-    process::{self, Channel, Ending, Event, Found, Selector, StartSpec, Stdio, Subscription},
-    proto::process::{
-        self as pb, process_event::Event as PbEvent, process_event::data_event::Output,
-        process_selector, process_server::Process, stream_input_request,
+    process::{
+        self, Attach, Found, Selector, StartSpec, Stdio,
+        journal::Bounds,
+        options::{self, Options},
     },
+    proto::process::{self as pb, process_selector, process_server::Process, stream_input_request},
+    quote,
     sandbox::Sandbox,
     sys,
     wire::timeout,
@@ -39,9 +40,9 @@ impl Processes {
         match selector.and_then(|selector| selector.selector) {
             Some(process_selector::Selector::Pid(pid)) => Ok(Selector::Pid(pid)),
             Some(process_selector::Selector::Tag(tag)) => Ok(Selector::Tag(tag)),
-            Some(process_selector::Selector::ProcessId(_)) => Err(Status::unimplemented("")),
+            Some(process_selector::Selector::ProcessId(id)) => Ok(Selector::Id(id)),
             None => Err(Status::unimplemented(
-                "invalid input type: the field `process` must select by pid or tag",
+                "invalid input type: the field `process` must select by pid, tag or process_id",
             )),
         }
     }
@@ -51,18 +52,27 @@ impl Processes {
         self.sandbox.processes.live(&selector).ok_or_else(|| not_found(&selector))
     }
 
+    fn find(&self, selector: Option<pb::ProcessSelector>) -> Result<Found, Status> {
+        let selector = Self::selector(selector)?;
+        self.sandbox.processes.find(&selector).ok_or_else(|| not_found(&selector))
+    }
+
+    /// Writes, and returns how much input the process has been given in all.
     async fn write(
         process: &process::Process,
         input: Option<pb::ProcessInput>,
-    ) -> Result<(), Status> {
+        offset: Option<u64>,
+    ) -> Result<u64, Status> {
         use pb::process_input::Input;
         match input.and_then(|input| input.input) {
-            Some(Input::Stdin(data)) => {
-                process.write_stdin(data).await.map_err(|error| status::of_input("stdin", &error))
-            }
-            Some(Input::Pty(data)) => {
-                process.write_pty(data).await.map_err(|error| status::of_input("tty", &error))
-            }
+            Some(Input::Stdin(data)) => process
+                .write_stdin(data, offset)
+                .await
+                .map_err(|error| status::of_input("stdin", &error)),
+            Some(Input::Pty(data)) => process
+                .write_pty(data, offset)
+                .await
+                .map_err(|error| status::of_input("tty", &error)),
             None => Err(Status::unimplemented(
                 "invalid input type: the field `input` must have stdin or pty",
             )),
@@ -100,7 +110,10 @@ impl Processes {
             }
             None => Stdio::Pipes { stdin: request.stdin.unwrap_or(true) },
         };
+        let options = self.sandbox.processes.options();
         Ok(StartSpec {
+            id: identity_of(request.process_id)?,
+            output: bounds(request.output.unwrap_or_default(), options)?,
             cmd: config.cmd,
             args: config.args,
             requested_env,
@@ -121,9 +134,12 @@ type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Process for Processes {
     async fn list(
         &self,
-        _: Request<pb::ListRequest>,
+        request: Request<pb::ListRequest>,
     ) -> Result<Response<pb::ListResponse>, Status> {
-        let processes = self.sandbox.processes.list().iter().map(|process| info(process)).collect();
+        // Without a user nobody's environment is shown.
+        let caller = identity::caller(request.extensions(), &self.sandbox).ok();
+        let found = self.sandbox.processes.list(request.into_inner().include_ended);
+        let processes = found.iter().map(|found| info(found, caller.as_deref())).collect();
         Ok(Response::new(pb::ListResponse { processes }))
     }
 
@@ -138,13 +154,18 @@ impl Process for Processes {
         let interval = keepalive::interval(&metadata);
         // Of whatever protocol: this header, and no other, limits the life of the process.
         let timeout = timeout::connect(&metadata.into_headers())?.filter(|t| !t.is_zero());
+        let stop = message.stop_on_disconnect;
         let spec = self.spec(message, &user, timeout)?;
-        let (process, subscription) =
+        let (found, subscription) =
             self.sandbox.processes.start(spec).await.map_err(|error| status::of_start(&error))?;
-        tracing::info!(pid = process.pid(), user = user.name, "process started");
-        let follow = Follow { subscription, starter: true };
-        let events = keepalive::stream(started(process.pid()), follow, interval);
-        Ok(Response::new(Box::pin(wrap(events, |event| pb::StartResponse { event: Some(event) }))))
+        tracing::info!(pid = found.record().pid, user = user.name, "process started");
+        let stop = match &found {
+            Found::Live(process) if stop => Some(Stop::new(process)),
+            _ => None,
+        };
+        let follow = Follow { subscription, starter: true, stop };
+        let respond = |event| pb::StartResponse { event: Some(event) };
+        Ok(Response::new(Box::pin(events::stream(&found, follow, interval, respond))))
     }
 
     type ConnectStream = EventStream<pb::ConnectResponse>;
@@ -154,20 +175,13 @@ impl Process for Processes {
         request: Request<pb::ConnectRequest>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let interval = keepalive::interval(request.metadata());
-        let selector = Self::selector(request.into_inner().process)?;
-        let found = self.sandbox.processes.find(&selector).ok_or_else(|| not_found(&selector))?;
+        let message = request.into_inner();
+        let found = self.find(message.process)?;
+        let at = message.from_offset.map_or(Attach::Now, Attach::At);
+        let subscription = found.subscribe(at).map_err(|error| status::of_offset(&error))?;
+        let follow = Follow { subscription, starter: false, stop: None };
         let respond = |event| pb::ConnectResponse { event: Some(event) };
-        Ok(Response::new(match found {
-            Found::Live(process) => {
-                let follow = Follow { subscription: process.subscribe(), starter: false };
-                let events = keepalive::stream(started(process.pid()), follow, interval);
-                Box::pin(wrap(events, respond))
-            }
-            Found::Ended { pid, ending, .. } => {
-                let events = [started(pid), ended(ending)].map(|event| Ok(respond(event)));
-                Box::pin(futures_util::stream::iter(events))
-            }
-        }))
+        Ok(Response::new(Box::pin(events::stream(&found, follow, interval, respond))))
     }
 
     async fn update(
@@ -189,12 +203,14 @@ impl Process for Processes {
     ) -> Result<Response<pb::StreamInputResponse>, Status> {
         use stream_input_request::Event;
         let mut messages = request.into_inner();
-        let mut target = None;
+        let (mut target, mut accepted_offset) = (None, 0);
         while let Some(message) = messages.message().await? {
             match message.event {
                 Some(Event::Start(start)) => target = Some(self.live(start.process)?),
                 Some(Event::Data(data)) => match &target {
-                    Some(process) => Self::write(process, data.input).await?,
+                    Some(process) => {
+                        accepted_offset = Self::write(process, data.input, data.offset).await?;
+                    }
                     None => {
                         return Err(Status::failed_precondition(
                             "data came before a start event that selects the process",
@@ -209,7 +225,7 @@ impl Process for Processes {
                 }
             }
         }
-        Ok(Response::new(pb::StreamInputResponse { accepted_offset: 0 }))
+        Ok(Response::new(pb::StreamInputResponse { accepted_offset }))
     }
 
     async fn send_input(
@@ -218,8 +234,8 @@ impl Process for Processes {
     ) -> Result<Response<pb::SendInputResponse>, Status> {
         let message = request.into_inner();
         let process = self.live(message.process)?;
-        Self::write(&process, message.input).await?;
-        Ok(Response::new(pb::SendInputResponse { accepted_offset: 0 }))
+        let accepted_offset = Self::write(&process, message.input, message.offset).await?;
+        Ok(Response::new(pb::SendInputResponse { accepted_offset }))
     }
 
     async fn send_signal(
@@ -240,16 +256,20 @@ impl Process for Processes {
 
     async fn read(
         &self,
-        _: Request<pb::ReadRequest>,
+        request: Request<pb::ReadRequest>,
     ) -> Result<Response<pb::ReadResponse>, Status> {
-        Err(Status::unimplemented(""))
+        let message = request.into_inner();
+        let found = self.find(message.process.clone())?;
+        Ok(Response::new(read::read(&found, &message).await?))
     }
 
     async fn wait(
         &self,
-        _: Request<pb::WaitRequest>,
+        request: Request<pb::WaitRequest>,
     ) -> Result<Response<pb::WaitResponse>, Status> {
-        Err(Status::unimplemented(""))
+        let message = request.into_inner();
+        let found = self.find(message.process.clone())?;
+        Ok(Response::new(wait::wait(&found, message).await?))
     }
 
     async fn close_stdin(
@@ -262,77 +282,94 @@ impl Process for Processes {
     }
 }
 
-/// A subscriber's stream of events.
-struct Follow {
-    subscription: Subscription,
-    /// Whether this is the stream of the call that started the process.
-    starter: bool,
-}
-
-impl Source for Follow {
-    type Message = pb::ProcessEvent;
-
-    async fn next(&mut self) -> Option<Step<pb::ProcessEvent>> {
-        Some(match self.subscription.next().await? {
-            Event::Output { channel, data } => Step::Message(output(channel, data)),
-            // The starter asked for the time limit, and hears that it was reached, not what the
-            // kill looked like. Others see the ending.
-            Event::End(ending) if self.starter && ending.timed_out => {
-                Step::Error(Status::deadline_exceeded("context deadline exceeded"))
-            }
-            Event::End(ending) => Step::Last(ended(ending)),
-            Event::Detached => Step::Error(Status::resource_exhausted(
-                "this stream took no data while the process waited for it, and was let go; the process goes on",
-            )),
-        })
-    }
-
-    fn keepalive(&self) -> pb::ProcessEvent {
-        event(PbEvent::Keepalive(pb::process_event::KeepAlive {}))
-    }
-}
-
-fn wrap<T: 'static>(
-    events: impl Stream<Item = Result<pb::ProcessEvent, Status>> + Send + 'static,
-    respond: impl Fn(pb::ProcessEvent) -> T + Send + 'static,
-) -> impl Stream<Item = Result<T, Status>> + Send {
-    use futures_util::StreamExt;
-    events.map(move |event| event.map(&respond))
-}
-
-fn event(event: PbEvent) -> pb::ProcessEvent {
-    pb::ProcessEvent { event: Some(event) }
-}
-
-fn started(pid: u32) -> pb::ProcessEvent {
-    event(PbEvent::Start(pb::process_event::StartEvent { pid, ..Default::default() }))
-}
-
-fn output(channel: Channel, data: bytes::Bytes) -> pb::ProcessEvent {
-    let output = match channel {
-        Channel::Stdout => Output::Stdout(data),
-        Channel::Stderr => Output::Stderr(data),
-        Channel::Pty => Output::Pty(data),
+/// A process, as the caller may see it.
+fn info(found: &Found, caller: Option<&User>) -> pb::ProcessInfo {
+    let record = found.record();
+    let spec = &record.spec;
+    let may_see = caller.is_some_and(|caller| caller.uid == 0 || caller.uid == spec.user.uid);
+    let envs = match may_see {
+        true => spec.requested_env.clone().into_iter().collect(),
+        false => Default::default(),
     };
-    event(PbEvent::Data(pb::process_event::DataEvent { output: Some(output), offset: 0 }))
-}
-
-fn ended(ending: Ending) -> pb::ProcessEvent {
-    event(PbEvent::End(outcome::end_event(ending, 0)))
-}
-
-fn info(process: &process::Process) -> pb::ProcessInfo {
+    let (earliest_offset, next_offset) = found.range();
+    let ended = found.ended().map(|end| end.ending);
+    let state = match ended {
+        Some(_) => pb::ProcessState::Ended,
+        None => pb::ProcessState::Running,
+    };
+    let usage = match (&ended, found) {
+        (Some(ending), _) => Some(ending.usage),
+        (None, Found::Live(process)) => process.usage(),
+        (None, Found::Ended(_)) => None,
+    };
     pb::ProcessInfo {
         config: Some(pb::ProcessConfig {
-            cmd: process.cmd().to_owned(),
-            args: process.args().to_vec(),
-            envs: process.requested_env().clone().into_iter().collect(),
-            cwd: process.requested_cwd().map(str::to_owned),
+            cmd: spec.cmd.clone(),
+            args: spec.args.clone(),
+            envs,
+            cwd: spec.requested_cwd.clone(),
         }),
-        pid: process.pid(),
-        tag: process.tag().map(str::to_owned),
-        ..Default::default()
+        pid: record.pid,
+        tag: spec.tag.clone(),
+        process_id: record.id.clone(),
+        state: state.into(),
+        started_at: Some(outcome::timestamp(record.started_at)),
+        outcome: ended.as_ref().map(outcome::outcome),
+        usage: usage.as_ref().map(outcome::usage),
+        ended_at: ended.as_ref().map(|ending| outcome::timestamp(ending.exited_at)),
+        user: spec.user.name.clone(),
+        earliest_offset,
+        next_offset,
     }
+}
+
+/// The longest identity that a client may choose.
+const MAX_ID: usize = 128;
+
+fn identity_of(id: String) -> Result<Option<String>, Status> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
+    match id.as_str() {
+        "" => Ok(None),
+        text if text.len() <= MAX_ID && text.bytes().all(fits) => Ok(Some(id)),
+        text => Err(Status::invalid_argument(format!(
+            "the field `process_id` is '{}': it may have 1 to {MAX_ID} of the characters A-Z a-z \
+             0-9 . _ : -",
+            quote::text(text)
+        ))),
+    }
+}
+
+/// How large the journal of a process may get.
+fn bounds(output: pb::OutputOptions, options: &Options) -> Result<Bounds, Status> {
+    let (least, most) = (options::MIN_OUTPUT_WINDOW, options::MAX_OUTPUT_WINDOW);
+    let memory = match usize::try_from(output.memory_bytes).unwrap_or(usize::MAX) {
+        0 => options.output_window,
+        memory if (least..=most).contains(&memory) => memory,
+        _ => {
+            return Err(Status::invalid_argument(format!(
+                "the field `output.memory_bytes` is {}, which is not between {least} and {most}",
+                output.memory_bytes
+            )));
+        }
+    };
+    if output.spill_bytes > options::MAX_SPILL {
+        return Err(Status::invalid_argument(format!(
+            "the field `output.spill_bytes` is {}, and may be {} at most",
+            output.spill_bytes,
+            options::MAX_SPILL
+        )));
+    }
+    let block = match pb::AtBound::try_from(output.at_bound) {
+        Ok(pb::AtBound::DropOldest) => false,
+        Ok(pb::AtBound::Block) => true,
+        Err(_) => {
+            return Err(Status::invalid_argument(format!(
+                "the field `output.at_bound` is {}, which means nothing",
+                output.at_bound
+            )));
+        }
+    };
+    Ok(Bounds { memory, disk: output.spill_bytes, block })
 }
 
 /// Columns and rows, cut to the 16 bits that the kernel has for them.
@@ -345,5 +382,6 @@ fn not_found(selector: &Selector) -> Status {
     Status::not_found(match selector {
         Selector::Pid(pid) => format!("process with pid {pid} not found"),
         Selector::Tag(tag) => format!("process with tag {tag} not found"),
+        Selector::Id(id) => format!("process with process_id {id} not found"),
     })
 }

@@ -5,7 +5,7 @@ use tonic::{Code, Status};
 use crate::{
     blocking::Busy,
     fs::{FsError, Kind},
-    process::{InputError, ResizeError, SignalError, StartError},
+    process::{Beyond, InputError, ResizeError, SignalError, StartError},
 };
 
 /// The status of a file error.
@@ -24,9 +24,10 @@ pub(super) fn of_files(error: &FsError) -> Status {
 /// The status of a process that did not start.
 pub(super) fn of_start(error: &StartError) -> Status {
     let code = match error {
-        StartError::TooMany | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => {
+        StartError::TooMany { .. } | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => {
             Code::ResourceExhausted
         }
+        StartError::IdTaken(_) => Code::AlreadyExists,
         StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
             Code::InvalidArgument
         }
@@ -39,7 +40,16 @@ pub(super) fn of_start(error: &StartError) -> Status {
 
 /// The status of input that was not taken; `to` is `stdin` or `tty`.
 pub(super) fn of_input(to: &str, error: &InputError) -> Status {
-    Status::internal(format!("error writing to {to}: {error}"))
+    let code = match error {
+        InputError::Ahead { .. } => Code::OutOfRange,
+        _ => Code::Internal,
+    };
+    Status::new(code, format!("error writing to {to}: {error}"))
+}
+
+/// The status of an offset beyond the end.
+pub(super) fn of_offset(error: &Beyond) -> Status {
+    Status::out_of_range(error.to_string())
 }
 
 /// The status of an input that could not be closed.

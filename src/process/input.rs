@@ -3,8 +3,19 @@
 //! Writes go in the order in which they were called, each as a whole. One that blocks because the
 //! process does not read holds nothing but later writes: closing the input makes it fail, signals
 //! pass by, and dropping its future cancels it.
+//!
+//! A write may say at which position of the whole input it begins: what the process has been given
+//! already is left out then, so that a write whose answer was lost can be repeated.
 
-use std::{io, os::fd::OwnedFd, pin::pin, sync::Arc};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
@@ -49,6 +60,18 @@ pub enum InputError {
         /// What the kernel said.
         reason: String,
     },
+    /// The position lies ahead of the input.
+    #[error(
+        "input offset {offset} is ahead of the input of process '{pid}', which is at {accepted}"
+    )]
+    Ahead {
+        /// The position that was asked for.
+        offset: u64,
+        /// The process.
+        pid: u32,
+        /// How much it has been given.
+        accepted: u64,
+    },
     /// A terminal has no end of input, but a character that says so.
     #[error("cannot close stdin for PTY process — send Ctrl+D (0x04) instead")]
     CannotCloseTerminal,
@@ -60,11 +83,29 @@ pub(super) struct Input {
     fd: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
     closed: Notify,
     order: tokio::sync::Mutex<()>,
+    /// How many bytes the process has been given. Changed by whoever holds `order`.
+    accepted: AtomicU64,
+}
+
+/// Why a write failed.
+#[derive(Debug)]
+pub(super) enum WriteError {
+    /// The input is closed, or was closed meanwhile.
+    Closed,
+    /// It would begin ahead of the input, which is at this position.
+    Ahead(u64),
+    /// What the kernel said.
+    Os(io::Error),
 }
 
 impl Input {
     pub(super) fn new(fd: Option<Arc<AsyncFd<OwnedFd>>>) -> Self {
-        Self { fd: Mutex::new(fd), closed: Notify::new(), order: tokio::sync::Mutex::new(()) }
+        Self {
+            fd: Mutex::new(fd),
+            closed: Notify::new(),
+            order: tokio::sync::Mutex::new(()),
+            accepted: AtomicU64::new(0),
+        }
     }
 
     /// The descriptor, unless it is closed.
@@ -78,28 +119,47 @@ impl Input {
         self.closed.notify_waiters();
     }
 
-    /// Writes everything. `Ok(false)` when it is or gets closed; then a part may be written.
-    pub(super) async fn write(&self, mut data: Bytes) -> io::Result<bool> {
+    /// Writes everything from `offset` on that was not written before; without one, all of it.
+    /// Returns how much has been written in all. After an error, or when the future was dropped, a
+    /// part may be written.
+    pub(super) async fn write(
+        &self,
+        mut data: Bytes,
+        offset: Option<u64>,
+    ) -> Result<u64, WriteError> {
         let _turn = self.order.lock().await;
+        let accepted = self.accepted.load(Ordering::Relaxed);
+        match accepted.checked_sub(offset.unwrap_or(accepted)) {
+            None => return Err(WriteError::Ahead(accepted)),
+            Some(repeated) => {
+                let repeated = usize::try_from(repeated).unwrap_or(usize::MAX).min(data.len());
+                data.advance(repeated);
+                // Nothing to do, even where the input has been closed since.
+                if data.is_empty() && repeated > 0 {
+                    return Ok(accepted);
+                }
+            }
+        }
         let mut closed = pin!(self.closed.notified());
         // Registered before looking, so that a close in between is not missed.
         closed.as_mut().enable();
-        let Some(fd) = self.fd() else {
-            return Ok(false);
-        };
+        let fd = self.fd().ok_or(WriteError::Closed)?;
         while !data.is_empty() {
             let write = fd.async_io(Interest::WRITABLE, |fd| Ok(nix::unistd::write(fd, &data)?));
             tokio::select! {
                 biased;
-                () = &mut closed => return Ok(false),
+                () = &mut closed => return Err(WriteError::Closed),
                 written = write => match written {
-                    Ok(written) => data.advance(written),
+                    Ok(written) => {
+                        data.advance(written);
+                        self.accepted.fetch_add(written as u64, Ordering::Relaxed);
+                    }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
+                    Err(error) => return Err(WriteError::Os(error)),
                 },
             }
         }
-        Ok(true)
+        Ok(self.accepted.load(Ordering::Relaxed))
     }
 }
 

@@ -1,7 +1,6 @@
 //! A live process, as its callers see it.
 
 use std::{
-    collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -10,9 +9,11 @@ use bytes::Bytes;
 use tokio::io::unix::AsyncFd;
 
 use super::{
-    StartSpec, Stdio, Subscription,
-    input::{Input, InputError, stdin_error, terminal_error},
-    journal::{Journal, STALL_LIMIT},
+    Beyond, Stdio, Subscription, Usage,
+    input::{Input, InputError, WriteError, stdin_error, terminal_error},
+    journal::{Attach, Journal},
+    ports::Listening,
+    record::Record,
 };
 use crate::sys::{errno, pidfd, pty};
 
@@ -56,14 +57,7 @@ pub enum ResizeError {
 /// A process that was started here and has not been reported as ended.
 #[derive(Debug)]
 pub struct Process {
-    pid: u32,
-    /// The place in the order of starts.
-    pub(super) number: u64,
-    cmd: String,
-    args: Vec<String>,
-    requested_env: BTreeMap<String, String>,
-    requested_cwd: Option<String>,
-    tag: Option<String>,
+    record: Arc<Record>,
     is_pty: bool,
     pub(super) pidfd: AsyncFd<OwnedFd>,
     pub(super) input: Input,
@@ -72,55 +66,28 @@ pub struct Process {
 
 impl Process {
     pub(super) fn new(
-        pid: u32,
-        number: u64,
-        spec: StartSpec,
+        record: Record,
         pidfd: AsyncFd<OwnedFd>,
         input: Option<Arc<AsyncFd<OwnedFd>>>,
+        journal: Arc<Journal>,
     ) -> Self {
-        Self {
-            pid,
-            number,
-            cmd: spec.cmd,
-            args: spec.args,
-            requested_env: spec.requested_env,
-            requested_cwd: spec.requested_cwd,
-            tag: spec.tag,
-            is_pty: matches!(spec.stdio, Stdio::Pty { .. }),
-            pidfd,
-            input: Input::new(input),
-            journal: Arc::new(Journal::new(STALL_LIMIT)),
-        }
+        let is_pty = matches!(record.spec.stdio, Stdio::Pty { .. });
+        Self { record: Arc::new(record), is_pty, pidfd, input: Input::new(input), journal }
+    }
+
+    /// Who it is.
+    pub fn record(&self) -> &Arc<Record> {
+        &self.record
     }
 
     /// The process id: that of the command itself.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.record.pid
     }
 
     /// The tag that it was started with.
     pub fn tag(&self) -> Option<&str> {
-        self.tag.as_deref()
-    }
-
-    /// The command, as asked for.
-    pub fn cmd(&self) -> &str {
-        &self.cmd
-    }
-
-    /// The arguments, as asked for.
-    pub fn args(&self) -> &[String] {
-        &self.args
-    }
-
-    /// The variables, as asked for; defaults are not among them. They may hold secrets.
-    pub fn requested_env(&self) -> &BTreeMap<String, String> {
-        &self.requested_env
-    }
-
-    /// The working directory, as asked for.
-    pub fn requested_cwd(&self) -> Option<&str> {
-        self.requested_cwd.as_deref()
+        self.record.spec.tag.as_deref()
     }
 
     /// Whether it has a terminal.
@@ -128,39 +95,51 @@ impl Process {
         self.is_pty
     }
 
-    /// Subscribes to its output from now on, then its end.
-    pub fn subscribe(&self) -> Subscription {
-        self.journal.subscribe()
-    }
-
-    /// Writes to its stdin; waits while it does not read. Dropping the future cancels the rest.
+    /// Subscribes to its output.
     ///
     /// # Errors
-    /// It has a terminal instead, or its stdin is (or gets) closed at either end.
-    pub async fn write_stdin(&self, data: Bytes) -> Result<(), InputError> {
+    /// [`Beyond`] the end.
+    pub fn subscribe(&self, at: Attach) -> Result<Subscription, Beyond> {
+        self.journal.subscribe(at)
+    }
+
+    /// Writes to its stdin, at this position of its whole input or behind what was written last;
+    /// waits while it does not read. Returns how much it has been given in all. Dropping the future
+    /// cancels the rest.
+    ///
+    /// # Errors
+    /// It has a terminal instead, its stdin is (or gets) closed at either end, or the position is
+    /// ahead of the input.
+    pub async fn write_stdin(&self, data: Bytes, offset: Option<u64>) -> Result<u64, InputError> {
         if self.is_pty {
             return Err(InputError::HasTerminal);
         }
-        match self.input.write(data).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(InputError::Closed),
-            Err(error) => Err(stdin_error(self.pid, &error)),
-        }
+        let pid = self.pid();
+        self.input.write(data, offset).await.map_err(|error| match error {
+            WriteError::Closed => InputError::Closed,
+            WriteError::Ahead(accepted) => Self::ahead(pid, offset, accepted),
+            WriteError::Os(error) => stdin_error(pid, &error),
+        })
     }
 
     /// Writes to its terminal, as if typed. As [`Process::write_stdin`] otherwise.
     ///
     /// # Errors
-    /// It has no terminal, or has ended.
-    pub async fn write_pty(&self, data: Bytes) -> Result<(), InputError> {
+    /// It has no terminal, or has ended, or the position is ahead of the input.
+    pub async fn write_pty(&self, data: Bytes, offset: Option<u64>) -> Result<u64, InputError> {
         if !self.is_pty {
             return Err(InputError::NoTerminal);
         }
-        match self.input.write(data).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(InputError::TerminalClosed { pid: self.pid }),
-            Err(error) => Err(terminal_error(self.pid, &error)),
-        }
+        let pid = self.pid();
+        self.input.write(data, offset).await.map_err(|error| match error {
+            WriteError::Closed => InputError::TerminalClosed { pid },
+            WriteError::Ahead(accepted) => Self::ahead(pid, offset, accepted),
+            WriteError::Os(error) => terminal_error(pid, &error),
+        })
+    }
+
+    fn ahead(pid: u32, offset: Option<u64>, accepted: u64) -> InputError {
+        InputError::Ahead { offset: offset.unwrap_or_default(), pid, accepted }
     }
 
     /// Closes its stdin; no error when that is closed already. A write that blocks fails.
@@ -184,9 +163,27 @@ impl Process {
             Some(libc::ESRCH) => SignalError::Finished,
             _ => {
                 let reason = errno::text_of(&error);
-                SignalError::Failed { signal, pid: self.pid, reason }
+                SignalError::Failed { signal, pid: self.pid(), reason }
             }
         })
+    }
+
+    /// What it has used so far.
+    pub fn usage(&self) -> Option<Usage> {
+        None
+    }
+
+    /// Kills it and all that descends from it.
+    pub fn kill_tree(&self) {
+        let _ = self.signal(libc::SIGKILL);
+    }
+
+    /// The first socket of it, or of what descends from it, that listens on a port; on any for 0.
+    pub async fn listening(&self, port: u16) -> Option<Listening> {
+        let pid = self.pid();
+        let _ = pid;
+        let _ = port;
+        None
     }
 
     /// Sets the size of its terminal.
@@ -198,7 +195,9 @@ impl Process {
             return Err(ResizeError::NoTerminal);
         }
         let terminal = self.input.fd().ok_or(ResizeError::Finished)?;
-        pty::set_size(terminal.as_fd(), cols, rows)
-            .map_err(|error| ResizeError::Failed { pid: self.pid, reason: errno::text_of(&error) })
+        pty::set_size(terminal.as_fd(), cols, rows).map_err(|error| ResizeError::Failed {
+            pid: self.pid(),
+            reason: errno::text_of(&error),
+        })
     }
 }

@@ -8,12 +8,12 @@
 //!   or the future of the start itself, leaves it running.
 //! * One task per channel reads the output into the process's [`journal`], and every subscriber
 //!   reads from there at its own pace. A live subscriber loses nothing; one that takes nothing for
-//!   [`STALL_LIMIT`](journal::STALL_LIMIT) is let go; an absent one costs the process nothing.
+//!   [`STALL_LIMIT`](options::STALL_LIMIT) is let go; an absent one costs the process nothing.
 //! * [`Event::End`] comes when the process has exited and all that it wrote before has been put
 //!   in the journal. Background children that keep a pipe open delay it by
-//!   [`DRAIN_GRACE`](supervise::DRAIN_GRACE) at most.
+//!   [`DRAIN_GRACE`](options::DRAIN_GRACE) at most.
 //! * Whoever sees the end does not find the process among the live ones any more; for
-//!   [`RETENTION`](registry::RETENTION) its ending can still be asked for.
+//!   [`RETENTION`](options::RETENTION) its output and its ending can still be asked for.
 //! * A process is known by its pidfd; its pid is not reused before it has left the registry.
 //! * Nothing here wakes up while nothing happens, and no lock is held over an await.
 //!
@@ -23,7 +23,10 @@ pub mod ending;
 pub mod input;
 pub mod journal;
 pub mod live;
+pub mod options;
 pub mod output;
+pub mod ports;
+pub mod record;
 pub mod registry;
 pub mod spec;
 pub mod start;
@@ -33,8 +36,10 @@ mod tests;
 
 pub use ending::{Ending, Outcome, Usage};
 pub use input::InputError;
-pub use journal::{Channel, Event, Subscription};
+pub use journal::{Attach, Beyond, Channel, Event, Subscription};
 pub use live::{Process, ResizeError, SignalError};
-pub use registry::{Found, Manager, Selector};
+pub use options::Options;
+pub use record::{Found, Record};
+pub use registry::{Manager, Selector};
 pub use spec::{StartSpec, Stdio};
 pub use start::StartError;

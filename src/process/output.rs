@@ -44,6 +44,8 @@ pub(super) enum Progress {
 pub(super) struct Source {
     pub(super) channel: Channel,
     pub(super) fd: Arc<AsyncFd<OwnedFd>>,
+    /// The other end, held open until the process has exited.
+    pub(super) held: Option<OwnedFd>,
 }
 
 /// Reads until nobody can write any more, and says so through `progress`. Once `exited` is true it
@@ -54,7 +56,7 @@ pub(super) async fn pump(
     mut exited: watch::Receiver<bool>,
     progress: watch::Sender<Progress>,
 ) {
-    let Source { channel, fd } = source;
+    let Source { channel, fd, mut held } = source;
     let mut block = BytesMut::new();
     let mut drained = false;
     let ended = loop {
@@ -62,6 +64,7 @@ pub(super) async fn pump(
             biased;
             () = seen(&mut exited), if !drained => {
                 drained = true;
+                drop(held.take());
                 let ended = drain(channel, &fd, &journal, &mut block).await;
                 progress.send_replace(Progress::Drained);
                 match ended {

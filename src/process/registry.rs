@@ -1,29 +1,31 @@
-//! The registry: which processes live, and how the last ones ended.
+//! The registry: which processes live, and which have ended and are retained.
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
+    hash::{BuildHasher, Hasher, RandomState},
+    sync::{Arc, Weak},
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, sleep_until},
+};
 
-use super::{Ending, Process, StartError, StartSpec, Subscription, start};
+use super::{
+    Options, Process, StartError, StartSpec, Subscription,
+    journal::{Attach, Bounds, Disk, Journal, Pressure},
+    options::MAX_RETAINED_REQUESTS,
+    record::{Finished, Found},
+    start,
+};
 use crate::{
     blocking::{MAX_DIRECTORY_THREADS, Pool, SPAWN_THREADS},
     sys::pidfd,
 };
 
-/// The most processes at a time. One that has ended counts for as long as a background child of it
-/// holds its output open, since that is still read.
-pub const MAX_PROCESSES: usize = 4096;
-
-/// How long the ending of a process can be asked for.
-pub const RETENTION: Duration = Duration::from_secs(30);
-
-/// The most endings kept; beyond it the oldest goes.
-pub const MAX_RETAINED: usize = 256;
+/// The most threads that put output on disk and read it there.
+pub const MAX_SPILL_THREADS: usize = 4;
 
 /// Which process is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,101 +34,147 @@ pub enum Selector {
     Pid(u32),
     /// By tag: the one started last, if several have it.
     Tag(String),
-}
-
-/// A process that was found.
-#[derive(Debug, Clone)]
-pub enum Found {
-    /// It lives.
-    Live(Arc<Process>),
-    /// It ended a short while ago.
-    Ended {
-        /// Its process id.
-        pid: u32,
-        /// Its tag.
-        tag: Option<String>,
-        /// How.
-        ending: Ending,
-    },
+    /// By identity.
+    Id(String),
 }
 
 /// All processes of the daemon.
 #[derive(Debug)]
 pub struct Manager {
     state: Mutex<State>,
+    pub(super) options: Options,
     pub(super) slots: Arc<Semaphore>,
-    /// The limits of open files (soft, hard) that processes get, where the daemon has changed its
-    /// own.
-    pub(super) nofile: Option<(u64, u64)>,
+    /// Makes identities of this daemon's processes differ from those of the one before it.
+    instance: u64,
+    pressure: Arc<Pressure>,
     /// Where children are made. Apart from the work on files, so that a start never waits for a
     /// file system that hangs.
     pub(super) spawners: Arc<Pool>,
     /// Where working directories are looked at, which may be on such a file system.
     pub(super) directories: Arc<Pool>,
+    spillers: Arc<Pool>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     live: HashMap<u32, Arc<Process>>,
+    by_id: HashMap<String, Found>,
+    /// Identities whose process is being started: told when that is over.
+    starting: HashMap<String, watch::Receiver<()>>,
     started: u64,
     /// The oldest first.
-    retained: VecDeque<Retained>,
-}
-
-#[derive(Debug)]
-struct Retained {
-    pid: u32,
-    tag: Option<String>,
-    ending: Ending,
-    since: Instant,
+    ended: VecDeque<(Instant, Arc<Finished>)>,
+    /// Whether a task waits for the oldest one's time.
+    expiring: bool,
 }
 
 impl Manager {
     /// A manager without processes. There should be one.
-    pub fn new() -> Arc<Self> {
-        Self::with_nofile(None)
-    }
-
-    /// As [`Manager::new`], for a daemon that has raised its own limit of open files: its processes
-    /// get these (soft, hard) limits instead of its own.
-    pub fn with_nofile(nofile: Option<(u64, u64)>) -> Arc<Self> {
+    pub fn new(options: Options) -> Arc<Self> {
         pidfd::keep_exit_statuses();
         Arc::new(Self {
             state: Mutex::default(),
-            slots: Arc::new(Semaphore::new(MAX_PROCESSES)),
-            nofile,
+            slots: Arc::new(Semaphore::new(options.max_processes)),
+            instance: RandomState::new().build_hasher().finish(),
+            pressure: Pressure::new(options.output_total),
             spawners: Pool::new("spawn", SPAWN_THREADS, SPAWN_THREADS),
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
+            spillers: Pool::new("journal", 0, MAX_SPILL_THREADS),
+            options,
         })
+    }
+
+    /// What the operator has set.
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     /// Starts a process and subscribes to it before it can write. Once begun, dropping the future
     /// does not stop it: the process then runs without a subscriber.
+    ///
+    /// With an identity in `spec` the call may be repeated: where there is a process of that
+    /// identity, running or retained, the same request subscribes to it from its first byte.
     ///
     /// # Errors
     /// [`StartError`]; no process is left then.
     pub async fn start(
         self: &Arc<Self>,
         spec: StartSpec,
-    ) -> Result<(Arc<Process>, Subscription), StartError> {
-        let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| StartError::TooMany)?;
+    ) -> Result<(Found, Subscription), StartError> {
+        let turn = match &spec.id {
+            None => None,
+            Some(id) => match self.turn(id, &spec).await? {
+                Turn::There(found) => {
+                    let subscription = found.subscribe(Attach::At(0));
+                    let subscription = subscription.map_err(|error| {
+                        // Nothing is beyond zero.
+                        StartError::Task(error.to_string())
+                    })?;
+                    return Ok((found, subscription));
+                }
+                Turn::Mine(turn) => Some(turn),
+            },
+        };
+        let slot = Arc::clone(&self.slots)
+            .try_acquire_owned()
+            .map_err(|_| StartError::TooMany { max: self.options.max_processes })?;
+        let manager = Arc::clone(self);
         // On a task of its own, so that no child is left alone between clone and registration.
-        let starting = tokio::spawn(start::start(Arc::clone(self), spec, slot));
-        starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))
+        let starting = tokio::spawn(async move {
+            let started = start::start(manager, spec, slot).await;
+            drop(turn);
+            started
+        });
+        let (process, subscription) =
+            starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))?;
+        Ok((Found::Live(process), subscription))
+    }
+
+    /// Waits until no other call starts a process of this identity, and says whether there is one.
+    async fn turn(self: &Arc<Self>, id: &str, spec: &StartSpec) -> Result<Turn, StartError> {
+        loop {
+            let mut other = {
+                let mut state = self.state.lock();
+                if let Some(found) = state.by_id.get(id) {
+                    return match found.record().spec.is_same_request(spec) {
+                        true => Ok(Turn::There(found.clone())),
+                        false => Err(StartError::IdTaken(id.to_owned())),
+                    };
+                }
+                match state.starting.get(id) {
+                    Some(other) => other.clone(),
+                    None => {
+                        let (over, told) = watch::channel(());
+                        state.starting.insert(id.to_owned(), told);
+                        let manager = Arc::downgrade(self);
+                        let id = id.to_owned();
+                        return Ok(Turn::Mine(Starting { manager, id, _over: over }));
+                    }
+                }
+            };
+            // An error means that it is over.
+            let _ = other.changed().await;
+        }
     }
 
     /// Finds a process among the live ones, then among those that ended lately.
     pub fn find(&self, selector: &Selector) -> Option<Found> {
         let mut state = self.state.lock();
+        state.expire(Instant::now(), &self.options);
+        if let Selector::Id(id) = selector {
+            return state.by_id.get(id).cloned();
+        }
         if let Some(process) = state.live(selector) {
             return Some(Found::Live(process));
         }
-        state.expire(Instant::now());
-        let ended = state.retained.iter().rev().find(|ended| match selector {
-            Selector::Pid(pid) => ended.pid == *pid,
-            Selector::Tag(tag) => ended.tag.as_ref() == Some(tag),
-        })?;
-        Some(Found::Ended { pid: ended.pid, tag: ended.tag.clone(), ending: ended.ending.clone() })
+        let ended = state.ended.iter().map(|(_, finished)| finished);
+        let ended = ended.filter(|finished| match selector {
+            Selector::Pid(pid) => finished.record.pid == *pid,
+            Selector::Tag(tag) => finished.record.spec.tag.as_ref() == Some(tag),
+            Selector::Id(_) => false,
+        });
+        let last = ended.max_by_key(|finished| finished.record.number)?;
+        Some(Found::Ended(Arc::clone(last)))
     }
 
     /// Finds a live process.
@@ -134,10 +182,17 @@ impl Manager {
         self.state.lock().live(selector)
     }
 
-    /// All live processes, in the order of their starts.
-    pub fn list(&self) -> Vec<Arc<Process>> {
-        let mut all: Vec<_> = self.state.lock().live.values().cloned().collect();
-        all.sort_by_key(|process| process.number);
+    /// All live processes, in the order of their starts; on request the retained ones too.
+    pub fn list(&self, with_ended: bool) -> Vec<Found> {
+        let mut state = self.state.lock();
+        state.expire(Instant::now(), &self.options);
+        let mut all: Vec<_> = state.live.values().cloned().map(Found::Live).collect();
+        if with_ended {
+            let ended = state.ended.iter();
+            all.extend(ended.map(|(_, finished)| Found::Ended(Arc::clone(finished))));
+        }
+        drop(state);
+        all.sort_by_key(|found| found.record().number);
         all
     }
 
@@ -151,40 +206,90 @@ impl Manager {
         self.len() == 0
     }
 
-    /// The number of the next start.
-    pub(super) fn next_number(&self) -> u64 {
+    /// The number of the next start, and the identity that goes with it.
+    pub(super) fn next_number(&self) -> (u64, String) {
         let mut state = self.state.lock();
         state.started += 1;
-        state.started
+        (state.started, format!("{:016x}-{}", self.instance, state.started))
     }
 
-    /// Makes a new process known. Endings that its pid or tag would now name are forgotten.
+    /// A journal for a new process.
+    pub(super) fn journal(&self, bounds: Bounds) -> Arc<Journal> {
+        let dir = self.options.spill_dir.clone();
+        let disk = Disk { dir, pool: Arc::clone(&self.spillers) };
+        let pressure = Arc::clone(&self.pressure);
+        Arc::new(Journal::new(bounds, self.options.stall_limit, pressure, Some(disk)))
+    }
+
+    /// Makes a new process known.
     pub(super) fn register(&self, process: &Arc<Process>) {
         let mut state = self.state.lock();
-        let tag = process.tag();
-        state.retained.retain(|ended| {
-            ended.pid != process.pid() && (tag.is_none() || ended.tag.as_deref() != tag)
-        });
+        let id = process.record().id.clone();
+        state.by_id.insert(id, Found::Live(Arc::clone(process)));
         state.live.insert(process.pid(), Arc::clone(process));
     }
 
     /// Moves a process from the live ones to the ended ones.
-    pub(super) fn retire(&self, process: &Arc<Process>, ending: &Ending) {
+    pub(super) fn retire(self: &Arc<Self>, process: &Arc<Process>) {
         let now = Instant::now();
+        let finished = Arc::new(Finished {
+            record: Arc::clone(process.record()),
+            journal: Arc::clone(&process.journal),
+        });
         let mut state = self.state.lock();
         if state.live.get(&process.pid()).is_some_and(|live| Arc::ptr_eq(live, process)) {
             state.live.remove(&process.pid());
         }
-        state.expire(now);
-        if state.retained.len() >= MAX_RETAINED {
-            state.retained.pop_front();
+        let id = finished.record.id.clone();
+        state.by_id.insert(id, Found::Ended(Arc::clone(&finished)));
+        state.ended.push_back((now, finished));
+        state.expire(now, &self.options);
+        for (_, oldest) in &state.ended {
+            if !self.pressure.is_high() {
+                break;
+            }
+            oldest.journal.shrink();
         }
-        state.retained.push_back(Retained {
-            pid: process.pid(),
-            tag: process.tag().map(str::to_owned),
-            ending: ending.clone(),
-            since: now,
-        });
+        if !state.expiring && !state.ended.is_empty() {
+            state.expiring = true;
+            tokio::spawn(expire(Arc::downgrade(self)));
+        }
+    }
+
+    /// Forgets what is too old; when the next one is.
+    fn expire(&self) -> Option<Instant> {
+        let mut state = self.state.lock();
+        state.expire(Instant::now(), &self.options);
+        let next = state.ended.front().map(|(since, _)| *since + self.options.retention);
+        state.expiring = next.is_some();
+        next
+    }
+}
+
+/// Forgets ended processes when their time has come. Runs only while there are any.
+async fn expire(manager: Weak<Manager>) {
+    while let Some(next) = manager.upgrade().and_then(|manager| manager.expire()) {
+        sleep_until(next).await;
+    }
+}
+
+enum Turn {
+    There(Found),
+    Mine(Starting),
+}
+
+/// Held by the one call that starts a process of an identity.
+struct Starting {
+    manager: Weak<Manager>,
+    id: String,
+    _over: watch::Sender<()>,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(manager) = self.manager.upgrade() {
+            manager.state.lock().starting.remove(&self.id);
+        }
     }
 }
 
@@ -196,15 +301,30 @@ impl State {
                 .live
                 .values()
                 .filter(|process| process.tag() == Some(tag))
-                .max_by_key(|process| process.number)
+                .max_by_key(|process| process.record().number)
                 .cloned(),
+            Selector::Id(id) => match self.by_id.get(id) {
+                Some(Found::Live(process)) => Some(Arc::clone(process)),
+                _ => None,
+            },
         }
     }
 
-    /// Forgets what is too old. Whoever asks pays for it; no timer does.
-    fn expire(&mut self, now: Instant) {
-        while self.retained.front().is_some_and(|ended| now - ended.since >= RETENTION) {
-            self.retained.pop_front();
+    /// Forgets what is too old or too much.
+    fn expire(&mut self, now: Instant, options: &Options) {
+        let size = |finished: &Finished| finished.record.spec.size();
+        let mut sizes: usize = self.ended.iter().map(|(_, finished)| size(finished)).sum();
+        while let Some((since, oldest)) = self.ended.front() {
+            let old = now.saturating_duration_since(*since) >= options.retention;
+            if !old && self.ended.len() <= options.max_retained && sizes <= MAX_RETAINED_REQUESTS {
+                break;
+            }
+            sizes -= size(oldest);
+            let id = oldest.record.id.clone();
+            self.ended.pop_front();
+            if matches!(self.by_id.get(&id), Some(Found::Ended(_))) {
+                self.by_id.remove(&id);
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use super::journal::Bounds;
 use crate::{guest::users::User, quote};
 
 /// A process to start. Paths and defaults are resolved by the caller.
@@ -29,6 +30,10 @@ pub struct StartSpec {
     pub stdio: Stdio,
     /// A name to select it by; need not be unique.
     pub tag: Option<String>,
+    /// The identity that the client has chosen.
+    pub id: Option<String>,
+    /// How large its journal may get.
+    pub output: Bounds,
     /// When it gets SIGKILL, however many clients look on.
     pub timeout: Option<Duration>,
 }
@@ -51,6 +56,27 @@ pub enum Stdio {
 }
 
 impl StartSpec {
+    /// Whether this asks for the same process. What follows from the daemon's defaults, and the
+    /// deadline of the call itself, do not count.
+    pub(super) fn is_same_request(&self, other: &Self) -> bool {
+        self.cmd == other.cmd
+            && self.args == other.args
+            && self.requested_env == other.requested_env
+            && self.requested_cwd == other.requested_cwd
+            && self.user == other.user
+            && self.stdio == other.stdio
+            && self.tag == other.tag
+            && self.id == other.id
+            && self.output == other.output
+    }
+
+    /// Roughly, what it takes in memory, without the environment as it was given to the process.
+    pub(super) fn size(&self) -> usize {
+        let env = self.requested_env.iter().map(|(name, value)| name.len() + value.len());
+        let args = self.args.iter().map(String::len);
+        size_of::<Self>() + self.cmd.len() + args.sum::<usize>() + env.sum::<usize>()
+    }
+
     /// The command and its arguments in one line, as messages quote it.
     pub(super) fn command_line(&self) -> String {
         let mut line = quote::text(&self.cmd).into_owned();

@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use nix::{
@@ -15,7 +16,10 @@ use nix::{
 use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit};
 
 use super::{
-    Manager, Process, StartSpec, Stdio, Subscription, journal::Channel, output::Source,
+    Manager, Process, StartSpec, Stdio, Subscription,
+    journal::{Attach, Channel},
+    output::Source,
+    record::Record,
     supervise::supervise,
 };
 use crate::{
@@ -32,8 +36,14 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StartError {
     /// There are as many processes as there may be.
-    #[error("too many processes: {max} are running or still hold their output open", max = super::registry::MAX_PROCESSES)]
-    TooMany,
+    #[error("too many processes: {max} are running or still hold their output open")]
+    TooMany {
+        /// How many.
+        max: usize,
+    },
+    /// There is a process of the same identity that was started with another request.
+    #[error("a process with the process_id '{}' exists, and it was started with another request", quote::text(.0))]
+    IdTaken(String),
     /// A NUL in something that becomes a C string.
     #[error("{attempt}: exec: {field}")]
     Nul {
@@ -139,7 +149,7 @@ pub(super) async fn start(
     }
     let Ends { child: stdio, input, sources } = open_ends(&spec)?;
 
-    let nofile = manager.nofile;
+    let nofile = manager.options.nofile;
     let spawned = manager.spawners.run_next_step(move || {
         let child = spawn(&spec, pwd, &stdio, nofile);
         // Our copies of the child's ends must go, or its output never ends.
@@ -154,22 +164,34 @@ pub(super) async fn start(
         refused(&spec, "pidfd", &error)
     })?;
 
-    let (cmd, timeout) = (spec.cmd.clone(), spec.timeout);
-    let process = Arc::new(Process::new(pid, manager.next_number(), spec, pidfd, input));
+    let timeout = spec.timeout;
+    let journal = manager.journal(spec.output);
+    let record = record(&manager, pid, spec);
+    let process = Arc::new(Process::new(record, pidfd, input, journal));
     // Before anything can be read, so that the first subscriber misses nothing.
-    let subscription = process.subscribe();
+    let subscription = process.subscribe(Attach::At(0));
+    let subscription = subscription.map_err(|error| StartError::Task(error.to_string()))?;
+    let cmd = &process.record().spec.cmd;
     if let Some(error) = exec_error {
         let (channel, end) = match process.is_pty() {
             true => (Channel::Pty, "\r\n"),
             false => (Channel::Stderr, "\n"),
         };
-        let text = format!("envd: '{}': {}{end}", quote::text(&cmd), errno::capitalised(error));
+        let text = format!("envd: '{}': {}{end}", quote::text(cmd), errno::capitalised(error));
         process.journal.append(channel, text.into()).await;
     }
-    tracing::debug!(pid, cmd = %quote::text(&cmd), "process started");
+    tracing::debug!(pid, cmd = %quote::text(cmd), "process started");
     manager.register(&process);
     supervise(manager, Arc::clone(&process), sources, timeout, slot);
     Ok((process, subscription))
+}
+
+/// The record of a new process. What it was given as its environment is not kept.
+fn record(manager: &Manager, pid: u32, mut spec: StartSpec) -> Record {
+    let (number, own) = manager.next_number();
+    spec.env = Vec::new();
+    let id = spec.id.clone().unwrap_or(own);
+    Record { pid, id, number, started_at: SystemTime::now(), spec }
 }
 
 /// Blocks: what a shell would put into PWD, the directory without symbolic links, if we may know
@@ -253,10 +275,13 @@ fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {
             let pty = pty::open_pty(cols, rows, spec.user.uid).map_err(failed)?;
             let master = Arc::new(ready::watch(pty.master).map_err(|error| failed(error.into()))?);
             let again = || pty.slave.try_clone().map_err(failed);
+            // While nobody has it open the terminal cannot be read, and a program may close it and
+            // open it again.
+            let held = Some(again()?);
             Ok(Ends {
                 child: [again()?, again()?, pty.slave],
                 input: Some(Arc::clone(&master)),
-                sources: vec![Source { channel: Channel::Pty, fd: master }],
+                sources: vec![Source { channel: Channel::Pty, fd: master, held }],
             })
         }
     }
@@ -273,7 +298,7 @@ fn output_pipe(
         // owner may. Where that cannot be changed the descriptor itself still works.
         let _ = fchown(&childs, Some(Uid::from_raw(spec.user.uid)), None);
         let fd = Arc::new(nonblocking(ours)?);
-        Ok((childs, Source { channel, fd }))
+        Ok((childs, Source { channel, fd, held: None }))
     };
     open().map_err(|error| pipe_error(spec, name, &error))
 }

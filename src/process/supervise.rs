@@ -14,9 +14,6 @@ use super::{
 };
 use crate::sys::pidfd::{self, Exit};
 
-/// How long the end waits for a background child that holds a pipe open after the process's exit.
-pub const DRAIN_GRACE: Duration = Duration::from_millis(250);
-
 /// A timeout beyond this is none: it would overflow the clock.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -49,7 +46,8 @@ pub(super) fn supervise(
         let (exit, timed_out) = exit(&process, timeout).await;
         exited.send_replace(true);
         process.input.close();
-        drain(channels).await;
+        process.journal.exited();
+        drain(channels, manager.options.drain_grace).await;
         let ending = match exit {
             Ok(exit) => Ending::new(exit, timed_out),
             Err(error) => Ending::unknown(&error, timed_out),
@@ -57,7 +55,7 @@ pub(super) fn supervise(
         tracing::debug!(pid = process.pid(), status = ending.status, "process ended");
         // In this order: whoever sees the end finds the process neither among the live ones nor
         // among the zombies; and until it has left the registry its pid is not reused.
-        manager.retire(&process, &ending);
+        manager.retire(&process);
         let _ = pidfd::wait(process.pidfd.as_fd());
         process.journal.end(ending);
         drop(process);
@@ -88,12 +86,12 @@ async fn exit(process: &Process, timeout: Option<Duration>) -> (io::Result<Exit>
 
 /// Waits until all that the process wrote is in the journal (however long a slow subscriber makes
 /// that), then a moment for those who still hold a channel open.
-async fn drain(mut channels: Vec<watch::Receiver<Progress>>) {
+async fn drain(mut channels: Vec<watch::Receiver<Progress>>, grace: Duration) {
     for channel in &mut channels {
         // An error means that the reader is gone; nothing more comes from there.
         let _ = channel.wait_for(|progress| *progress >= Progress::Drained).await;
     }
-    let grace = Instant::now() + DRAIN_GRACE;
+    let grace = Instant::now() + grace;
     for channel in &mut channels {
         let closed = channel.wait_for(|progress| *progress == Progress::Closed);
         let _ = timeout_at(grace, closed).await;

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use tokio::time::timeout;
 
+use super::journal::Bounds;
 use super::*;
 use crate::guest::users::Users;
 
@@ -21,6 +22,8 @@ pub(super) fn spec(cmd: &str, args: &[&str]) -> StartSpec {
         user: Users::system().by_name("root").unwrap(),
         stdio: Stdio::Pipes { stdin: false },
         tag: None,
+        id: None,
+        output: Bounds { memory: options::OUTPUT_WINDOW, disk: 0, block: false },
         timeout: None,
     }
 }
@@ -77,9 +80,9 @@ async fn follow(mut subscription: Subscription) -> Seen {
     let mut seen = Seen::default();
     while let Some(event) = subscription.next().await {
         match event {
-            Event::Output { channel, data } => seen.take(channel, &data),
-            Event::End(ending) => seen.ending = Some(ending),
-            Event::Detached => panic!("detached"),
+            Event::Output(piece) => seen.take(piece.channel, &piece.data),
+            Event::End(end) => seen.ending = Some(end.ending),
+            Event::Gap { .. } | Event::Detached => panic!("{event:?}"),
         }
     }
     seen
@@ -88,8 +91,8 @@ async fn follow(mut subscription: Subscription) -> Seen {
 async fn until(subscription: &mut Subscription, text: &str) -> String {
     let mut seen = Seen::default();
     while let Some(event) = subscription.next().await {
-        let Event::Output { channel, data } = event else { panic!("{event:?}, {seen:?}") };
-        seen.take(channel, &data);
+        let Event::Output(piece) = event else { panic!("{event:?}, {seen:?}") };
+        seen.take(piece.channel, &piece.data);
         let all = [&seen.stdout[..], &seen.stderr, &seen.pty].concat();
         let all = String::from_utf8_lossy(&all).into_owned();
         if all.contains(text) {
@@ -100,8 +103,19 @@ async fn until(subscription: &mut Subscription, text: &str) -> String {
 }
 
 async fn run(spec: StartSpec) -> Seen {
-    let (_, subscription) = Manager::new().start(spec).await.unwrap();
+    let (_, subscription) = start(&manager(), spec).await;
     follow(subscription).await
+}
+
+fn manager() -> Arc<Manager> {
+    Manager::new(Options::default())
+}
+
+async fn start(manager: &Arc<Manager>, spec: StartSpec) -> (Arc<Process>, Subscription) {
+    match manager.start(spec).await.unwrap() {
+        (Found::Live(process), subscription) => (process, subscription),
+        (Found::Ended(_), _) => panic!("it has ended"),
+    }
 }
 
 fn is_alive(pid: &str) -> bool {
@@ -113,7 +127,7 @@ fn is_alive(pid: &str) -> bool {
 async fn cat_returns_every_byte() {
     let mut spec = spec("cat", &[]);
     spec.stdio = Stdio::Pipes { stdin: true };
-    let (process, subscription) = Manager::new().start(spec).await.unwrap();
+    let (process, subscription) = start(&manager(), spec).await;
     let mut state = 1_u32;
     let data: Vec<u8> = std::iter::repeat_with(|| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -122,11 +136,11 @@ async fn cat_returns_every_byte() {
     .take(64 * 1024)
     .collect();
     let reading = tokio::spawn(follow(subscription));
-    process.write_stdin(data.clone().into()).await.unwrap();
+    process.write_stdin(data.clone().into(), None).await.unwrap();
     process.close_stdin().unwrap();
     process.close_stdin().unwrap();
-    assert_eq!(process.write_stdin("x".into()).await, Err(InputError::Closed));
-    assert_eq!(process.write_pty("x".into()).await, Err(InputError::NoTerminal));
+    assert_eq!(process.write_stdin("x".into(), None).await, Err(InputError::Closed));
+    assert_eq!(process.write_pty("x".into(), None).await, Err(InputError::NoTerminal));
     let seen = reading.await.unwrap();
     assert!(seen.stdout == data);
     assert_eq!(seen.status(), "exit status 0");
@@ -151,21 +165,21 @@ async fn endings_are_told_as_upstream_tells_them() {
 async fn a_terminal_has_its_size_its_user_and_an_echo() {
     let mut spec = terminal(sh("stty size; tty; stat -c %U:%a $(tty); read line; stty size"));
     spec.user = Users::system().by_name("nobody").unwrap();
-    let manager = Manager::new();
-    let (process, mut subscription) = manager.start(spec).await.unwrap();
+    let manager = manager();
+    let (process, mut subscription) = start(&manager, spec).await;
     let text = until(&mut subscription, ":620").await;
     assert!(text.contains("33 91") && text.contains("/dev/pts/"), "{text}");
     assert!(text.contains("nobody:620"), "{text}");
-    assert_eq!(process.write_stdin("x".into()).await, Err(InputError::HasTerminal));
+    assert_eq!(process.write_stdin("x".into(), None).await, Err(InputError::HasTerminal));
     assert_eq!(process.close_stdin(), Err(InputError::CannotCloseTerminal));
     process.resize(100, 40).unwrap();
-    process.write_pty("typed\n".into()).await.unwrap();
+    process.write_pty("typed\n".into(), None).await.unwrap();
     let seen = follow(subscription).await;
     assert!(seen.pty().contains("typed\r\n") && seen.pty().contains("40 100"), "{}", seen.pty());
     assert_eq!(process.resize(1, 1), Err(ResizeError::Finished));
-    let closed = process.write_pty("x".into()).await.unwrap_err();
+    let closed = process.write_pty("x".into(), None).await.unwrap_err();
     assert_eq!(closed, InputError::TerminalClosed { pid: process.pid() });
-    let (process, _) = manager.start(super::tests::spec("true", &[])).await.unwrap();
+    let (process, _) = start(&manager, super::tests::spec("true", &[])).await;
     assert_eq!(process.resize(1, 1), Err(ResizeError::NoTerminal));
 }
 
@@ -187,7 +201,7 @@ async fn a_background_child_does_not_delay_the_end() {
 #[tokio::test]
 async fn the_last_words_of_a_process_are_not_lost() {
     let script = "trap 'head -c 50000 /dev/zero; exit 3' TERM; echo ready; sleep 30 & wait";
-    let (process, mut subscription) = Manager::new().start(sh(script)).await.unwrap();
+    let (process, mut subscription) = start(&manager(), sh(script)).await;
     until(&mut subscription, "ready").await;
     process.signal(15).unwrap();
     let seen = follow(subscription).await;
@@ -197,10 +211,10 @@ async fn the_last_words_of_a_process_are_not_lost() {
 #[tokio::test]
 async fn a_slow_subscriber_gets_everything_before_the_end() {
     let (_, mut subscription) =
-        Manager::new().start(spec("head", &["-c", "5000000", "/dev/zero"])).await.unwrap();
+        start(&manager(), spec("head", &["-c", "5000000", "/dev/zero"])).await;
     let mut total = 0;
-    while let Some(Event::Output { data, .. }) = subscription.next().await {
-        total += data.len();
+    while let Some(Event::Output(piece)) = subscription.next().await {
+        total += piece.data.len();
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     assert_eq!(total, 5_000_000);
@@ -208,10 +222,10 @@ async fn a_slow_subscriber_gets_everything_before_the_end() {
 
 #[tokio::test]
 async fn kill_0_hits_that_command_alone() {
-    let manager = Manager::new();
-    let (other, _other) = manager.start(spec("sleep", &["30"])).await.unwrap();
+    let manager = manager();
+    let (other, _other) = start(&manager, spec("sleep", &["30"])).await;
     for script in ["kill -9 0", "kill -15 0"] {
-        let seen = follow(manager.start(sh(script)).await.unwrap().1).await;
+        let seen = follow(start(&manager, sh(script)).await.1).await;
         assert!(!seen.ending.unwrap().exited);
     }
     assert!(is_alive(&other.pid().to_string()));
@@ -222,17 +236,17 @@ async fn kill_0_hits_that_command_alone() {
 async fn a_blocked_write_blocks_neither_close_nor_signal() {
     let mut spec = spec("sleep", &["30"]);
     spec.stdio = Stdio::Pipes { stdin: true };
-    let manager = Manager::new();
+    let manager = manager();
     for close in [true, false] {
-        let (process, subscription) = manager.start(spec.clone()).await.unwrap();
+        let (process, subscription) = start(&manager, spec.clone()).await;
         let mut writing = {
             let process = Arc::clone(&process);
-            tokio::spawn(async move { process.write_stdin(vec![0; 1 << 20].into()).await })
+            tokio::spawn(async move { process.write_stdin(vec![0; 1 << 20].into(), None).await })
         };
         let moment = Duration::from_millis(20);
         timeout(moment, &mut writing).await.unwrap_err();
         // A second one waits its turn, and goes away.
-        timeout(moment, process.write_stdin("x".into())).await.unwrap_err();
+        timeout(moment, process.write_stdin("x".into(), None)).await.unwrap_err();
         assert!(!writing.is_finished());
         if close {
             process.close_stdin().unwrap();
@@ -254,10 +268,10 @@ async fn a_process_outlives_its_subscribers() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("done");
     let script = format!("head -c 3000000 /dev/zero; echo > {}", file.display());
-    let manager = Manager::new();
-    let (process, subscription) = manager.start(sh(&script)).await.unwrap();
+    let manager = manager();
+    let (process, subscription) = start(&manager, sh(&script)).await;
     drop(subscription);
-    let seen = follow(process.subscribe()).await;
+    let seen = follow(process.subscribe(Attach::Now).unwrap()).await;
     assert_eq!(seen.exit_code(), 0);
     assert!(file.exists());
     // Nor does it matter that the start itself is dropped.
@@ -299,7 +313,7 @@ async fn a_command_that_cannot_be_executed_ends_as_in_a_shell() {
 
 #[tokio::test]
 async fn what_cannot_be_started_is_an_error_that_names_its_cause() {
-    let manager = Manager::new();
+    let manager = manager();
     let error = async |spec| manager.start(spec).await.unwrap_err().to_string();
     let mut bad = spec("echo", &["a", "b"]);
     bad.cwd = PathBuf::from("/root/secret-place");
@@ -325,7 +339,7 @@ async fn what_cannot_be_started_is_an_error_that_names_its_cause() {
     let long = "x".repeat(200_000);
     let text = error(spec("echo", &[&long])).await;
     assert!(text.ends_with(": fork/exec echo: argument list too long"), "{text}");
-    assert_eq!((manager.len(), manager.slots.available_permits()), (0, registry::MAX_PROCESSES));
+    assert_eq!((manager.len(), manager.slots.available_permits()), (0, options::MAX_PROCESSES));
 }
 
 #[tokio::test]
@@ -342,48 +356,48 @@ async fn a_user_has_exactly_their_groups_and_their_environment() {
 
 #[tokio::test]
 async fn the_end_is_seen_after_the_process_has_left_the_registry() {
-    let manager = Manager::new();
+    let manager = manager();
     let mut spec = sh("exit 5");
     spec.tag = Some("job".to_owned());
-    let (process, subscription) = manager.start(spec.clone()).await.unwrap();
+    let (process, subscription) = start(&manager, spec.clone()).await;
     let pid = Selector::Pid(process.pid());
     let tag = Selector::Tag("job".to_owned());
     follow(subscription).await;
-    assert!(manager.live(&pid).is_none() && manager.list().is_empty());
+    assert!(manager.live(&pid).is_none() && manager.list(false).is_empty());
     for selector in [&pid, &tag] {
         match manager.find(selector) {
-            Some(Found::Ended { pid, tag, ending }) => {
-                assert_eq!((pid, tag.as_deref()), (process.pid(), Some("job")));
-                assert_eq!(ending.exit_code, 5);
+            Some(found @ Found::Ended(_)) => {
+                assert!(Arc::ptr_eq(found.record(), process.record()));
+                assert_eq!(found.ended().unwrap().ending.exit_code, 5);
             }
             other => panic!("{other:?}"),
         }
     }
     // A late subscriber gets the end at once.
-    assert_eq!(follow(process.subscribe()).await.exit_code(), 5);
-    // Another start with the tag makes the old ending unreachable.
+    assert_eq!(follow(process.subscribe(Attach::Now).unwrap()).await.exit_code(), 5);
+    // Another start with the tag is what the tag means then.
     spec.args = vec!["-c".to_owned(), "sleep 30".to_owned()];
-    let (next, _subscription) = manager.start(spec).await.unwrap();
+    let (next, _subscription) = start(&manager, spec).await;
     assert!(matches!(manager.find(&tag), Some(Found::Live(live)) if live.pid() == next.pid()));
-    assert!(manager.find(&pid).is_none());
+    assert!(matches!(manager.find(&pid), Some(Found::Ended(_))));
     next.signal(9).unwrap();
 }
 
 #[tokio::test]
 async fn a_tag_selects_the_process_started_last_whatever_other_tags_there_are() {
-    let manager = Manager::new();
+    let manager = manager();
     let mut subscriptions = Vec::new();
     for tag in [Some("a"), Some("b"), None, Some("a"), Some("c")] {
         let mut spec = spec("sleep", &["30"]);
         spec.tag = tag.map(str::to_owned);
-        subscriptions.push(manager.start(spec).await.unwrap());
+        subscriptions.push(start(&manager, spec).await);
     }
     let pid = |index: usize| subscriptions[index].0.pid();
     for (tag, index) in [("a", 3), ("b", 1), ("c", 4)] {
         assert_eq!(manager.live(&Selector::Tag(tag.to_owned())).unwrap().pid(), pid(index));
     }
     assert!(manager.find(&Selector::Tag("d".to_owned())).is_none());
-    let listed: Vec<u32> = manager.list().iter().map(|process| process.pid()).collect();
+    let listed: Vec<u32> = manager.list(false).iter().map(|found| found.record().pid).collect();
     assert_eq!(listed, (0..5).map(pid).collect::<Vec<_>>());
     for (process, _) in &subscriptions {
         process.signal(9).unwrap();
@@ -392,7 +406,7 @@ async fn a_tag_selects_the_process_started_last_whatever_other_tags_there_are() 
 
 #[tokio::test]
 async fn the_last_bytes_of_a_terminal_are_not_lost() {
-    let manager = Manager::new();
+    let manager = manager();
     for round in 0..50 {
         // Without a shell: the kernel hangs the terminal up when the leader of its session exits.
         let (_, subscription) = manager.start(terminal(spec("seq", &["3000"]))).await.unwrap();
@@ -404,11 +418,10 @@ async fn the_last_bytes_of_a_terminal_are_not_lost() {
 
 #[tokio::test]
 async fn a_slow_subscriber_gets_the_last_bytes_of_a_terminal() {
-    let (_, mut subscription) =
-        Manager::new().start(terminal(spec("seq", &["300000"]))).await.unwrap();
+    let (_, mut subscription) = manager().start(terminal(spec("seq", &["300000"]))).await.unwrap();
     let mut all = Vec::new();
-    while let Some(Event::Output { data, .. }) = subscription.next().await {
-        all.extend_from_slice(&data);
+    while let Some(Event::Output(piece)) = subscription.next().await {
+        all.extend_from_slice(&piece.data);
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
     let all = String::from_utf8(all).unwrap();
@@ -431,7 +444,7 @@ fn many_runs_leave_nothing_behind() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "run by many_runs_leave_nothing_behind"]
 async fn alone() {
-    let manager = Manager::new();
+    let manager = manager();
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let mut before = 0;
     for round in 0..200 {
@@ -441,9 +454,9 @@ async fn alone() {
         let spec = spec("echo", &["hi"]);
         let (process, subscription) = manager.start(terminal(spec.clone())).await.unwrap();
         assert_eq!(follow(subscription).await.pty(), "hi\r\n", "round {round}");
-        let zombie = format!("/proc/{}", process.pid());
+        let zombie = format!("/proc/{}", process.record().pid);
         assert!(!std::path::Path::new(&zombie).exists(), "{zombie}");
-        assert_eq!(follow(manager.start(spec).await.unwrap().1).await.stdout(), "hi\n");
+        assert_eq!(follow(start(&manager, spec).await.1).await.stdout(), "hi\n");
         let mut bad = super::tests::spec("echo", &[]);
         bad.cwd = PathBuf::from("/nowhere");
         manager.start(bad).await.unwrap_err();
@@ -451,12 +464,12 @@ async fn alone() {
     assert_eq!(settled(&manager, descriptors).await, before);
     let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
     assert_eq!(children, "");
-    assert!(manager.list().is_empty());
+    assert!(manager.list(false).is_empty());
 }
 
 /// Counts when the last tasks have ended.
 async fn settled(manager: &Manager, count: impl Fn() -> usize) -> usize {
-    while manager.slots.available_permits() < registry::MAX_PROCESSES {
+    while manager.slots.available_permits() < options::MAX_PROCESSES {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     count()

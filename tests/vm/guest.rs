@@ -239,6 +239,10 @@ impl Guest {
     }
 
     /// `HOST:PORT` that leads to envd over the guest's network.
+    ///
+    /// Connections to it are opened one after another, each used before the next: QEMU listens with
+    /// a backlog of one. When it is slow to accept, the host's kernel answers more with SYN cookies,
+    /// drops what completes the handshake, and resets a connection that the client holds for open.
     pub(crate) fn tcp(&self) -> String {
         self.tcp.clone()
     }

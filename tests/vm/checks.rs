@@ -20,7 +20,7 @@ use envd::proto::{
 
 use crate::{
     common::{
-        noise,
+        in_time, noise,
         rpc::{Client, Messages, WIRES, Wire},
     },
     guest::Kind,
@@ -290,24 +290,67 @@ pub(crate) async fn cgroups(address: &str) {
     assert!(enabled.contains("memory") && enabled.contains("pids"), "{enabled}");
 }
 
+/// A FIFO through which shells wait: each takes one line of it, also one that comes late, because
+/// the keeper holds it open.
+struct Gate {
+    client: Client,
+    path: String,
+    keeper: (u32, Messages<StartResponse>),
+}
+
+impl Gate {
+    async fn new(address: &str, name: &str) -> Self {
+        let client = root(address, Wire::Grpc);
+        let path = format!("{PLACE}-{name}");
+        let line = format!("mkfifo {path} && exec 3<>{path} && echo open && cat >&3");
+        let request = StartRequest { stdin: Some(true), ..start("sh", &["-c", &line]) };
+        let mut keeper = events(&client, &request).await;
+        match next(&mut keeper.1).await {
+            Event::Data(_) => Self { client, path, keeper },
+            other => panic!("the FIFO: {other:?}"),
+        }
+    }
+
+    /// Lets as many through.
+    async fn open_for(&self, count: usize) {
+        let input = Some(ProcessInput { input: Some(Input::Stdin(vec![b'\n'; count].into())) });
+        let request = SendInputRequest { process: of(self.keeper.0), input, offset: None };
+        let _: SendInputResponse =
+            self.client.unary("/process.Process/SendInput", &request).await.unwrap();
+    }
+
+    /// When nobody waits any more.
+    async fn remove(self) {
+        let request = CloseStdinRequest { process: of(self.keeper.0) };
+        let _: CloseStdinResponse =
+            self.client.unary("/process.Process/CloseStdin", &request).await.unwrap();
+        assert_eq!(outcome(self.keeper.1).await.2, 0);
+        let request = RemoveRequest { path: self.path };
+        let _: RemoveResponse =
+            self.client.unary("/filesystem.Filesystem/Remove", &request).await.unwrap();
+    }
+}
+
 /// Ten thousand orphans while a thousand processes of our own live: nobody's status is lost or
 /// taken for another's, and no zombie stays.
 pub(crate) async fn orphans(address: &str) {
     const MANAGED: i32 = 1000;
+    const PARENTS: usize = 100;
+    const ORPHANS_EACH: usize = 100;
     let client = root(address, Wire::Grpc);
     // One connection carries 256 calls at the same time. Each of them is answered before the next
     // is opened: `Guest::tcp` says why.
     let clients: Vec<_> = (0..5).map(|_| root(address, Wire::Grpc)).collect();
     for client in &clients {
         let _: ListResponse =
-            client.unary("/process.Process/List", &ListRequest {}).await.unwrap();
+            client.unary("/process.Process/List", &ListRequest::default()).await.unwrap();
     }
-    let gate = format!("{PLACE}-gate");
-    sh(address, &format!("mkfifo {gate}")).await;
-    // Each waits in the opening of the FIFO, which costs nothing, and ends with its own code.
+    let exits = Gate::new(address, "exits").await;
+    let lost = Gate::new(address, "lost").await;
+    // Each waits, which costs nothing, and ends with its own code.
     let managed: Vec<_> = stream::iter(0..MANAGED)
         .map(|number| {
-            let (clients, gate) = (&clients, &gate);
+            let (clients, gate) = (&clients, &exits.path);
             async move {
                 let client = &clients[usize::try_from(number).unwrap() % clients.len()];
                 let code = number % 256;
@@ -320,31 +363,36 @@ pub(crate) async fn orphans(address: &str) {
         .await;
     let list: ListResponse =
         client.unary("/process.Process/List", &ListRequest::default()).await.unwrap();
-    assert_eq!(list.processes.len(), managed.len(), "all of them live at the same time");
+    let keepers = 2;
+    assert_eq!(list.processes.len(), managed.len() + keepers, "all of them live at the same time");
 
-    // Each of a hundred commands leaves a hundred orphans behind.
-    let line = "i=0; while [ $i -lt 100 ]; do (: &); i=$((i+1)); done";
-    let codes: Vec<_> = stream::iter(0..100)
-        .map(|_| async { run(&client, "sh", &["-c", line]).await.code })
+    // Each parent leaves its children behind, and they end when it is gone already.
+    let line = format!(
+        "i=0; while [ $i -lt {ORPHANS_EACH} ]; do read -r line < {} > /dev/null 2>&1 & i=$((i+1)); done",
+        lost.path
+    );
+    let codes: Vec<_> = stream::iter(0..PARENTS)
+        .map(|_| async {
+            let code = run(&client, "sh", &["-c", &line]).await.code;
+            lost.open_for(ORPHANS_EACH).await;
+            code
+        })
         .buffer_unordered(4)
         .collect()
         .await;
-    assert_eq!(codes, [0; 100]);
+    assert_eq!(codes, [0; PARENTS]);
 
-    sh(address, &format!(": > {gate}; rm {gate}")).await;
+    exits.open_for(managed.len()).await;
     for (code, events) in managed {
         assert_eq!(outcome(events).await.2, code);
     }
-    // The last ones may be between their end and PID 1's turn.
-    let zombies = "ps -e -o stat=,comm= | grep '^Z' || true";
-    let mut left = String::new();
-    for _ in 0..50 {
-        left = sh(address, zombies).await;
-        if left.is_empty() {
-            return;
-        }
-    }
-    panic!("zombies: {left}");
+    exits.remove().await;
+    // The last ones may be on their way: to their end, and to PID 1's turn.
+    let left =
+        || async { sh(address, "ps -e -o stat=,ppid=,comm= | grep -E '^Z| 1 sh$' || true").await };
+    in_time("every orphan ends and is reaped", async || left().await.is_empty().then_some(()))
+        .await;
+    lost.remove().await;
 }
 
 pub(crate) async fn units(address: &str) {

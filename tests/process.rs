@@ -13,288 +13,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use common::{
     Daemon, able_as_root, able_at_home, basic, eventually, in_time, me, noise,
+    process::*,
     raw::Raw,
-    rpc::{Client, Failure, Messages, Msg, Wire, envelope},
+    rpc::{Client, Failure, Wire, envelope},
 };
 use envd::proto::process::{
-    CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest,
-    ListResponse, ProcessConfig, ProcessInfo, ProcessInput, ProcessSelector, Pty, SendInputRequest,
-    SendInputResponse, SendSignalRequest, SendSignalResponse, Signal, StartRequest, StartResponse,
+    ProcessSelector, SendSignalRequest, SendSignalResponse, Signal, StartRequest, StartResponse,
     StreamInputRequest, StreamInputResponse, UpdateRequest, UpdateResponse,
-    process_event::{EndEvent, Event, data_event::Output},
-    process_input::Input,
-    process_selector::Selector,
-    pty::Size,
+    process_event::{Event, data_event::Output},
     stream_input_request,
 };
 use tempfile::TempDir;
-
-const START: &str = "/process.Process/Start";
-const CONNECT: &str = "/process.Process/Connect";
-const LIST: &str = "/process.Process/List";
-const UPDATE: &str = "/process.Process/Update";
-const SEND_INPUT: &str = "/process.Process/SendInput";
-const STREAM_INPUT: &str = "/process.Process/StreamInput";
-const SEND_SIGNAL: &str = "/process.Process/SendSignal";
-const CLOSE_STDIN: &str = "/process.Process/CloseStdin";
 
 /// More than a pipe and its reader hold.
 const MORE_THAN_A_PIPE: usize = 1 << 20;
 
 fn client(daemon: &Daemon) -> Client {
     Client::new(daemon, Wire::Connect { json: true })
-}
-
-fn start(cmd: &str, args: &[&str]) -> StartRequest {
-    StartRequest {
-        process: Some(ProcessConfig {
-            cmd: cmd.to_owned(),
-            args: args.iter().map(ToString::to_string).collect(),
-            cwd: Some("/".to_owned()),
-            ..ProcessConfig::default()
-        }),
-        ..StartRequest::default()
-    }
-}
-
-fn sh(script: &str) -> StartRequest {
-    start("/bin/sh", &["-c", script])
-}
-
-/// Requests, put together in the order in which they read.
-trait With: Sized {
-    fn cwd(self, cwd: Option<&str>) -> Self;
-    fn env(self, name: &str, value: &str) -> Self;
-    fn tag(self, tag: &str) -> Self;
-    fn pty(self, cols: u32, rows: u32) -> Self;
-    fn no_stdin(self) -> Self;
-}
-
-impl With for StartRequest {
-    fn cwd(mut self, cwd: Option<&str>) -> Self {
-        self.process.as_mut().unwrap().cwd = cwd.map(str::to_owned);
-        self
-    }
-
-    fn env(mut self, name: &str, value: &str) -> Self {
-        self.process.as_mut().unwrap().envs.insert(name.to_owned(), value.to_owned());
-        self
-    }
-
-    fn tag(mut self, tag: &str) -> Self {
-        self.tag = Some(tag.to_owned());
-        self
-    }
-
-    fn pty(mut self, cols: u32, rows: u32) -> Self {
-        self.pty = Some(Pty { size: Some(Size { cols, rows }) });
-        self
-    }
-
-    fn no_stdin(mut self) -> Self {
-        self.stdin = Some(false);
-        self
-    }
-}
-
-fn pid(pid: u32) -> Option<ProcessSelector> {
-    Some(ProcessSelector { selector: Some(Selector::Pid(pid)) })
-}
-
-fn tag(tag: &str) -> Option<ProcessSelector> {
-    Some(ProcessSelector { selector: Some(Selector::Tag(tag.to_owned())) })
-}
-
-fn to_stdin(data: impl Into<Bytes>) -> Option<ProcessInput> {
-    Some(ProcessInput { input: Some(Input::Stdin(data.into())) })
-}
-
-fn to_pty(data: impl Into<Bytes>) -> Option<ProcessInput> {
-    Some(ProcessInput { input: Some(Input::Pty(data.into())) })
-}
-
-/// The two responses that carry events.
-trait Carries: Msg {
-    fn event(self) -> Event;
-}
-
-impl Carries for StartResponse {
-    fn event(self) -> Event {
-        self.event.unwrap().event.unwrap()
-    }
-}
-
-impl Carries for ConnectResponse {
-    fn event(self) -> Event {
-        self.event.unwrap().event.unwrap()
-    }
-}
-
-/// What a process has said so far.
-#[derive(Debug, Default, Clone)]
-struct Said {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    pty: Vec<u8>,
-    keepalives: usize,
-}
-
-impl Said {
-    fn stdout(&self) -> &str {
-        std::str::from_utf8(&self.stdout).unwrap()
-    }
-
-    fn stderr(&self) -> &str {
-        std::str::from_utf8(&self.stderr).unwrap()
-    }
-
-    fn pty(&self) -> &str {
-        std::str::from_utf8(&self.pty).unwrap()
-    }
-}
-
-/// A subscription to a process, from Start or Connect.
-struct Running<R> {
-    pid: u32,
-    said: Said,
-    messages: Messages<R>,
-}
-
-impl<R: Carries> Running<R> {
-    async fn of(mut messages: Messages<R>) -> Result<Self, Failure> {
-        let first = messages.next().await?.expect("a first message").event();
-        let Event::Start(start) = first else { panic!("first came {first:?}") };
-        Ok(Self { pid: start.pid, said: Said::default(), messages })
-    }
-
-    /// Takes one event; the end, if it was that.
-    async fn step(&mut self) -> Result<Option<EndEvent>, Failure> {
-        match self.messages.next().await?.expect("an end before the end").event() {
-            Event::Data(data) => match data.output.unwrap() {
-                Output::Stdout(bytes) => self.said.stdout.extend_from_slice(&bytes),
-                Output::Stderr(bytes) => self.said.stderr.extend_from_slice(&bytes),
-                Output::Pty(bytes) => self.said.pty.extend_from_slice(&bytes),
-            },
-            Event::Keepalive(_) => self.said.keepalives += 1,
-            Event::End(end) => {
-                assert!(self.messages.next().await?.is_none(), "the end is last");
-                return Ok(Some(end));
-            }
-            Event::Start(_) => panic!("a second start"),
-            Event::Gap(gap) => panic!("nobody asked for offsets: {gap:?}"),
-        }
-        Ok(None)
-    }
-
-    /// Goes on until `check` holds of what was said.
-    async fn until(&mut self, check: impl Fn(&Said) -> bool) {
-        while !check(&self.said) {
-            if let Some(end) = self.step().await.unwrap() {
-                panic!("it ended with {end:?} after {:?}", self.said);
-            }
-        }
-    }
-
-    /// Goes on until it has said `text` on stdout or its terminal.
-    async fn until_it_says(&mut self, text: &str) {
-        let has = |bytes: &[u8]| bytes.windows(text.len()).any(|part| part == text.as_bytes());
-        self.until(|said| has(&said.stdout) || has(&said.pty)).await;
-    }
-
-    async fn try_end(mut self) -> Result<(Said, EndEvent), Failure> {
-        loop {
-            if let Some(end) = self.step().await? {
-                return Ok((self.said, end));
-            }
-        }
-    }
-
-    async fn end(self) -> (Said, EndEvent) {
-        self.try_end().await.unwrap()
-    }
-}
-
-/// The part of an end that upstream has too.
-fn upstreams(end: &EndEvent) -> (i32, bool, String, Option<String>) {
-    (end.exit_code, end.exited, end.status.clone(), end.error.clone())
-}
-
-async fn begin(client: &Client, request: &StartRequest) -> Running<StartResponse> {
-    Running::of(client.stream(START, request).await.unwrap()).await.unwrap()
-}
-
-async fn run(client: &Client, request: &StartRequest) -> (Said, EndEvent) {
-    begin(client, request).await.end().await
-}
-
-/// The stdout of a command that succeeds.
-async fn stdout(client: &Client, request: &StartRequest) -> String {
-    let (said, end) = run(client, request).await;
-    assert_eq!((end.exit_code, said.stderr()), (0, ""), "{said:?}");
-    String::from_utf8(said.stdout).unwrap()
-}
-
-async fn refused(client: &Client, request: &StartRequest) -> Failure {
-    let messages = match client.stream::<_, StartResponse>(START, request).await {
-        Ok(messages) => messages,
-        Err(failure) => return failure,
-    };
-    match Running::of(messages).await {
-        Ok(_) => panic!("it was started"),
-        Err(failure) => failure,
-    }
-}
-
-async fn connect(
-    client: &Client,
-    process: Option<ProcessSelector>,
-) -> Result<Running<ConnectResponse>, Failure> {
-    Running::of(client.stream(CONNECT, &ConnectRequest { process, from_offset: None }).await?).await
-}
-
-async fn list(client: &Client) -> Vec<ProcessInfo> {
-    let list: ListResponse = client.unary(LIST, &ListRequest::default()).await.unwrap();
-    list.processes
-}
-
-async fn send(
-    client: &Client,
-    process: Option<ProcessSelector>,
-    input: Option<ProcessInput>,
-) -> Result<(), Failure> {
-    let request = SendInputRequest { process, input, ..Default::default() };
-    client.unary(SEND_INPUT, &request).await.map(|_: SendInputResponse| ())
-}
-
-async fn close_stdin(client: &Client, process: Option<ProcessSelector>) -> Result<(), Failure> {
-    let request = CloseStdinRequest { process };
-    client.unary(CLOSE_STDIN, &request).await.map(|_: CloseStdinResponse| ())
-}
-
-async fn signal(
-    client: &Client,
-    process: Option<ProcessSelector>,
-    signal: Signal,
-) -> Result<(), Failure> {
-    let request = SendSignalRequest { process, signal: signal.into(), ..Default::default() };
-    client.unary(SEND_SIGNAL, &request).await.map(|_: SendSignalResponse| ())
-}
-
-async fn kill(client: &Client, process: u32) {
-    signal(client, pid(process), Signal::Sigkill).await.unwrap();
-}
-
-async fn resize(client: &Client, process: u32, cols: u32, rows: u32) -> Result<(), Failure> {
-    let pty = Some(Pty { size: Some(Size { cols, rows }) });
-    let request = UpdateRequest { process: pid(process), pty };
-    client.unary(UPDATE, &request).await.map(|_: UpdateResponse| ())
-}
-
-fn failure(code: &str, message: impl Into<String>) -> Failure {
-    Failure { code: code.to_owned(), message: message.into() }
 }
 
 /// The daemon still does its work.
@@ -312,12 +49,6 @@ fn open_dir() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     dir
-}
-
-/// The state letter of a process; `None` when there is none.
-fn state(pid: u32) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 fn kill_stranger(pid: &str) {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, missing_debug_implementations)]
 
+pub mod process;
 pub mod raw;
 pub mod rpc;
 

@@ -158,9 +158,13 @@ impl Journal {
     async fn put_on_disk(&self, batch: Vec<Piece>) {
         let Some(spill) = &self.disk else { return self.fanout.spill_failed() };
         let _turn = self.turn.lock().await;
-        // The other channel may have put them there meanwhile.
+        // The other channel may have put them there meanwhile, or some, or a part of one.
         let written = spill.end();
-        let batch: Vec<_> = batch.into_iter().filter(|piece| piece.offset >= written).collect();
+        let batch: Vec<_> = batch
+            .into_iter()
+            .filter(|piece| piece.end() > written)
+            .map(|piece| piece.between(written, u64::MAX))
+            .collect();
         let Some(end) = batch.last().map(Piece::end) else { return };
         let droppable = self.fanout.droppable_before();
         match spill.write(batch, droppable).await {

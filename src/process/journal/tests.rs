@@ -368,6 +368,33 @@ async fn what_is_put_on_disk_is_read_back_to_the_byte_and_leaves_no_file() {
     assert_eq!(files, 0, "they have no names");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_channels_at_once_lose_nothing_on_disk() {
+    for _ in 0..20 {
+        let (journal, _dir) = on_disk(64 * 1024, 16 * 1024 * 1024);
+        let writers = [(Channel::Stdout, 1000), (Channel::Stderr, 3000)].map(|(channel, len)| {
+            let journal = Arc::clone(&journal);
+            tokio::spawn(async move {
+                for number in 0..200_u8 {
+                    journal.append(channel, vec![number; len].into()).await;
+                }
+            })
+        });
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        journal.end(ending());
+        let mut reader = journal.subscribe(Attach::At(0)).unwrap();
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        while let Some(Event::Output(piece)) = reader.next().await {
+            let to = if piece.channel == Channel::Stdout { &mut stdout } else { &mut stderr };
+            to.extend_from_slice(&piece.data);
+        }
+        let all = |len| (0..200_u8).flat_map(|number| vec![number; len]).collect::<Vec<_>>();
+        assert!(stdout == all(1000) && stderr == all(3000));
+    }
+}
+
 #[tokio::test]
 async fn a_disk_that_takes_nothing_costs_the_oldest_bytes_only() {
     let dir = tempfile::tempdir().unwrap();

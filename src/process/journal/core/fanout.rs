@@ -130,7 +130,7 @@ pub struct Fanout<E> {
 struct State<E> {
     log: Log,
     bounds: Bounds,
-    /// What is on disk: from, to. Whole as long as nothing failed, and adjacent to the log then.
+    /// What is on disk: from, to. Without a hole, and as long as nothing failed none before the log.
     disk: (u64, u64),
     /// Whether more goes to disk.
     spills: bool,
@@ -266,9 +266,10 @@ impl<E: Clone> Fanout<E> {
     pub fn spilled(&self, to: u64, oldest: u64) {
         let mut state = self.state.lock();
         // What a failure left between disk and log is gone, and so is what lies before it.
-        let from = if state.disk.1 == state.log.start() { oldest } else { state.log.start() };
+        let from = if state.disk.1 >= state.log.start() { oldest } else { state.log.start() };
         state.disk = (from.max(oldest), to);
-        while state.log.start() < to {
+        // A chunk of which a part is on disk stays until the rest is there too.
+        while state.log.first_end().is_some_and(|end| end <= to) {
             state.log.drop_first();
         }
         state.account(&self.pressure);

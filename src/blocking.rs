@@ -25,6 +25,8 @@ pub const SPAWN_THREADS: usize = 2;
 /// The most threads that look at the directories of processes to start, which may be on a file
 /// system that hangs; one of them stays.
 pub const MAX_DIRECTORY_THREADS: usize = 8;
+/// The most threads that signal and measure trees of processes; one of them stays.
+pub const MAX_TREE_THREADS: usize = 4;
 /// The jobs of one pool that wait for a thread; beyond it, new ones are refused.
 pub const MAX_WAITING_JOBS: usize = 1024;
 /// How long a thread above a pool's minimum waits for more work.

@@ -7,7 +7,6 @@
 
 use std::{
     convert::Infallible,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,7 +26,7 @@ use crate::{
     fs::{transfer::Writers, watch::Hub},
     guest::{boot::Times, limits, notify, ready, users::Users},
     http,
-    process::{self, Manager},
+    process::{self, Groups, Manager},
     sandbox::{Defaults, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
     wire::{
         self, Body, Limits, dial,
@@ -36,8 +35,6 @@ use crate::{
     },
 };
 
-/// Where cgroup2 is mounted when the command line does not say it.
-const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// The pause between two looks at whether uploads have cleaned up, at the end.
 const CLEANUP_PAUSE: Duration = Duration::from_millis(2);
 
@@ -183,9 +180,7 @@ where
 }
 
 fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
-    if config.cgroup_root != Path::new(DEFAULT_CGROUP_ROOT) {
-        tracing::info!(root = %config.cgroup_root.display(), "cgroups are not used yet: -cgroup-root has no effect");
-    }
+    limits::protect_from_oom_killer();
     let users = Arc::new(Users::system());
     let own = users.own_name();
     if !nix::unistd::geteuid().is_root() {
@@ -195,11 +190,10 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
     let workdir = config.default_workdir.clone();
     let env = vec![("E2B_SANDBOX".to_owned(), (!config.is_not_fc).to_string())];
     let files = Pool::for_files();
+    let nofile = limits::raise_open_files();
+    let options = process::Options { nofile, ..config.processes.clone() };
     let sandbox = Sandbox {
-        processes: Manager::new(process::Options {
-            nofile: limits::raise_open_files(),
-            ..config.processes.clone()
-        }),
+        processes: Manager::with(options, groups(config)),
         watches: Hub::new(Arc::clone(&users), Arc::clone(&files)),
         users,
         files,
@@ -217,6 +211,22 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
         Err(error) => tracing::warn!(error = error.message(), "calls must name a user"),
     }
     Ok(Arc::new(sandbox))
+}
+
+/// The control groups for processes, and a word about what they offer.
+fn groups(config: &Config) -> Groups {
+    if config.no_cgroups {
+        return Groups::none("this envd runs with -no-cgroups");
+    }
+    let groups = Groups::find(&config.cgroup_root);
+    match groups.base() {
+        Ok(base) => {
+            let controllers = groups.controllers().join(" ");
+            tracing::info!(base = %base.display(), controllers, "control groups");
+        }
+        Err(why) => tracing::info!(why, "no control groups: trees are not limited"),
+    }
+    groups
 }
 
 async fn bind(addresses: &[Address]) -> Result<Vec<Listener>, ListenError> {

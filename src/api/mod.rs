@@ -5,6 +5,7 @@ pub mod filesystem;
 pub mod identity;
 pub mod keepalive;
 pub mod legacy;
+mod limits;
 mod outcome;
 pub mod process;
 pub mod read;

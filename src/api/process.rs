@@ -7,13 +7,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     events::{self, Follow, Stop},
-    identity, keepalive, outcome, read, status, wait,
+    identity, keepalive, limits, outcome, read, status, wait,
 };
 use crate::{
     fs::path,
     guest::users::User,
     process::{
-        self, Attach, Found, Selector, StartSpec, Stdio,
+        self, Attach, Found, Selector, StartSpec, Stdio, Usage,
         journal::Bounds,
         options::{self, Options},
     },
@@ -124,6 +124,8 @@ impl Processes {
             stdio,
             tag: request.tag,
             timeout,
+            time_limit: limits::time_limit(request.timeout, request.kill_grace)?,
+            limits: limits::limits(request.limits)?,
         })
     }
 }
@@ -139,7 +141,12 @@ impl Process for Processes {
         // Without a user nobody's environment is shown.
         let caller = identity::caller(request.extensions(), &self.sandbox).ok();
         let found = self.sandbox.processes.list(request.into_inner().include_ended);
-        let processes = found.iter().map(|found| info(found, caller.as_deref())).collect();
+        let usages = self.sandbox.processes.usages(&found).await;
+        let processes = found
+            .iter()
+            .zip(usages)
+            .map(|(found, usage)| info(found, usage, caller.as_deref()))
+            .collect();
         Ok(Response::new(pb::ListResponse { processes }))
     }
 
@@ -250,7 +257,16 @@ impl Process for Processes {
             signal @ 1..=64 => signal,
             other => return Err(Status::unimplemented(format!("invalid signal: {other}"))),
         };
-        process.signal(signal).map_err(|error| status::of_signal(&error))?;
+        let sent = match pb::SignalScope::try_from(message.scope) {
+            Ok(pb::SignalScope::Process) => process.signal(signal),
+            Ok(pb::SignalScope::Group) => process.signal_group(signal),
+            Ok(pb::SignalScope::Tree) => process.signal_tree(signal).await,
+            Err(_) => {
+                let why = format!("the field `scope` has no such value: {}", message.scope);
+                return Err(Status::invalid_argument(why));
+            }
+        };
+        sent.map_err(|error| status::of_signal(&error))?;
         Ok(Response::new(pb::SendSignalResponse {}))
     }
 
@@ -283,7 +299,7 @@ impl Process for Processes {
 }
 
 /// A process, as the caller may see it.
-fn info(found: &Found, caller: Option<&User>) -> pb::ProcessInfo {
+fn info(found: &Found, usage: Option<Usage>, caller: Option<&User>) -> pb::ProcessInfo {
     let record = found.record();
     let spec = &record.spec;
     let may_see = caller.is_some_and(|caller| caller.uid == 0 || caller.uid == spec.user.uid);
@@ -296,11 +312,6 @@ fn info(found: &Found, caller: Option<&User>) -> pb::ProcessInfo {
     let state = match ended {
         Some(_) => pb::ProcessState::Ended,
         None => pb::ProcessState::Running,
-    };
-    let usage = match (&ended, found) {
-        (Some(ending), _) => Some(ending.usage),
-        (None, Found::Live(process)) => process.usage(),
-        (None, Found::Ended(_)) => None,
     };
     pb::ProcessInfo {
         config: Some(pb::ProcessConfig {

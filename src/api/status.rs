@@ -31,6 +31,7 @@ pub(super) fn of_start(error: &StartError) -> Status {
         StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
             Code::InvalidArgument
         }
+        StartError::Limit { .. } => Code::FailedPrecondition,
         StartError::Pipe { .. } | StartError::Blocking(Busy::Panicked) | StartError::Task(_) => {
             Code::Internal
         }
@@ -59,7 +60,11 @@ pub(super) fn of_close(error: &InputError) -> Status {
 
 /// The status of a signal that was not sent.
 pub(super) fn of_signal(error: &SignalError) -> Status {
-    Status::internal(format!("error sending signal: {error}"))
+    let code = match error {
+        SignalError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => Code::ResourceExhausted,
+        _ => Code::Internal,
+    };
+    Status::new(code, format!("error sending signal: {error}"))
 }
 
 /// The status of a terminal that was not resized.

@@ -1,4 +1,6 @@
-//! The daemon's own resource limits.
+//! The daemon's own resource limits, and its protection.
+
+use std::fs;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -19,5 +21,22 @@ pub fn raise_open_files() -> Option<(u64, u64)> {
             tracing::warn!(%error, "the limit of open files cannot be read");
             None
         }
+    }
+}
+
+/// Where the kernel keeps how willingly it kills the daemon for want of memory.
+const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
+
+/// Keeps the kernel from killing the daemon for want of memory, where the service manager has not
+/// decided otherwise: the daemon is what tells that something else was killed. Its processes get a
+/// score of their own.
+pub fn protect_from_oom_killer() {
+    let decided = fs::read_to_string(OOM_SCORE_ADJ).is_ok_and(|score| score.trim() != "0");
+    if decided || !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    // Without the right to (in a container, say) the daemon runs all the same.
+    if let Err(error) = fs::write(OOM_SCORE_ADJ, "-1000") {
+        tracing::info!(%error, "not protected from the kernel's OOM killer");
     }
 }

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use super::tree::Conclusion;
 use crate::sys::{errno, pidfd::Exit};
 
 /// The truth about an ending.
@@ -93,9 +94,56 @@ pub struct Ending {
     pub timed_out: bool,
 }
 
+/// What the supervisor knows about an exit beside its status.
+#[derive(Debug, Clone)]
+pub(super) struct Circumstances {
+    /// When it was seen.
+    pub(super) exited_at: SystemTime,
+    /// Why the command could not be executed.
+    pub(super) exec_error: Option<i32>,
+    /// What made it end.
+    pub(super) cause: Option<Cause>,
+    /// What its tree has to say.
+    pub(super) conclusion: Conclusion,
+}
+
+/// What made a process end, if that was here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// The deadline of the call that started it: SIGKILL.
+    Deadline(Duration),
+    /// Its own time limit: SIGTERM first.
+    TimeLimit(Duration),
+}
+
 impl Ending {
+    /// The ending of a process, with everything that is known.
+    pub(super) fn of_process(exit: io::Result<Exit>, known: Circumstances) -> Self {
+        let Circumstances { exited_at, exec_error, cause, conclusion } = known;
+        let Conclusion { usage, verdict, killed, .. } = conclusion;
+        let timed_out = matches!(cause, Some(Cause::Deadline(_)));
+        let ending = match &exit {
+            Ok(exit) => Self::new(*exit, timed_out),
+            Err(error) => Self::unknown(error, timed_out),
+        };
+        let is_kill = matches!(exit, Ok(Exit::Signalled { signal: libc::SIGKILL, .. }));
+        let outcome = match (exit, exec_error, cause) {
+            (Ok(Exit::Exited(_)), Some(errno), _) => Outcome::SpawnFailed { errno },
+            (Ok(exit), _, Some(Cause::TimeLimit(timeout))) => Outcome::TimedOut { timeout, exit },
+            // It may have been faster than the kill.
+            (Ok(exit), _, Some(Cause::Deadline(timeout))) if is_kill => {
+                Outcome::TimedOut { timeout, exit }
+            }
+            (Ok(_), ..) if is_kill && !killed && verdict.oom_kills > 0 => {
+                Outcome::OomKilled { kills: verdict.oom_kills, memory_limit: verdict.memory_limit }
+            }
+            _ => ending.outcome,
+        };
+        Self { outcome, limits_hit: verdict.limits_hit, usage, exited_at, ..ending }
+    }
+
     /// Puts an exit in words.
-    pub fn new(exit: Exit, timed_out: bool) -> Self {
+    pub(super) fn new(exit: Exit, timed_out: bool) -> Self {
         let (exit_code, exited, status) = match exit {
             Exit::Exited(code) => (code, true, format!("exit status {code}")),
             Exit::Signalled { signal, core_dumped } => {
@@ -130,7 +178,7 @@ impl Ending {
     }
 
     /// The ending of a process whose exit status somebody else has taken.
-    pub(super) fn unknown(error: &io::Error, timed_out: bool) -> Self {
+    fn unknown(error: &io::Error, timed_out: bool) -> Self {
         let reason = format!("wait: {}", errno::text_of(error));
         Self {
             status: "wait error".to_owned(),
@@ -210,5 +258,64 @@ mod tests {
         let late = Ending::new(Exit::Exited(0), true);
         assert_eq!((late.exit_code, late.exited), (0, true));
         assert_eq!(late.error.as_deref(), Some("context deadline exceeded"));
+    }
+
+    fn outcome(exit: Exit, cause: Option<Cause>, change: impl Fn(&mut Circumstances)) -> Outcome {
+        let mut known = Circumstances {
+            exited_at: SystemTime::now(),
+            exec_error: None,
+            cause,
+            conclusion: Conclusion::default(),
+        };
+        change(&mut known);
+        Ending::of_process(Ok(exit), known).outcome
+    }
+
+    const KILLED: Exit = Exit::Signalled { signal: 9, core_dumped: false };
+
+    #[test]
+    fn a_kill_for_want_of_memory_is_told_from_any_other() {
+        let oom = |known: &mut Circumstances| {
+            known.conclusion.verdict.oom_kills = 2;
+            known.conclusion.verdict.memory_limit = Some(7);
+        };
+        let oom_killed = Outcome::OomKilled { kills: 2, memory_limit: Some(7) };
+        let signalled = Outcome::Signalled { signal: 9, core_dumped: false };
+        assert_eq!(outcome(KILLED, None, oom), oom_killed);
+        assert_eq!(outcome(KILLED, None, |_| ()), signalled);
+        let ours = |known: &mut Circumstances| {
+            oom(known);
+            known.conclusion.killed = true;
+        };
+        assert_eq!(outcome(KILLED, None, ours), signalled);
+        // A child of it was killed, and it said so.
+        assert_eq!(outcome(Exit::Exited(137), None, oom), Outcome::Exited { code: 137 });
+    }
+
+    #[test]
+    fn a_time_limit_is_the_outcome_however_it_went_then() {
+        let timeout = Duration::from_secs(3);
+        let limit = Some(Cause::TimeLimit(timeout));
+        for exit in [KILLED, Exit::Exited(0), Exit::Exited(3)] {
+            assert_eq!(outcome(exit, limit, |_| ()), Outcome::TimedOut { timeout, exit });
+        }
+        let deadline = Some(Cause::Deadline(timeout));
+        assert_eq!(outcome(KILLED, deadline, |_| ()), Outcome::TimedOut { timeout, exit: KILLED });
+        assert_eq!(outcome(Exit::Exited(0), deadline, |_| ()), Outcome::Exited { code: 0 });
+    }
+
+    #[test]
+    fn a_command_that_was_never_executed_and_one_that_others_waited_for() {
+        let failed = |known: &mut Circumstances| known.exec_error = Some(2);
+        assert_eq!(outcome(Exit::Exited(127), None, failed), Outcome::SpawnFailed { errno: 2 });
+        let known = Circumstances {
+            exited_at: SystemTime::now(),
+            exec_error: None,
+            cause: None,
+            conclusion: Conclusion::default(),
+        };
+        let error = io::Error::from_raw_os_error(libc::ECHILD);
+        let ending = Ending::of_process(Err(error), known);
+        assert!(matches!(ending.outcome, Outcome::Lost { reason } if reason.contains("child")));
     }
 }

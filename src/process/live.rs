@@ -1,6 +1,7 @@
 //! A live process, as its callers see it.
 
 use std::{
+    io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
@@ -9,13 +10,18 @@ use bytes::Bytes;
 use tokio::io::unix::AsyncFd;
 
 use super::{
-    Beyond, Stdio, Subscription, Usage,
+    Beyond, Stdio, Subscription,
+    descent::Member,
     input::{Input, InputError, WriteError, stdin_error, terminal_error},
     journal::{Attach, Journal},
-    ports::Listening,
+    ports::{self, Listening},
     record::Record,
+    tree::Tree,
 };
-use crate::sys::{errno, pidfd, pty};
+use crate::{
+    blocking::{Busy, Pool},
+    sys::{errno, pty},
+};
 
 /// Why a signal was not sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +39,9 @@ pub enum SignalError {
         /// What the kernel said.
         reason: String,
     },
+    /// There is no thread to do it on.
+    #[error(transparent)]
+    Blocking(#[from] Busy),
 }
 
 /// Why a terminal was not resized.
@@ -62,6 +71,8 @@ pub struct Process {
     pub(super) pidfd: AsyncFd<OwnedFd>,
     pub(super) input: Input,
     pub(super) journal: Arc<Journal>,
+    pub(super) tree: Arc<Tree>,
+    trees: Arc<Pool>,
 }
 
 impl Process {
@@ -70,9 +81,11 @@ impl Process {
         pidfd: AsyncFd<OwnedFd>,
         input: Option<Arc<AsyncFd<OwnedFd>>>,
         journal: Arc<Journal>,
+        (tree, trees): (Tree, Arc<Pool>),
     ) -> Self {
         let is_pty = matches!(record.spec.stdio, Stdio::Pty { .. });
-        Self { record: Arc::new(record), is_pty, pidfd, input: Input::new(input), journal }
+        let (record, input, tree) = (Arc::new(record), Input::new(input), Arc::new(tree));
+        Self { record, is_pty, pidfd, input, journal, tree, trees }
     }
 
     /// Who it is.
@@ -159,31 +172,70 @@ impl Process {
     /// # Errors
     /// It has finished, or the kernel refuses.
     pub fn signal(&self, signal: i32) -> Result<(), SignalError> {
-        pidfd::send_signal(self.pidfd.as_fd(), signal).map_err(|error| match error.raw_os_error() {
-            Some(libc::ESRCH) => SignalError::Finished,
-            _ => {
-                let reason = errno::text_of(&error);
-                SignalError::Failed { signal, pid: self.pid(), reason }
-            }
-        })
+        let sent = self.tree.signal_process(self.pidfd.as_fd(), signal);
+        sent.map_err(|error| self.not_signalled(signal, &error))
     }
 
-    /// What it has used so far.
-    pub fn usage(&self) -> Option<Usage> {
-        None
+    /// Sends a signal to its process group: itself, and those of its descendants that have not made
+    /// a group of their own.
+    ///
+    /// # Errors
+    /// It has finished, or the kernel refuses.
+    pub fn signal_group(&self, signal: i32) -> Result<(), SignalError> {
+        self.tree.signal_group(signal).map_err(|error| self.not_signalled(signal, &error))
     }
 
-    /// Kills it and all that descends from it.
+    /// Sends a signal to all that descends from it and to itself.
+    ///
+    /// # Errors
+    /// It has finished, the kernel refuses for one of them, or there is no thread to do it on.
+    pub async fn signal_tree(&self, signal: i32) -> Result<(), SignalError> {
+        let tree = Arc::clone(&self.tree);
+        let sent = self.trees.run(move || tree.signal_all(signal)).await?;
+        sent.map(|_| ()).map_err(|error| self.not_signalled(signal, &error))
+    }
+
+    /// Kills it and all that descends from it, soon, whether or not anybody waits for that.
     pub fn kill_tree(&self) {
-        let _ = self.signal(libc::SIGKILL);
+        let (tree, pid) = (Arc::clone(&self.tree), self.pid());
+        self.trees.run_later(move || {
+            if let Err(error) = tree.signal_all(libc::SIGKILL)
+                && error.raw_os_error() != Some(libc::ESRCH)
+            {
+                tracing::warn!(pid, %error, "its tree was not all killed");
+            }
+        });
+    }
+
+    /// Asks all that descends from it and itself to end, by SIGTERM; gives those that were found
+    /// where there is no control group. What goes wrong is only logged: SIGKILL is to follow.
+    pub(super) async fn terminate_tree(&self) -> Vec<Member> {
+        let tree = Arc::clone(&self.tree);
+        match self.trees.run_next_step(move || tree.signal_all(libc::SIGTERM)).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                tracing::debug!(pid = self.pid(), %error, "SIGTERM to its tree");
+                Vec::new()
+            }
+            Err(error) => {
+                tracing::warn!(pid = self.pid(), %error, "SIGTERM to its tree");
+                Vec::new()
+            }
+        }
+    }
+
+    fn not_signalled(&self, signal: i32, error: &io::Error) -> SignalError {
+        match error.raw_os_error() {
+            Some(libc::ESRCH) => SignalError::Finished,
+            _ => SignalError::Failed { signal, pid: self.pid(), reason: errno::text_of(error) },
+        }
     }
 
     /// The first socket of it, or of what descends from it, that listens on a port; on any for 0.
     pub async fn listening(&self, port: u16) -> Option<Listening> {
-        let pid = self.pid();
-        let _ = pid;
-        let _ = port;
-        None
+        let tree = Arc::clone(&self.tree);
+        let looked = self.trees.run(move || ports::listening(&tree.pids(), port)).await;
+        looked.ok().flatten()
     }
 
     /// Sets the size of its terminal.

@@ -14,14 +14,19 @@
 //!   [`DRAIN_GRACE`](options::DRAIN_GRACE) at most.
 //! * Whoever sees the end does not find the process among the live ones any more; for
 //!   [`RETENTION`](options::RETENTION) its output and its ending can still be asked for.
+//! * A process and all that descends from it is a [`tree`]: it can be signalled, limited and measured
+//!   as a whole, in a control group of its own where the system has them ([`cgroup`]).
 //! * A process is known by its pidfd; its pid is not reused before it has left the registry.
 //! * Nothing here wakes up while nothing happens, and no lock is held over an await.
 //!
 //! It knows no protobuf and no HTTP. Texts of errors are those that upstream's clients know.
 
+pub mod cgroup;
+mod descent;
 pub mod ending;
 pub mod input;
 pub mod journal;
+pub mod limits;
 pub mod live;
 pub mod options;
 pub mod output;
@@ -33,10 +38,13 @@ pub mod start;
 pub mod supervise;
 #[cfg(test)]
 mod tests;
+mod tree;
 
+pub use cgroup::{Groups, Unavailable};
 pub use ending::{Ending, Outcome, Usage};
 pub use input::InputError;
 pub use journal::{Attach, Beyond, Channel, Event, Subscription};
+pub use limits::{Limits, TimeLimit};
 pub use live::{Process, ResizeError, SignalError};
 pub use options::Options;
 pub use record::{Found, Record};

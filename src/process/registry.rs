@@ -13,14 +13,14 @@ use tokio::{
 };
 
 use super::{
-    Options, Process, StartError, StartSpec, Subscription,
+    Groups, Options, Process, StartError, StartSpec, Subscription,
     journal::{Attach, Bounds, Disk, Journal, Pressure},
     options::MAX_RETAINED_REQUESTS,
     record::{Finished, Found},
     start,
 };
 use crate::{
-    blocking::{MAX_DIRECTORY_THREADS, Pool, SPAWN_THREADS},
+    blocking::{MAX_DIRECTORY_THREADS, MAX_TREE_THREADS, Pool, SPAWN_THREADS},
     sys::pidfd,
 };
 
@@ -53,6 +53,9 @@ pub struct Manager {
     /// Where working directories are looked at, which may be on such a file system.
     pub(super) directories: Arc<Pool>,
     spillers: Arc<Pool>,
+    /// Where trees are signalled and measured.
+    pub(super) trees: Arc<Pool>,
+    pub(super) groups: Groups,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +74,11 @@ struct State {
 impl Manager {
     /// A manager without processes. There should be one.
     pub fn new(options: Options) -> Arc<Self> {
+        Self::with(options, Groups::none("nobody has looked for any"))
+    }
+
+    /// As [`Manager::new`], for a daemon that has control groups.
+    pub fn with(options: Options, groups: Groups) -> Arc<Self> {
         pidfd::keep_exit_statuses();
         Arc::new(Self {
             state: Mutex::default(),
@@ -81,6 +89,8 @@ impl Manager {
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
             spillers: Pool::new("journal", 0, MAX_SPILL_THREADS),
             options,
+            trees: Pool::new("trees", 1, MAX_TREE_THREADS),
+            groups,
         })
     }
 

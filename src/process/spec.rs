@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::journal::Bounds;
+use super::{Limits, TimeLimit, journal::Bounds};
 use crate::{guest::users::User, quote};
 
 /// A process to start. Paths and defaults are resolved by the caller.
@@ -34,9 +34,17 @@ pub struct StartSpec {
     pub id: Option<String>,
     /// How large its journal may get.
     pub output: Bounds,
-    /// When it gets SIGKILL, however many clients look on.
+    /// When it gets SIGKILL, it alone, however many clients look on.
     pub timeout: Option<Duration>,
+    /// When its whole tree is made to end.
+    pub time_limit: Option<TimeLimit>,
+    /// What its whole tree may use.
+    pub limits: Limits,
 }
+
+/// The tag of what belongs to the sandbox itself. It stays in the daemon's control group, as with
+/// upstream.
+pub const SYSTEM_TAG: &str = "_system";
 
 /// What a process reads from and writes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,11 +16,15 @@ use nix::{
 use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit};
 
 use super::{
-    Manager, Process, StartSpec, Stdio, Subscription,
+    Groups, Manager, Process, StartSpec, Stdio, Subscription, Unavailable,
+    cgroup::Leaf,
     journal::{Attach, Channel},
+    limits,
     output::Source,
     record::Record,
-    supervise::supervise,
+    spec::SYSTEM_TAG,
+    supervise::{Times, supervise},
+    tree::Tree,
 };
 use crate::{
     blocking::Busy,
@@ -28,7 +32,7 @@ use crate::{
     quote,
     sys::{
         errno, pidfd, pty, ready,
-        spawn::{self, Child, Credentials, SpawnError, Stage},
+        spawn::{self, Child, Credentials, Rlimit, SpawnError, Stage},
     },
 };
 
@@ -70,6 +74,14 @@ pub enum StartError {
         /// What failed, with the kernel's word for it.
         reason: String,
     },
+    /// A limit cannot be set here.
+    #[error("{attempt}: {unavailable}")]
+    Limit {
+        /// What was attempted.
+        attempt: Attempt,
+        /// Which limit, and why.
+        unavailable: Unavailable,
+    },
     /// The working directory does not exist.
     #[error("cwd '{}' does not exist", quote::path(.0))]
     NoDirectory(PathBuf),
@@ -79,6 +91,28 @@ pub enum StartError {
     /// The task that starts processes broke down; a fault of the daemon.
     #[error("error starting process: {0}")]
     Task(String),
+}
+
+impl StartError {
+    fn limits(spec: &StartSpec, why: &str) -> Self {
+        let field = spec.limits.settings().first().map_or("limits", |setting| setting.field);
+        let unavailable = Unavailable { field: field.to_owned(), why: why.to_owned() };
+        Self::Limit { attempt: Attempt::of(spec), unavailable }
+    }
+
+    /// The limit of setrlimit(2) at a place could not be set.
+    fn rlimit(spec: &StartSpec, place: i32, text: &str) -> Self {
+        let limit = usize::try_from(place).ok().and_then(|place| spec.limits.rlimits().get(place));
+        let field = format!("limits.rlimits[{place}]");
+        let why = match limit {
+            Some(limit) => {
+                format!("{} {}:{}: {text}", limits::rlimit_name(limit), limit.soft, limit.hard)
+            }
+            // Its old limit of open files, which is lower than the daemon's.
+            None => format!("nofile: {text}"),
+        };
+        Self::Limit { attempt: Attempt::of(spec), unavailable: Unavailable { field, why } }
+    }
 }
 
 /// What was attempted, in upstream's words.
@@ -149,25 +183,27 @@ pub(super) async fn start(
     }
     let Ends { child: stdio, input, sources } = open_ends(&spec)?;
 
-    let nofile = manager.options.nofile;
+    let making = Arc::clone(&manager);
     let spawned = manager.spawners.run_next_step(move || {
-        let child = spawn(&spec, pwd, &stdio, nofile);
+        let child = spawn(&making, &spec, pwd, &stdio);
         // Our copies of the child's ends must go, or its output never ends.
         drop(stdio);
         (child, spec)
     });
     let (child, spec) = spawned.await?;
-    let Child { pid, pidfd, exec_error } = child.map_err(|error| spawn_error(&spec, &error))?;
+    let (Child { pid, pidfd, exec_error }, leaf) = child?;
+    let tree = Tree::new(pid, leaf);
     let pidfd = ready::watch(pidfd).map_err(|error| {
         let (pidfd, error) = error.into_parts();
         abandon(&manager, pidfd);
         refused(&spec, "pidfd", &error)
     })?;
 
-    let timeout = spec.timeout;
+    let times = Times { timeout: spec.timeout, time_limit: spec.time_limit };
     let journal = manager.journal(spec.output);
     let record = record(&manager, pid, spec);
-    let process = Arc::new(Process::new(record, pidfd, input, journal));
+    let tree = (tree, Arc::clone(&manager.trees));
+    let process = Arc::new(Process::new(record, pidfd, input, journal, tree));
     // Before anything can be read, so that the first subscriber misses nothing.
     let subscription = process.subscribe(Attach::At(0));
     let subscription = subscription.map_err(|error| StartError::Task(error.to_string()))?;
@@ -182,7 +218,7 @@ pub(super) async fn start(
     }
     tracing::debug!(pid, cmd = %quote::text(cmd), "process started");
     manager.register(&process);
-    supervise(manager, Arc::clone(&process), sources, timeout, slot);
+    supervise(manager, Arc::clone(&process), sources, times, exec_error, slot);
     Ok((process, subscription))
 }
 
@@ -207,17 +243,27 @@ fn shown_directory(cwd: &Path) -> Result<String, StartError> {
     Ok(shown.to_string_lossy().into_owned())
 }
 
-/// Blocks: starts the child and waits until it has executed.
+/// Blocks: makes the child's control group, starts the child and waits until it has executed.
 fn spawn(
+    manager: &Manager,
     spec: &StartSpec,
     pwd: String,
     stdio: &[OwnedFd; 3],
-    nofile: Option<(u64, u64)>,
-) -> Result<Child, SpawnError> {
+) -> Result<(Child, Option<Leaf>), StartError> {
     let env = spec.environment(pwd);
     let credentials = credentials(&spec.user);
     let [stdin, stdout, stderr] = stdio;
-    spawn::spawn(&spawn::Spec {
+    let rlimits = rlimits(spec, manager.options.nofile);
+    let leaf = match spec.tag.as_deref() {
+        Some(SYSTEM_TAG) => {
+            let why = format!("the tag {SYSTEM_TAG} keeps a process in the daemon's control group");
+            Groups::none(why).leaf(spec.stdio, &spec.limits)
+        }
+        _ => manager.groups.leaf(spec.stdio, &spec.limits),
+    };
+    let leaf =
+        leaf.map_err(|unavailable| StartError::Limit { attempt: Attempt::of(spec), unavailable })?;
+    let mut child = spawn::Spec {
         cmd: &spec.cmd,
         args: &spec.args,
         env: &env,
@@ -225,8 +271,55 @@ fn spawn(
         stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
         terminal: matches!(spec.stdio, Stdio::Pty { .. }),
         credentials: credentials.as_ref(),
-        nofile,
-    })
+        rlimits: &rlimits,
+        cgroup: leaf.as_ref().map(Leaf::fd),
+    };
+    let failed = match spawn::spawn(&child) {
+        Ok(child) => return Ok((child, leaf)),
+        Err(error) => error,
+    };
+    if let Some(leaf) = &leaf
+        && let Err(error) = leaf.remove()
+    {
+        tracing::warn!(%error, "the control group of a process that did not start stays");
+    }
+    // As where a group cannot be made: without limits it is missed, no more.
+    match (&leaf, group_refused(&failed)) {
+        (Some(_), Some(why)) if spec.limits.settings().is_empty() => {
+            tracing::warn!(why, "a process starts without a control group");
+            child.cgroup = None;
+            let child = spawn::spawn(&child).map_err(|error| spawn_error(spec, &error))?;
+            Ok((child, None))
+        }
+        (Some(_), Some(why)) => Err(StartError::limits(spec, &why)),
+        _ => Err(spawn_error(spec, &failed)),
+    }
+}
+
+/// Why a child could not be put into its control group, if it was that.
+fn group_refused(error: &SpawnError) -> Option<String> {
+    let errno = match error {
+        SpawnError::Child { stage: Stage::Cgroup, errno, .. } => *errno,
+        SpawnError::System { what: "cgroup.procs", source } => source.raw_os_error()?,
+        // What clone3 says about a group.
+        SpawnError::System { source, .. } => source.raw_os_error().filter(|errno| {
+            let of_groups =
+                [libc::EACCES, libc::EBUSY, libc::EOPNOTSUPP, libc::ENOENT, libc::ENODEV];
+            of_groups.contains(errno)
+        })?,
+        _ => return None,
+    };
+    Some(format!("a process cannot be put into its control group: {}", errno::text(errno)))
+}
+
+/// The limits that a child gets: those of before the daemon raised its own, unless it asks for
+/// others.
+fn rlimits(spec: &StartSpec, nofile: Option<(u64, u64)>) -> Vec<Rlimit> {
+    let asked_for = spec.limits.rlimits();
+    let own = nofile.map(|(soft, hard)| Rlimit { resource: limits::NOFILE, soft, hard });
+    let mut all = asked_for.to_vec();
+    all.extend(own.filter(|_| asked_for.iter().all(|limit| limit.resource != limits::NOFILE)));
+    all
 }
 
 /// What the child has to become, or `None` when the daemon is that already: then it needs no right
@@ -348,10 +441,12 @@ fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
         SpawnError::System { what, source } => {
             format!("fork/exec {}: {what}: {}", quote::text(&spec.cmd), errno::text_of(source))
         }
-        SpawnError::Child { stage, errno: number } => {
+        SpawnError::Child { stage, errno: number, detail } => {
             let text = errno::text(*number);
             let user = &spec.user;
             match stage {
+                Stage::Cgroup => format!("join control group: {text}"),
+                Stage::Rlimit => return StartError::rlimit(spec, *detail, &text),
                 Stage::Session => format!("setsid: {text}"),
                 Stage::Terminal => format!("set controlling terminal: {text}"),
                 Stage::Stdio => format!("dup stdio: {text}"),

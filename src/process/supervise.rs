@@ -1,6 +1,11 @@
 //! From a process's exit to its end: the one task that waits for it.
 
-use std::{io, os::fd::AsFd, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{
     io::Interest,
@@ -9,13 +14,25 @@ use tokio::{
 };
 
 use super::{
-    Ending, Manager, Process,
+    Ending, Manager, Process, TimeLimit,
+    descent::Member,
+    ending::{Cause, Circumstances},
     output::{Progress, Source, pump},
+    tree::Conclusion,
 };
 use crate::sys::pidfd::{self, Exit};
 
 /// A timeout beyond this is none: it would overflow the clock.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The times after which a process is made to end.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Times {
+    /// It alone, by SIGKILL.
+    pub(super) timeout: Option<Duration>,
+    /// Its tree.
+    pub(super) time_limit: Option<TimeLimit>,
+}
 
 /// Starts the tasks of a process: one for each channel, and the one that waits for its exit. The
 /// slot is free again when all of them have ended.
@@ -23,7 +40,8 @@ pub(super) fn supervise(
     manager: Arc<Manager>,
     process: Arc<Process>,
     sources: Vec<Source>,
-    timeout: Option<Duration>,
+    limits: Times,
+    exec_error: Option<i32>,
     slot: OwnedSemaphorePermit,
 ) {
     let slot = Arc::new(slot);
@@ -43,45 +61,125 @@ pub(super) fn supervise(
         })
         .collect();
     tokio::spawn(async move {
-        let (exit, timed_out) = exit(&process, timeout).await;
+        let Exited { exit, cause, rest } = exit(&process, limits).await;
+        let exited_at = SystemTime::now();
         exited.send_replace(true);
         process.input.close();
         process.journal.exited();
+        let conclusion = conclude(&manager, &process).await;
+        let gone = conclusion.gone;
+        if let Some((kill_at, found)) = rest.filter(|_| !gone) {
+            tokio::spawn(kill_rest(
+                Arc::clone(&manager),
+                Arc::clone(&process),
+                kill_at,
+                found,
+                Arc::clone(&slot),
+            ));
+        }
         drain(channels, manager.options.drain_grace).await;
-        let ending = match exit {
-            Ok(exit) => Ending::new(exit, timed_out),
-            Err(error) => Ending::unknown(&error, timed_out),
-        };
+        let known = Circumstances { exited_at, exec_error, cause, conclusion };
+        let ending = Ending::of_process(exit, known);
         tracing::debug!(pid = process.pid(), status = ending.status, "process ended");
         // In this order: whoever sees the end finds the process neither among the live ones nor
         // among the zombies; and until it has left the registry its pid is not reused.
         manager.retire(&process);
-        let _ = pidfd::wait(process.pidfd.as_fd());
+        process.tree.reap(process.pidfd.as_fd());
         process.journal.end(ending);
+        if !gone {
+            process.tree.linger(&manager);
+        }
         drop(process);
         drop(slot);
     });
 }
 
-/// Waits for the exit, and kills the process when its time runs out.
-async fn exit(process: &Process, timeout: Option<Duration>) -> (io::Result<Exit>, bool) {
+/// How a process came to its exit.
+struct Exited {
+    exit: io::Result<Exit>,
+    cause: Option<Cause>,
+    /// When the rest of the tree is to be killed that was asked to end, and who was found then.
+    rest: Option<(Instant, Vec<Member>)>,
+}
+
+/// Waits for the exit, and makes the process end when its time runs out.
+async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited {
     // The zombie stays for now: it keeps the pid.
     let exit = process.pidfd.async_io(Interest::READABLE, |fd| {
         pidfd::peek(fd.as_fd())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
     });
-    let Some(timeout) = timeout.filter(|timeout| *timeout < MAX_TIMEOUT) else {
-        return (exit.await, false);
-    };
-    let deadline = Instant::now() + timeout;
     tokio::pin!(exit);
-    tokio::select! {
-        biased;
-        exit = &mut exit => (exit, false),
-        () = sleep_until(deadline) => {
-            let _ = pidfd::send_signal(process.pidfd.as_fd(), libc::SIGKILL);
-            (exit.await, true)
+    let start = Instant::now();
+    let after = |span: Duration| (span < MAX_TIMEOUT).then(|| start + span);
+    let mut deadline = timeout.and_then(|span| Some((after(span)?, span)));
+    let mut limit = time_limit.and_then(|limit| Some((after(limit.timeout)?, limit)));
+    let mut cause = None;
+    let mut rest: Option<(Instant, Vec<Member>)> = None;
+    let mut killed = false;
+    loop {
+        let kill_at = rest.as_ref().map(|(at, _)| *at).filter(|_| !killed);
+        tokio::select! {
+            biased;
+            exit = &mut exit => {
+                return Exited { exit, cause, rest: rest.filter(|_| !killed) };
+            }
+            Some(()) = until(deadline.map(|(at, _)| at)) => {
+                if let Some((_, span)) = deadline.take() {
+                    cause = cause.or(Some(Cause::Deadline(span)));
+                    let _ = process.signal(libc::SIGKILL);
+                }
+            }
+            Some(()) = until(limit.as_ref().map(|(at, _)| *at)) => {
+                if let Some((_, limit)) = limit.take() {
+                    cause = cause.or(Some(Cause::TimeLimit(limit.timeout)));
+                    let found = process.terminate_tree().await;
+                    rest = Some((Instant::now() + limit.grace, found));
+                }
+            }
+            Some(()) = until(kill_at) => {
+                killed = true;
+                if let Err(error) = process.signal_tree(libc::SIGKILL).await {
+                    tracing::warn!(pid = process.pid(), %error, "not killed after its time");
+                }
+            }
         }
     }
+}
+
+/// Waits for a moment, if there is one to wait for.
+async fn until(moment: Option<Instant>) -> Option<()> {
+    sleep_until(moment?).await;
+    Some(())
+}
+
+/// Asks the tree how it went, and removes its control group if that is empty.
+async fn conclude(manager: &Arc<Manager>, process: &Arc<Process>) -> Conclusion {
+    let (again, looking) = (Arc::clone(process), Arc::clone(manager));
+    let concluded = manager.trees.run_next_step(move || {
+        looking.groups.sweep_missed();
+        again.tree.conclude(again.pidfd.as_fd())
+    });
+    concluded.await.unwrap_or_else(|error| {
+        tracing::warn!(pid = process.pid(), %error, "nothing is known of what it used");
+        Conclusion::default()
+    })
+}
+
+/// Kills what has not ended in the time that the tree had for it, though its process has.
+async fn kill_rest(
+    manager: Arc<Manager>,
+    process: Arc<Process>,
+    at: Instant,
+    found: Vec<Member>,
+    slot: Arc<OwnedSemaphorePermit>,
+) {
+    sleep_until(at).await;
+    let tree = Arc::clone(&process.tree);
+    let killed = manager.trees.run_next_step(move || tree.kill_rest(found)).await;
+    if let Ok(Err(error)) = killed {
+        tracing::warn!(pid = process.pid(), %error, "its descendants were not all killed");
+    }
+    drop(slot);
 }
 
 /// Waits until all that the process wrote is in the journal (however long a slow subscriber makes

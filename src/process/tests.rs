@@ -25,6 +25,8 @@ pub(super) fn spec(cmd: &str, args: &[&str]) -> StartSpec {
         id: None,
         output: Bounds { memory: options::OUTPUT_WINDOW, disk: 0, block: false },
         timeout: None,
+        time_limit: None,
+        limits: Limits::default(),
     }
 }
 

@@ -26,7 +26,7 @@ use std::{
 
 use libc::{c_char, c_int, c_long, c_void};
 
-use super::spawn::{Spec, Stage};
+use super::spawn::{Rlimit, Spec, Stage};
 
 /// The search path of a command whose environment has no PATH, and the PATH that processes get where
 /// the daemon itself has none.
@@ -52,7 +52,8 @@ const IOPRIO_BEST_EFFORT_4: usize = (2 << 13) | 4;
 /// How willingly the kernel kills a command for want of memory: sooner than the daemon.
 const OOM_SCORE_ADJ: &[u8] = b"100";
 
-type Failure = (Stage, c_int);
+/// The stage, the error number, and which one of several.
+type Failure = (Stage, c_int, c_int);
 
 /// Everything that the child needs, allocated before it exists.
 #[derive(Debug)]
@@ -72,7 +73,9 @@ pub(super) struct Plan {
     terminal: bool,
     credentials: Option<(u32, u32)>,
     groups: Vec<u32>,
-    nofile: Option<libc::rlimit64>,
+    rlimits: Vec<(u32, libc::rlimit64)>,
+    /// `cgroup.procs` of the group to move to.
+    moved_to: Option<OwnedFd>,
 }
 
 impl Plan {
@@ -81,6 +84,7 @@ impl Plan {
         spec: &Spec<'_>,
         stdio: [c_int; 3],
         report: OwnedFd,
+        moved_to: Option<OwnedFd>,
     ) -> Result<Self, NulError> {
         let mut plan = Self {
             strings: Vec::new(),
@@ -94,9 +98,8 @@ impl Plan {
             terminal: spec.terminal,
             credentials: spec.credentials.map(|to| (to.uid, to.gid)),
             groups: spec.credentials.map(|to| to.groups.clone()).unwrap_or_default(),
-            nofile: spec
-                .nofile
-                .map(|(soft, hard)| libc::rlimit64 { rlim_cur: soft, rlim_max: hard }),
+            rlimits: spec.rlimits.iter().map(for_kernel).collect(),
+            moved_to,
         };
         let cmd = plan.own(spec.cmd.as_bytes().to_vec())?;
         plan.argv.push(cmd);
@@ -148,6 +151,10 @@ impl Plan {
     }
 }
 
+fn for_kernel(limit: &Rlimit) -> (u32, libc::rlimit64) {
+    (limit.resource, libc::rlimit64 { rlim_cur: limit.soft, rlim_max: limit.hard })
+}
+
 /// The child: becomes the command, or reports why it cannot and exits as a shell would.
 ///
 /// `plan` must point to a [`Plan`] that nobody else touches while the child runs.
@@ -155,10 +162,10 @@ pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
     // SAFETY: as the contract above says; the parent's thread is suspended or has its own copy.
     let plan = unsafe { &mut *plan.cast::<Plan>() };
     // SAFETY: we are the child, and the plan's pointers are valid.
-    let Err((stage, errno)) = unsafe { become_command(plan) };
-    let report = [stage as i32, errno];
+    let Err((stage, errno, detail)) = unsafe { become_command(plan) };
+    let report = [stage as i32, errno, detail];
     let code = if errno == libc::ENOENT { 127 } else { 126 };
-    // SAFETY: writes eight bytes that live on this stack, and ends the child without running the
+    // SAFETY: writes twelve bytes that live on this stack, and ends the child without running the
     // daemon's exit handlers.
     unsafe {
         let bytes = size_of_val(&report);
@@ -175,6 +182,11 @@ pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
 unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
     // SAFETY: every call gets valid pointers or none: to the plan, to constants, or to this stack.
     unsafe {
+        // First, so that all that follows is counted there.
+        if let Some(processes) = &plan.moved_to {
+            let args = [processes.as_raw_fd() as usize, addr(c"0".as_ptr()), 1, 0, 0];
+            at(Stage::Cgroup, raw(libc::SYS_write, args))?;
+        }
         // Always a session and a group of its own: `kill 0` then hits this command alone.
         at(Stage::Session, raw(libc::SYS_setsid, [0; 5]))?;
         let [stdin, stdout, stderr] = plan.stdio;
@@ -186,9 +198,14 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
             at(Stage::Stdio, raw(libc::SYS_dup3, [from as usize, to, 0, 0, 0]))?;
         }
         set_priorities();
-        if let Some(limit) = &plan.nofile {
-            let args = [0, libc::RLIMIT_NOFILE as usize, addr(limit), 0, 0];
-            let _ = raw(libc::SYS_prlimit64, args);
+        // Before the user changes: the right to raise a limit goes with it.
+        let mut place = 0;
+        for (resource, limit) in &plan.rlimits {
+            let args = [0, *resource as usize, addr(limit), 0, 0];
+            if let Err(errno) = raw(libc::SYS_prlimit64, args) {
+                return Err((Stage::Rlimit, errno, place));
+            }
+            place += 1;
         }
         if let Some((uid, gid)) = plan.credentials {
             let groups = [plan.groups.len(), addr(plan.groups.as_ptr()), 0, 0, 0];
@@ -276,11 +293,11 @@ unsafe fn exec(plan: &mut Plan) -> Result<Infallible, Failure> {
         match result {
             Err(libc::EACCES) => found = libc::EACCES,
             Err(libc::ENOENT | libc::ENOTDIR | libc::ESTALE | libc::ENODEV | libc::ETIMEDOUT) => {}
-            Err(errno) => return Err((Stage::Exec, errno)),
+            Err(errno) => return Err((Stage::Exec, errno, 0)),
             Ok(_) => {}
         }
     }
-    Err((Stage::Exec, found))
+    Err((Stage::Exec, found, 0))
 }
 
 /// # Safety
@@ -300,7 +317,7 @@ unsafe fn raw(number: c_long, [a, b, c, d, e]: [usize; 5]) -> Result<c_long, c_i
 fn at(stage: Stage, result: Result<c_long, c_int>) -> Result<(), Failure> {
     match result {
         Ok(_) => Ok(()),
-        Err(errno) => Err((stage, errno)),
+        Err(errno) => Err((stage, errno, 0)),
     }
 }
 

@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 mod child;
+mod clone;
 pub mod errno;
 pub mod net;
 pub mod pidfd;

@@ -4,6 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
+    time::Duration,
 };
 
 use libc::{c_int, c_long};
@@ -22,9 +23,23 @@ pub enum Exit {
     },
 }
 
-/// Opens a pidfd for a child. Only for a child that has not been waited for: its pid cannot have
-/// been reused.
-pub(super) fn open(pid: c_int) -> io::Result<OwnedFd> {
+/// What a process has used, and those of its children that it has waited for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// Processor time in user mode.
+    pub user: Duration,
+    /// Processor time in the kernel.
+    pub system: Duration,
+    /// The most memory of one of them, in bytes.
+    pub memory: u64,
+}
+
+/// Opens a pidfd. Of a child that has not been waited for the pid cannot have been reused; for any
+/// other process the caller has to make sure, behind the call, that it is the one that is meant.
+///
+/// # Errors
+/// ESRCH when there is no such process, EMFILE, ENOSYS.
+pub fn open(pid: c_int) -> io::Result<OwnedFd> {
     // SAFETY: the call takes two integers and touches no memory.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     let fd = c_int::try_from(fd).map_err(io::Error::other)?;
@@ -43,6 +58,19 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let result =
         unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, info, 0) };
     check(result).map(|_| ())
+}
+
+/// Sends a signal to a process group, by its number: that of a process that has made itself the
+/// leader of a group and has not been waited for.
+///
+/// # Errors
+/// ESRCH when there is no such group, EPERM when none of it may be signalled.
+pub fn signal_group(group: u32, signal: i32) -> io::Result<()> {
+    // 0 and 1 would be the daemon's own group and everybody.
+    let group = c_int::try_from(group).ok().filter(|group| *group > 1);
+    let group = group.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    // SAFETY: the call takes two integers and touches no memory.
+    check(unsafe { libc::kill(-group, signal) }.into()).map(|_| ())
 }
 
 /// How the process ended, or `None` while it runs. Leaves the zombie, so that the pid is not
@@ -94,6 +122,37 @@ fn wait_id(pidfd: BorrowedFd<'_>, options: c_int) -> io::Result<Option<Exit>> {
             code => Exit::Signalled { signal: status, core_dumped: code == libc::CLD_DUMPED },
         }));
     }
+}
+
+/// What an ended child has used, while nobody has waited for it.
+///
+/// # Errors
+/// As [`peek`].
+pub fn spent(pidfd: BorrowedFd<'_>) -> io::Result<Spent> {
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: zeros are valid for both.
+    let (mut info, mut usage): (libc::siginfo_t, libc::rusage) = unsafe { std::mem::zeroed() };
+    // SAFETY: the system call that libc's waitid makes, with the fifth argument that libc hides;
+    // both places are valid, and the kernel's rusage is the beginning of libc's.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_waitid,
+            libc::P_PIDFD,
+            pidfd.as_raw_fd(),
+            &raw mut info,
+            options,
+            &raw mut usage,
+        )
+    };
+    check(result)?;
+    let span = |time: libc::timeval| {
+        let micros = u32::try_from(time.tv_usec).unwrap_or_default();
+        let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+        Duration::from_secs(seconds) + Duration::from_micros(micros.into())
+    };
+    // The kernel counts it in KiB.
+    let memory = u64::try_from(usage.ru_maxrss).unwrap_or_default().saturating_mul(1024);
+    Ok(Spent { user: span(usage.ru_utime), system: span(usage.ru_stime), memory })
 }
 
 /// Makes the kernel keep the exit status of children: a supervisor that ignores SIGCHLD hands that

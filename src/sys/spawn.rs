@@ -1,4 +1,5 @@
-//! Starting a process with one `clone(CLONE_VM | CLONE_VFORK | CLONE_PIDFD)`.
+//! Starting a process with one `clone(CLONE_VM | CLONE_VFORK | CLONE_PIDFD)`, and in its control
+//! group with `clone3` ([`super::clone`]).
 //!
 //! Why not `std::process::Command`: with a user to switch to it forks, and a fork copies the page
 //! tables: 0.3 ms in a small daemon and 13 ms in one of 300 MB. A child that shares the memory
@@ -12,8 +13,9 @@
 //!   of the daemon runs on it.
 //! * The child makes raw system calls only ([`super::child`]).
 //!
-//! A system that refuses these flags (some seccomp filters, gVisor) gets a fork-like clone with the
-//! same child. The calls block until the exec: run them on a blocking thread.
+//! Where the system refuses `clone3` (many seccomp filters) the child moves into its control group by
+//! itself; where it refuses these flags (some others, gVisor) it is a fork-like clone with the same
+//! child. The calls block until the exec: run them on a blocking thread.
 
 use std::{
     fs::File,
@@ -25,16 +27,13 @@ use std::{
 
 use libc::c_int;
 use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
-    sys::signal::{SigSet, SigmaskHow},
+    fcntl::{FcntlArg, OFlag, fcntl, openat},
+    sys::stat,
     unistd::pipe2,
 };
 
-use super::{
-    child::{self, Plan},
-    pidfd,
-    stack::Stack,
-};
+pub use super::clone::Joining;
+use super::{child::Plan, clone::clone, pidfd};
 
 /// A process to start.
 #[derive(Debug, Clone)]
@@ -53,8 +52,22 @@ pub struct Spec<'a> {
     pub terminal: bool,
     /// The user to become, or `None` to stay.
     pub credentials: Option<&'a Credentials>,
-    /// The soft and hard limit of open files, or `None` to inherit them.
-    pub nofile: Option<(u64, u64)>,
+    /// The limits that it does not inherit; each is set or no process is started.
+    pub rlimits: &'a [Rlimit],
+    /// The directory of the control group (version 2) in which it starts, or `None` for the
+    /// daemon's.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// A limit of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rlimit {
+    /// Which, by the number of the kernel's `RLIMIT_` constant.
+    pub resource: u32,
+    /// The soft limit.
+    pub soft: u64,
+    /// The hard limit.
+    pub hard: u64,
 }
 
 /// A user to become.
@@ -72,12 +85,16 @@ pub struct Credentials {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Stage {
+    /// Going into its control group.
+    Cgroup = 1,
     /// Making its own session.
-    Session = 1,
+    Session,
     /// Taking the terminal.
     Terminal,
     /// Putting stdin, stdout and stderr in their places.
     Stdio,
+    /// Setting a limit: that of the detail's place in the specification.
+    Rlimit,
     /// Setting the supplementary groups.
     Groups,
     /// Setting the group.
@@ -92,8 +109,8 @@ pub enum Stage {
 
 impl Stage {
     fn from_number(number: i32) -> Option<Self> {
-        use Stage::{Chdir, Exec, Gid, Groups, Session, Stdio, Terminal, Uid};
-        [Session, Terminal, Stdio, Groups, Gid, Uid, Chdir, Exec]
+        use Stage::{Cgroup, Chdir, Exec, Gid, Groups, Rlimit, Session, Stdio, Terminal, Uid};
+        [Cgroup, Session, Terminal, Stdio, Rlimit, Groups, Gid, Uid, Chdir, Exec]
             .into_iter()
             .find(|stage| *stage as i32 == number)
     }
@@ -141,6 +158,8 @@ pub enum SpawnError {
         stage: Stage,
         /// What the kernel said.
         errno: i32,
+        /// Which one of several, counted from 0.
+        detail: i32,
     },
 }
 
@@ -149,23 +168,36 @@ pub enum SpawnError {
 /// # Errors
 /// [`SpawnError`]; no process is left then.
 pub fn spawn(spec: &Spec<'_>) -> Result<Child, SpawnError> {
-    match spawn_as(spec, Mode::Vfork) {
-        Err(SpawnError::System { what: CLONE, source })
-            if matches!(source.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) =>
-        {
-            spawn_as(spec, Mode::Fork)
+    let ways =
+        [(Mode::Vfork, Joining::Born), (Mode::Vfork, Joining::Moved), (Mode::Fork, Joining::Moved)];
+    // Without a group to go to, the first two are the same.
+    let ways = if spec.cgroup.is_some() { &ways[..] } else { &ways[1..] };
+    let mut refused = None;
+    for &(mode, joining) in ways {
+        match spawn_as(spec, mode, joining) {
+            Err(SpawnError::System { what: CLONE, source }) if is_refusal(&source) => {
+                refused = Some(source);
+            }
+            result => return result,
         }
-        result => result,
     }
+    let source = refused.unwrap_or_else(|| io::Error::from_raw_os_error(libc::ENOSYS));
+    Err(SpawnError::System { what: CLONE, source })
+}
+
+/// Whether the system knows or permits no such clone, which says nothing about another way.
+fn is_refusal(error: &io::Error) -> bool {
+    let refusals = [libc::EINVAL, libc::ENOSYS, libc::EPERM, libc::E2BIG];
+    error.raw_os_error().is_some_and(|errno| refusals.contains(&errno))
 }
 
 const CLONE: &str = "clone";
 
-/// Starts a process in one of the two ways.
+/// Starts a process in one of the ways. Without a control group `joining` has no meaning.
 ///
 /// # Errors
 /// [`SpawnError`]; no process is left then.
-pub fn spawn_as(spec: &Spec<'_>, mode: Mode) -> Result<Child, SpawnError> {
+pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, SpawnError> {
     let failed = |what| move |source: io::Error| SpawnError::System { what, source };
     // With vfork the report is there or never comes when clone returns. Not to wait for its end
     // matters: another child between its clone and its exec may hold a copy of the pipe.
@@ -185,9 +217,12 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode) -> Result<Child, SpawnError> {
         Above::Moved(fd) => fd,
         Above::Same(_) => report_in,
     };
-    let mut plan = Plan::new(spec, numbers, report_in)?;
+    let born_in = spec.cgroup.filter(|_| joining == Joining::Born);
+    let moved_to = spec.cgroup.filter(|_| joining == Joining::Moved).map(processes_of);
+    let moved_to = moved_to.transpose().map_err(failed("cgroup.procs"))?;
+    let mut plan = Plan::new(spec, numbers, report_in, moved_to)?;
 
-    let (pid, pidfd) = clone(&mut plan, mode).map_err(failed(CLONE))?;
+    let (pid, pidfd) = clone(&mut plan, mode, born_in).map_err(failed(CLONE))?;
     drop(plan);
     let pidfd = match pidfd {
         Some(pidfd) => pidfd,
@@ -196,11 +231,11 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode) -> Result<Child, SpawnError> {
     let child = |exec_error| Child { pid: pid.unsigned_abs(), pidfd, exec_error };
     match read_report(report) {
         None => Ok(child(None)),
-        Some((Stage::Exec, errno)) if is_the_commands_fault(errno) => Ok(child(Some(errno))),
-        Some((stage, errno)) => {
+        Some((Stage::Exec, errno, _)) if is_the_commands_fault(errno) => Ok(child(Some(errno))),
+        Some((stage, errno, detail)) => {
             // It is about to exit; its status says nothing that the report does not.
             let _ = pidfd::wait_blocking(child(None).pidfd.as_fd());
-            Err(SpawnError::Child { stage, errno })
+            Err(SpawnError::Child { stage, errno, detail })
         }
     }
 }
@@ -245,42 +280,20 @@ fn above_stdio(fd: BorrowedFd<'_>) -> io::Result<Above<'_>> {
     Ok(Above::Moved(unsafe { OwnedFd::from_raw_fd(moved) }))
 }
 
-fn clone(plan: &mut Plan, mode: Mode) -> io::Result<(c_int, Option<OwnedFd>)> {
-    let flags = match mode {
-        Mode::Vfork => libc::CLONE_VM | libc::CLONE_VFORK,
-        Mode::Fork => 0,
-    } | libc::CLONE_PIDFD
-        | libc::SIGCHLD;
-    let stack = Stack::new()?;
-    let mut pidfd: c_int = -1;
-    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-    // SAFETY: `run` meets its contract: the plan is borrowed mutably for the call, and this thread
-    // sleeps (Vfork) or the child has its own copy (Fork). The stack is the child's alone, and
-    // `pidfd` is a valid place for the one variable argument that CLONE_PIDFD asks for.
-    let pid = unsafe {
-        libc::clone(child::run, stack.top(), flags, ptr::from_mut(plan).cast(), &raw mut pidfd)
-    };
-    // Read before anything else can change errno; the child may have set it, but only in a clone
-    // that succeeded.
-    let error = io::Error::last_os_error();
-    // Fails for an unknown `how` alone; and an error here would lose a child.
-    let _ = mask.thread_set_mask();
-    if pid < 0 {
-        return Err(error);
-    }
-    // SAFETY: a kernel that knows CLONE_PIDFD has stored a new descriptor, one that does not has
-    // left -1.
-    let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
-    Ok((pid, pidfd))
-}
-
 /// The report of a child that failed, or `None` when it has executed its command (or was killed
 /// before, which its exit status will say).
-fn read_report(pipe: OwnedFd) -> Option<(Stage, i32)> {
-    let mut report = [0_u8; 8];
+fn read_report(pipe: OwnedFd) -> Option<(Stage, i32, i32)> {
+    let mut report = [0_u8; 12];
     File::from(pipe).read_exact(&mut report).ok()?;
-    let [a, b, c, d, errno @ ..] = report;
-    Some((Stage::from_number(i32::from_ne_bytes([a, b, c, d]))?, i32::from_ne_bytes(errno)))
+    let [a, b, c, d, e, f, g, h, detail @ ..] = report;
+    let stage = Stage::from_number(i32::from_ne_bytes([a, b, c, d]))?;
+    Some((stage, i32::from_ne_bytes([e, f, g, h]), i32::from_ne_bytes(detail)))
+}
+
+/// The file through which processes are moved into a control group.
+fn processes_of(cgroup: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+    Ok(openat(cgroup, "cgroup.procs", flags, stat::Mode::empty())?)
 }
 
 /// Ends a child that we cannot hold on to.

@@ -6,7 +6,7 @@ use libc::c_void;
 
 /// The size of the stack. The child calls a handful of frames and allocates nothing; a debug build
 /// of it stays below 4 KiB.
-const SIZE: usize = 64 * 1024;
+pub(super) const SIZE: usize = 64 * 1024;
 
 /// The size of the guard below it: one page on every machine (arm64 kernels may use 64 KiB pages).
 const GUARD: usize = 64 * 1024;
@@ -42,6 +42,11 @@ impl Stack {
     /// ABI.
     pub(super) fn top(&self) -> *mut c_void {
         self.base.cast::<u8>().wrapping_add(GUARD + SIZE).cast()
+    }
+
+    /// The lowest address that may be used, [`SIZE`] below the top.
+    pub(super) fn bottom(&self) -> *mut c_void {
+        self.base.cast::<u8>().wrapping_add(GUARD).cast()
     }
 }
 

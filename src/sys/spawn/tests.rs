@@ -23,7 +23,8 @@ fn base() -> Spec<'static> {
         stdio: [NULL.as_fd(), NULL.as_fd(), NULL.as_fd()],
         terminal: false,
         credentials: None,
-        nofile: None,
+        rlimits: &[],
+        cgroup: None,
     }
 }
 
@@ -37,7 +38,7 @@ struct Ran {
 fn run(mode: Mode, spec: &Spec<'_>) -> Ran {
     let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let stdio = [NULL.as_fd(), write.as_fd(), write.as_fd()];
-    let child = spawn_as(&Spec { stdio, ..spec.clone() }, mode);
+    let child = spawn_as(&Spec { stdio, ..spec.clone() }, mode, Joining::Moved);
     drop(write);
     let mut output = String::new();
     File::from(read).read_to_string(&mut output).unwrap();
@@ -50,6 +51,8 @@ fn shell(script: &str) -> [String; 2] {
     ["-c".to_owned(), script.to_owned()]
 }
 
+const OPEN_FILES: Rlimit = Rlimit { resource: 7, soft: 123, hard: 456 };
+
 const MODES: [Mode; 2] = [Mode::Vfork, Mode::Fork];
 
 #[test]
@@ -58,10 +61,8 @@ fn the_child_is_an_ordinary_citizen_of_its_own_session() {
     for mode in MODES {
         let script = "cut -d' ' -f1,5,6,19 /proc/self/stat; cat /proc/self/oom_score_adj; \
                       echo $$; grep -E 'Sig(Blk|Ign)' /proc/self/status; ulimit -n";
-        let ran = run(
-            mode,
-            &Spec { cmd: "sh", args: &shell(script), nofile: Some((123, 456)), ..base() },
-        );
+        let ran =
+            run(mode, &Spec { cmd: "sh", args: &shell(script), rlimits: &[OPEN_FILES], ..base() });
         let lines: Vec<&str> = ran.output.lines().collect();
         let pid = ran.child.unwrap().pid.to_string();
         let [stat, oom, shell, blocked, ignored, nofile] = lines[..] else { panic!("{lines:?}") };
@@ -113,12 +114,12 @@ fn the_directory_is_entered_with_the_users_rights() {
     for mode in MODES {
         let ran = run(mode, &Spec { cwd: dir.path(), credentials: Some(&nobody), ..base() });
         match ran.child {
-            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::EACCES }) => {}
+            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::EACCES, .. }) => {}
             other => panic!("{other:?}"),
         }
         let ran = run(mode, &Spec { cwd: Path::new("/etc/passwd"), ..base() });
         match ran.child {
-            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::ENOTDIR }) => {}
+            Err(SpawnError::Child { stage: Stage::Chdir, errno: libc::ENOTDIR, .. }) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -180,7 +181,7 @@ fn arguments_beyond_the_kernels_bound_are_an_error_and_leave_no_zombie() {
     for mode in MODES {
         let ran = run(mode, &Spec { args: &["x".repeat(200_000)], ..base() });
         match ran.child {
-            Err(SpawnError::Child { stage: Stage::Exec, errno: libc::E2BIG }) => {}
+            Err(SpawnError::Child { stage: Stage::Exec, errno: libc::E2BIG, .. }) => {}
             other => panic!("{other:?}"),
         }
     }

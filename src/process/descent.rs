@@ -1,0 +1,273 @@
+//! Descendants as /proc shows them, for trees without a control group.
+//!
+//! A list of processes is old when it is read. So it is read again until it holds nothing new, and
+//! before a tree is killed each of its processes is stopped: what is stopped can neither fork nor
+//! exit, and so hides nobody. A process is known by its pid and its start time, and is signalled
+//! through a pidfd that was opened before the start time was compared.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    os::fd::AsFd,
+    path::Path,
+    time::Duration,
+};
+
+use nix::unistd::{SysconfVar, sysconf};
+
+use super::Usage;
+use crate::sys::pidfd;
+
+/// How often the list is read for what was forked meanwhile.
+const MAX_ROUNDS: usize = 64;
+/// Ticks a second in /proc where the system does not say: every Linux has this.
+const TICKS: i64 = 100;
+
+/// A process that is known to belong to a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Member {
+    pub(super) pid: i32,
+    /// In ticks since boot.
+    started: u64,
+}
+
+/// A line of `/proc/PID/stat`, as far as it is of interest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stat {
+    member: Member,
+    parent: i32,
+    session: i32,
+    is_zombie: bool,
+    user_ticks: u64,
+    system_ticks: u64,
+    threads: u64,
+}
+
+impl Member {
+    /// Whatever has this pid now.
+    pub(super) fn of(pid: i32) -> Option<Self> {
+        Some(Stat::of(pid)?.member)
+    }
+
+    /// Sends it a signal, if it still lives.
+    fn signal(self, signal: i32) -> io::Result<()> {
+        let pidfd = match pidfd::open(self.pid) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            opened => opened?,
+        };
+        if Self::of(self.pid) != Some(self) {
+            return Ok(());
+        }
+        match pidfd::send_signal(pidfd.as_fd(), signal) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+impl Stat {
+    fn of(pid: i32) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// `PID (NAME) STATE PPID PGRP SESSION ...`, proc_pid_stat(5); the name may hold anything.
+    fn parse(line: &str) -> Option<Self> {
+        let (pid, rest) = line.split_once(' ')?;
+        let fields: Vec<&str> = rest.rsplit_once(')')?.1.split_whitespace().collect();
+        // The state is the third field of the line and the first of these.
+        let field = |place: usize| fields.get(place - 3).copied();
+        let number = |place| field(place)?.parse::<u64>().ok();
+        Some(Self {
+            member: Member { pid: pid.parse().ok()?, started: number(22)? },
+            parent: field(4)?.parse().ok()?,
+            session: field(6)?.parse().ok()?,
+            is_zombie: field(3) == Some("Z"),
+            // With those of the children that it has waited for.
+            user_ticks: number(14)? + number(16)?,
+            system_ticks: number(15)? + number(17)?,
+            threads: number(20)?,
+        })
+    }
+
+    fn all() -> io::Result<Vec<Self>> {
+        let entries = fs::read_dir("/proc")?;
+        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        Ok(pids.filter_map(Self::of).collect())
+    }
+}
+
+/// Sends a signal to the trees of `roots`; gives all that were found.
+///
+/// # Errors
+/// ESRCH when nothing was found, else the last error of those that could not be signalled.
+pub(super) fn signal(roots: Vec<Member>, signal: i32) -> io::Result<Vec<Member>> {
+    let kill = signal == libc::SIGKILL;
+    let first = if kill { libc::SIGSTOP } else { signal };
+    let mut found: Vec<Member> = Vec::new();
+    let mut known = HashSet::new();
+    let mut refused = None;
+    for _ in 0..MAX_ROUNDS {
+        let seeds: Vec<Member> = roots.iter().chain(&found).copied().collect();
+        let tree = tree(&seeds, &Stat::all()?);
+        let new: Vec<Member> = tree.into_iter().filter(|member| known.insert(*member)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for member in &new {
+            refused = member.signal(first).err().or(refused);
+        }
+        found.extend(new);
+    }
+    if kill {
+        for member in &found {
+            refused = member.signal(signal).err().or(refused);
+        }
+    }
+    match refused {
+        Some(error) => Err(error),
+        None if found.is_empty() => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        None => Ok(found),
+    }
+}
+
+/// The processes of a tree.
+pub(super) fn pids(root: Member) -> Vec<i32> {
+    let all = Stat::all().unwrap_or_default();
+    tree(&[root], &all).into_iter().map(|member| member.pid).collect()
+}
+
+/// Those of `all` that descend from `seeds`, and the seeds that still live. Every session of a
+/// member began in the tree, since its root began one, so whoever is in such a session is a member.
+fn tree(seeds: &[Member], all: &[Stat]) -> Vec<Member> {
+    let own = i32::try_from(std::process::id()).unwrap_or_default();
+    let may_be = |stat: &&Stat| stat.member.pid > 1 && stat.member.pid != own && stat.session > 0;
+    let mut children: HashMap<i32, Vec<&Stat>> = HashMap::new();
+    let mut of_session: HashMap<i32, Vec<&Stat>> = HashMap::new();
+    for stat in all.iter().filter(may_be) {
+        children.entry(stat.parent).or_default().push(stat);
+        of_session.entry(stat.session).or_default().push(stat);
+    }
+    let seeds: HashSet<&Member> = seeds.iter().collect();
+    let mut left: Vec<&Stat> =
+        all.iter().filter(may_be).filter(|stat| seeds.contains(&stat.member)).collect();
+    let mut members: HashSet<Member> = left.iter().map(|stat| stat.member).collect();
+    let mut tree = Vec::new();
+    while let Some(stat) = left.pop() {
+        if !stat.is_zombie {
+            tree.push(stat.member);
+        }
+        let related = children
+            .remove(&stat.member.pid)
+            .into_iter()
+            .chain(of_session.remove(&stat.session))
+            .flatten();
+        left.extend(related.filter(|stat| members.insert(stat.member)));
+    }
+    tree
+}
+
+/// What a process uses, with those of its children that it has waited for.
+pub(super) fn usage(pid: i32) -> Usage {
+    let Some(stat) = Stat::of(pid) else { return Usage::default() };
+    let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(TICKS).max(1);
+    let span = |used: u64| {
+        let nanos = u128::from(used) * 1_000_000_000 / u128::from(ticks.unsigned_abs());
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    };
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let memory = |name| kib(&status, name).unwrap_or_default();
+    let (io_read, io_write) = io(pid.unsigned_abs());
+    Usage {
+        cpu_user: span(stat.user_ticks),
+        cpu_system: span(stat.system_ticks),
+        memory_peak: memory("VmHWM:"),
+        memory: memory("VmRSS:"),
+        io_read,
+        io_write,
+        pids: stat.threads,
+        whole_tree: false,
+    }
+}
+
+fn kib(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Bytes read from and written to block devices by a process that nobody has waited for, and by
+/// those of its children that it has waited for. Zeros where the kernel does not count them.
+pub(super) fn io(pid: u32) -> (u64, u64) {
+    let path = Path::new("/proc").join(pid.to_string()).join("io");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let number = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|number| number.trim().parse().ok()).unwrap_or_default()
+    };
+    (number("read_bytes:"), number("write_bytes:"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stat(pid: i32, parent: i32, session: i32) -> Stat {
+        Stat {
+            member: Member { pid, started: 1 },
+            parent,
+            session,
+            is_zombie: false,
+            user_ticks: 0,
+            system_ticks: 0,
+            threads: 1,
+        }
+    }
+
+    fn found(seeds: &[i32], all: &[Stat]) -> Vec<i32> {
+        let seeds: Vec<Member> = seeds.iter().map(|&pid| Member { pid, started: 1 }).collect();
+        let mut pids: Vec<i32> = tree(&seeds, all).iter().map(|member| member.pid).collect();
+        pids.sort_unstable();
+        pids
+    }
+
+    #[test]
+    fn a_tree_is_children_and_sessions_that_began_in_it() {
+        let all = [
+            stat(1, 0, 1),
+            stat(2, 0, 0),
+            stat(10_000_010, 1, 10_000_010),
+            // A child, its child in a session of its own, and an orphan of that session.
+            stat(10_000_011, 10_000_010, 10_000_010),
+            stat(10_000_012, 10_000_011, 10_000_012),
+            stat(10_000_013, 1, 10_000_012),
+            // An orphan of the first session.
+            stat(10_000_014, 1, 10_000_010),
+            // Strangers.
+            stat(10_000_020, 1, 10_000_020),
+            stat(10_000_021, 10_000_020, 10_000_020),
+        ];
+        let whole = [10_000_010, 10_000_011, 10_000_012, 10_000_013, 10_000_014];
+        assert_eq!(found(&[10_000_010], &all), whole);
+        assert_eq!(found(&[], &all), [0; 0]);
+        // A pid that is another's by now is no seed.
+        let reused = Member { pid: 10_000_010, started: 2 };
+        assert_eq!(tree(&[reused], &all), []);
+    }
+
+    #[test]
+    fn neither_the_first_process_nor_the_kernel_nor_we_are_in_any_tree() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let all = [stat(1, 0, 5), stat(own, 5, 5), stat(5, 1, 5), stat(6, 2, 0), stat(2, 0, 0)];
+        assert_eq!(found(&[5, 1, 2, own], &all), [5]);
+    }
+
+    #[test]
+    fn a_name_may_hold_anything() {
+        let line = "7 (a) S 1 (b) R 3 4 5 0 -1 0 0 0 0 0 11 12 13 14 20 0 3 0 99 0 0\n";
+        let stat = Stat::parse(line).unwrap();
+        assert_eq!((stat.member, stat.parent), (Member { pid: 7, started: 99 }, 3));
+        assert_eq!((stat.session, stat.threads), (5, 3));
+        assert_eq!((stat.user_ticks, stat.system_ticks), (24, 26));
+        assert!(Stat::parse("7 (x").is_none() && Stat::parse("").is_none());
+        assert!(Stat::of(1).is_some());
+    }
+}

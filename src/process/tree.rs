@@ -1,0 +1,226 @@
+//! A process and all that descends from it: signals for it, what it has used, what became of it.
+//!
+//! Where it has a control group, that is the tree, and nothing that is forked can leave it (but for
+//! root, who may move processes). Without one the tree is looked for in /proc: the children of its
+//! processes, and the sessions that began in it, by which orphans are found that have a new parent.
+//! What has left in both ways (forked twice with a new session, its parents gone) is not found then.
+
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+use tokio::io::Interest;
+
+use super::{
+    Found, Manager, Usage,
+    cgroup::{Leaf, Verdict},
+    descent::{self, Member},
+};
+use crate::sys::{pidfd, ready};
+
+/// A process and its descendants.
+#[derive(Debug)]
+pub(super) struct Tree {
+    /// That of the process itself, which leads a session and a group.
+    pid: u32,
+    leaf: Option<Arc<Leaf>>,
+    /// Whether the daemon has sent a SIGKILL that reached the process.
+    killed: AtomicBool,
+    /// Whether somebody has waited for the process: from then on its pid may be another's.
+    reaped: Mutex<bool>,
+}
+
+/// What there is to say about a tree when its process has exited.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Conclusion {
+    pub(super) usage: Usage,
+    pub(super) verdict: Verdict,
+    /// Whether a SIGKILL came from the daemon.
+    pub(super) killed: bool,
+    /// Whether nothing of the tree is left, as far as a control group tells.
+    pub(super) gone: bool,
+}
+
+impl Manager {
+    /// What processes use, or have used, in their order. `None` where that cannot be found out.
+    pub async fn usages(&self, found: &[Found]) -> Vec<Option<Usage>> {
+        enum Known {
+            Ended(Option<Usage>),
+            Live(Arc<Tree>),
+        }
+        let known: Vec<Known> = found
+            .iter()
+            .map(|found| match (found.ended(), found) {
+                (Some(end), _) => Known::Ended(Some(end.ending.usage)),
+                (None, Found::Live(process)) => Known::Live(Arc::clone(&process.tree)),
+                (None, Found::Ended(_)) => Known::Ended(None),
+            })
+            .collect();
+        let looked = self.trees.run(move || {
+            let usage = |known| match known {
+                Known::Ended(usage) => usage,
+                Known::Live(tree) => Some(tree.usage()),
+            };
+            known.into_iter().map(usage).collect()
+        });
+        looked.await.unwrap_or_else(|_| vec![None; found.len()])
+    }
+}
+
+impl Tree {
+    /// The tree of a process that was just started.
+    pub(super) fn new(pid: u32, leaf: Option<Leaf>) -> Self {
+        let leaf = leaf.map(Arc::new);
+        Self { pid, leaf, killed: AtomicBool::new(false), reaped: Mutex::new(false) }
+    }
+
+    /// Sends a signal to the process alone.
+    pub(super) fn signal_process(&self, pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+        pidfd::send_signal(pidfd, signal)?;
+        self.note(signal);
+        Ok(())
+    }
+
+    /// Sends a signal to the process's group.
+    ///
+    /// # Errors
+    /// ESRCH when the process has been waited for.
+    pub(super) fn signal_group(&self, signal: i32) -> io::Result<()> {
+        // The number is the group's for as long as nobody has waited for the process.
+        let reaped = self.reaped.lock();
+        if *reaped {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        pidfd::signal_group(self.pid, signal)?;
+        drop(reaped);
+        self.note(signal);
+        Ok(())
+    }
+
+    /// Blocks: sends a signal to the whole tree. Without a control group it gives those that were
+    /// found, for [`Tree::kill_rest`].
+    ///
+    /// # Errors
+    /// ESRCH when there is nothing left, EPERM when one of the tree must not be signalled.
+    pub(super) fn signal_all(&self, signal: i32) -> io::Result<Vec<Member>> {
+        // Before it arrives: the supervisor must not take it for the kernel's.
+        self.note(signal);
+        match &self.leaf {
+            Some(leaf) => leaf.signal(signal).map(|()| Vec::new()),
+            None => descent::signal(self.root().into_iter().collect(), signal),
+        }
+    }
+
+    /// Blocks: kills what is left of a tree whose process has exited, given what
+    /// [`Tree::signal_all`] found before.
+    pub(super) fn kill_rest(&self, found: Vec<Member>) -> io::Result<()> {
+        match &self.leaf {
+            Some(leaf) => leaf.signal(libc::SIGKILL),
+            None => match descent::signal(found, libc::SIGKILL) {
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// The process itself, if it is still there.
+    fn root(&self) -> Option<Member> {
+        let reaped = self.reaped.lock();
+        let pid = i32::try_from(self.pid).ok().filter(|_| !*reaped)?;
+        Member::of(pid)
+    }
+
+    fn note(&self, signal: i32) {
+        if signal == libc::SIGKILL {
+            self.killed.store(true, Ordering::Release);
+        }
+    }
+
+    /// Takes the zombie away.
+    pub(super) fn reap(&self, pidfd: BorrowedFd<'_>) {
+        let mut reaped = self.reaped.lock();
+        let _ = pidfd::wait(pidfd);
+        *reaped = true;
+    }
+
+    /// Blocks for a moment: the processes of the tree, the process itself first.
+    pub(super) fn pids(&self) -> Vec<u32> {
+        let found = match &self.leaf {
+            Some(leaf) => leaf.pids().unwrap_or_default(),
+            None => self.root().map(descent::pids).unwrap_or_default(),
+        };
+        let others = found.into_iter().filter_map(|pid| u32::try_from(pid).ok());
+        let others = others.filter(|pid| *pid != self.pid);
+        self.root().map(|_| self.pid).into_iter().chain(others).collect()
+    }
+
+    /// Blocks for a moment: what the tree of a living process uses.
+    pub(super) fn usage(&self) -> Usage {
+        let counted = self.leaf.as_ref().and_then(|leaf| leaf.usage());
+        counted.or_else(|| Some(descent::usage(self.root()?.pid))).unwrap_or_default()
+    }
+
+    /// Blocks for a moment: what there is to say when the process has exited and nobody has waited
+    /// for it. Removes its control group if nothing is left in it.
+    pub(super) fn conclude(&self, pidfd: BorrowedFd<'_>) -> Conclusion {
+        let killed = self.killed.load(Ordering::Acquire);
+        let Some(leaf) = &self.leaf else {
+            let usage = self.usage_of_ended(pidfd);
+            return Conclusion { usage, killed, ..Conclusion::default() };
+        };
+        let counted = leaf.usage();
+        let verdict = leaf.verdict();
+        let gone = leaf.remove().is_ok();
+        let usage = match counted {
+            // What is left is cache.
+            Some(usage) if gone => Usage { memory: 0, pids: 0, ..usage },
+            Some(usage) => usage,
+            None => self.usage_of_ended(pidfd),
+        };
+        Conclusion { usage, verdict, killed, gone }
+    }
+
+    fn usage_of_ended(&self, pidfd: BorrowedFd<'_>) -> Usage {
+        let (io_read, io_write) = descent::io(self.pid);
+        // It fails for a process that others have waited for.
+        let spent = pidfd::spent(pidfd).unwrap_or_default();
+        Usage {
+            cpu_user: spent.user,
+            cpu_system: spent.system,
+            memory_peak: spent.memory,
+            io_read,
+            io_write,
+            ..Usage::default()
+        }
+    }
+
+    /// Waits until nothing is left in the control group, and removes it. Without a place to wait it
+    /// is left to [`Groups::sweep_missed`](super::cgroup::Groups::sweep_missed).
+    pub(super) fn linger(&self, manager: &Arc<Manager>) {
+        let Some(leaf) = self.leaf.clone() else { return };
+        let manager = Arc::clone(manager);
+        let events = leaf.events().and_then(|events| Ok(ready::watch_priority(events)?));
+        let (Some(place), Ok(events)) = (manager.groups.linger(), events) else {
+            return manager.groups.miss(leaf);
+        };
+        tokio::spawn(async move {
+            loop {
+                // Ready at the beginning, and whenever the file has changed.
+                let Ok(mut change) = events.ready(Interest::PRIORITY).await else { break };
+                change.clear_ready();
+                let again = Arc::clone(&leaf);
+                if manager.trees.run_next_step(move || again.remove().is_ok()).await == Ok(true) {
+                    return;
+                }
+            }
+            manager.groups.miss(leaf);
+            drop(place);
+        });
+    }
+}

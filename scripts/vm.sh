@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 BACKEND_VERSION=0.3.0
 # The tests that need root, a real kernel or both, and no program that the guest lacks. Under
 # emulation each takes many times as long, so the others stay outside.
-CARRIED=(process listeners init)
+CARRIED=(process listeners init trees)
 # Of the unit tests, those of processes and of the machine.
 UNITS='process:: sys:: guest::'
 

@@ -205,3 +205,114 @@ fn many_threads_can_spawn_at_once() {
         worker.join().unwrap();
     }
 }
+
+/// A control group for one test, where there are any to be had.
+struct Group(std::path::PathBuf);
+
+impl Group {
+    fn new(name: &str) -> Option<Self> {
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let root = mounts.lines().find_map(|line| {
+            let mut words = line.split(' ');
+            let place = words.nth(1)?;
+            (words.next()? == "cgroup2").then(|| place.to_owned())
+        });
+        let dir = Path::new(&root?).join(format!("envd-{name}-{}", std::process::id()));
+        std::fs::create_dir(&dir).ok()?;
+        Some(Self(dir))
+    }
+
+    fn has(&self, path: &str) -> bool {
+        let own = self.0.file_name().unwrap().to_str().unwrap();
+        path.lines().any(|line| line.starts_with("0::/") && line.ends_with(own))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        std::fs::remove_dir(&self.0).unwrap();
+    }
+}
+
+#[allow(clippy::print_stderr)]
+#[test]
+fn a_child_is_in_its_control_group_from_the_beginning() {
+    let Some(group) = Group::new("spawn") else {
+        eprintln!("SKIPPED: this needs root and a cgroup v2 that can be written to");
+        return;
+    };
+    let dir = File::open(&group.0).unwrap();
+    let nobody = Credentials { uid: 65534, gid: 65534, groups: vec![65534] };
+    for mode in MODES {
+        for joining in [Joining::Born, Joining::Moved] {
+            let (read, write) = pipe2(OFlag::O_CLOEXEC).unwrap();
+            let args = ["/proc/self/cgroup".to_owned()];
+            let spec = Spec {
+                cmd: "cat",
+                args: &args,
+                stdio: [NULL.as_fd(), write.as_fd(), write.as_fd()],
+                credentials: Some(&nobody),
+                cgroup: Some(dir.as_fd()),
+                ..base()
+            };
+            let child = spawn_as(&spec, mode, joining).unwrap();
+            drop(write);
+            let mut output = String::new();
+            File::from(read).read_to_string(&mut output).unwrap();
+            let exit = pidfd::wait_blocking(child.pidfd.as_fd()).unwrap();
+            assert_eq!(exit, Some(Exit::Exited(0)), "{mode:?} {joining:?}");
+            assert!(group.has(&output), "{mode:?} {joining:?}: {output}");
+        }
+    }
+    // One that is no control group is told, not ignored.
+    let tmp = File::open("/tmp").unwrap();
+    spawn(&Spec { cgroup: Some(tmp.as_fd()), ..base() }).unwrap_err();
+    let ran = run(Mode::Vfork, &base());
+    assert_eq!(ran.exit, Some(Exit::Exited(0)));
+}
+
+#[test]
+fn limits_are_set_or_nothing_is_started() {
+    let limit = |resource, soft, hard| Rlimit { resource, soft, hard };
+    for mode in MODES {
+        let ran = run(
+            mode,
+            &Spec {
+                cmd: "sh",
+                args: &shell("ulimit -n; ulimit -c; ulimit -Hc"),
+                rlimits: &[OPEN_FILES, limit(4, 0, 1024)],
+                ..base()
+            },
+        );
+        let blocks = ran.output.lines().nth(2).unwrap().parse::<u64>().unwrap();
+        assert!(ran.output.starts_with("123\n0\n") && [1, 2].contains(&blocks), "{}", ran.output);
+        let ran = run(mode, &Spec { rlimits: &[OPEN_FILES, limit(7, 2, 1)], ..base() });
+        match ran.child {
+            Err(SpawnError::Child { stage: Stage::Rlimit, errno: libc::EINVAL, detail: 1 }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A child that asked for memory, for a variable or for any lock of the daemon's would wait for a
+/// thread that does not exist in it, for ever.
+#[test]
+fn between_clone_and_exec_no_lock_of_another_thread_is_needed() {
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let done = &done;
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(move || {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    let held: Vec<String> = std::env::vars().map(|(name, _)| name).collect();
+                    drop(std::hint::black_box(held));
+                }
+            });
+        }
+        for mode in MODES.into_iter().cycle().take(200) {
+            let ran = run(mode, &Spec { cmd: "echo", args: &["x".to_owned()], ..base() });
+            assert_eq!(ran.output, "x\n");
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}

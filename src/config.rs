@@ -34,7 +34,8 @@ Where to listen:
                           the host's
 
 Whom to serve:
-  --default-user NAME     the user for calls that name none
+  --default-user NAME     the user for calls that name none: NAME or UID, and :GROUP or :GID
+                          behind it if need be
                           (default root, or without root the user who runs envd)
   --default-workdir PATH  where relative paths and processes start (default the user's home)
 

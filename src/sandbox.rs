@@ -89,7 +89,9 @@ impl NoUser {
         let (Self::Named(_, reason) | Self::Default(_, reason)) = self;
         match reason {
             UserError::Unknown(_) => self.to_string(),
-            UserError::NotOwn { .. } => format!("{self}: {reason}"),
+            UserError::NotOwn { .. }
+            | UserError::UnknownGroup(_)
+            | UserError::NotOwnGroup { .. } => format!("{self}: {reason}"),
         }
     }
 }

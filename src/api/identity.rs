@@ -1,7 +1,8 @@
 //! Who calls: the user of HTTP Basic authentication.
 //!
 //! E2B's clients name the user that a call acts as in `Authorization: Basic base64("user:")`; the
-//! password means nothing. A header of another scheme, or one that does not parse, names nobody,
+//! password means nothing; but `user:group:`, which is a user with a group and no password, is taken
+//! for that. A header of another scheme, or one that does not parse, names nobody,
 //! and that is no error. A user that does not exist is an error on every route.
 
 use std::{
@@ -83,7 +84,13 @@ fn basic_user(headers: &HeaderMap) -> Option<String> {
         return None;
     }
     let decoded = String::from_utf8(STANDARD.decode(credentials).ok()?).ok()?;
-    decoded.split_once(':').map(|(user, _)| user.to_owned())
+    let (user, rest) = decoded.split_once(':')?;
+    // A colon cannot be in the name of a user. An empty password behind a second one says that the
+    // first belongs to the name: all clients of E2B send an empty password.
+    match rest.strip_suffix(':').filter(|group| !group.is_empty() && !group.contains(':')) {
+        Some(group) => Some(format!("{user}:{group}")),
+        None => Some(user.to_owned()),
+    }
 }
 
 fn refusal(request: &Request<Body>, error: &NoUser) -> Response<Body> {

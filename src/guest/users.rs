@@ -4,6 +4,10 @@
 //! sandbox image has no name service but these two files. The files are parsed once and again only
 //! when they have changed, so a directory listing costs one `stat` an entry at most, not one parse.
 //!
+//! A user is named as `NAME`, or by number as `UID` where no user has that name; and either may be
+//! followed by `:GROUP` or `:GID`, which then is the only group. A number needs no line in the
+//! files: it gets the group of the same number and the home `/`.
+//!
 //! Formats: passwd(5), group(5). Lines that do not parse are skipped, as libc does.
 
 use std::{
@@ -22,6 +26,17 @@ pub enum UserError {
     /// user: unknown user {0}
     #[error("user: unknown user {0}")]
     Unknown(String),
+    /// group: unknown group {0}
+    #[error("group: unknown group {0}")]
+    UnknownGroup(String),
+    /// A daemon without root cannot take on another group.
+    #[error("group {wanted}: this envd runs without root and can act only with its group {own}")]
+    NotOwnGroup {
+        /// The group that was asked for.
+        wanted: u32,
+        /// The daemon's.
+        own: u32,
+    },
     /// The user exists, but a daemon without root cannot become them.
     #[error(
         "user '{wanted}': this envd runs without root, as '{own}', and can act only as that user"
@@ -59,6 +74,7 @@ struct Tables {
     users: HashMap<String, User>,
     user_names: HashMap<u32, Arc<str>>,
     group_names: HashMap<u32, Arc<str>>,
+    group_ids: HashMap<String, u32>,
 }
 
 /// The users and groups of one root directory, cached.
@@ -89,25 +105,49 @@ impl Users {
         }
     }
 
-    /// Finds a user by name, for running processes and owning files.
+    /// Finds a user by name or number, perhaps with a group, for running processes and owning
+    /// files.
     ///
     /// # Errors
-    /// [`UserError::Unknown`] when `/etc/passwd` has no such name, and [`UserError::NotOwn`] when
-    /// the daemon has no right to become them.
+    /// [`UserError::Unknown`] and [`UserError::UnknownGroup`] when the files have no such name and
+    /// it is no number, [`UserError::NotOwn`] and [`UserError::NotOwnGroup`] when the daemon has no
+    /// right to become them.
     pub fn by_name(&self, name: &str) -> Result<User, UserError> {
         let tables = self.tables();
-        let user = match tables.users.get(name) {
+        let (user_name, group) = match name.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (name, None),
+        };
+        let user = match tables.users.get(user_name).or_else(|| tables.by_number(user_name)) {
             Some(user) => user.clone(),
             // A container started with a bare uid has no line in /etc/passwd.
-            None if self.bound_to.is_some() && name == self.own_name() => self.unlisted(),
-            None => return Err(UserError::Unknown(name.to_owned())),
+            None if self.bound_to.is_some() && user_name == self.own_name() => self.unlisted(),
+            None => match number(user_name) {
+                Some(uid) => User {
+                    name: uid.to_string(),
+                    uid,
+                    gid: uid,
+                    home: PathBuf::from("/"),
+                    groups: vec![uid],
+                },
+                None => return Err(UserError::Unknown(user_name.to_owned())),
+            },
         };
-        match self.bound_to {
-            Some(own) if own != user.uid => {
-                Err(UserError::NotOwn { wanted: name.to_owned(), own: self.own_name() })
-            }
-            _ => Ok(user),
+        if self.bound_to.is_some_and(|own| own != user.uid) {
+            return Err(UserError::NotOwn { wanted: user_name.to_owned(), own: self.own_name() });
         }
+        let Some(group) = group else { return Ok(user) };
+        let gid = tables.group_ids.get(group).copied().or_else(|| number(group));
+        let gid = gid.ok_or_else(|| UserError::UnknownGroup(group.to_owned()))?;
+        if self.bound_to.is_some() {
+            let own = nix::unistd::getegid().as_raw();
+            // Its groups are what they are.
+            return match gid == own {
+                true => Ok(User { gid, ..user }),
+                false => Err(UserError::NotOwnGroup { wanted: gid, own }),
+            };
+        }
+        Ok(User { gid, groups: vec![gid], ..user })
     }
 
     /// The name that a daemon uses for itself: that of its effective user.
@@ -148,7 +188,19 @@ impl Users {
     }
 }
 
+/// A user or group id in decimal. The highest one means nobody at all to the kernel.
+fn number(text: &str) -> Option<u32> {
+    // Not even a plus sign.
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|id| digits && *id != u32::MAX)
+}
+
 impl Tables {
+    /// The user whose number this is.
+    fn by_number(&self, text: &str) -> Option<&User> {
+        self.users.get(&**self.user_names.get(&number(text)?)?)
+    }
+
     fn parse(stamps: (Stamp, Stamp), passwd: &str, group: &str) -> Self {
         let mut tables = Self { stamps, ..Self::default() };
         for line in passwd.lines() {
@@ -179,6 +231,7 @@ impl Tables {
                 continue;
             };
             tables.group_names.entry(gid).or_insert_with(|| name.into());
+            tables.group_ids.entry(name.to_owned()).or_insert(gid);
             for member in members.split(',') {
                 let Some(user) = tables.users.get_mut(member.trim()) else {
                     continue;
@@ -254,6 +307,39 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_users_too_and_a_group_may_be_given() {
+        let root = root_with(
+            "root:x:0:0::/root:\nuser:x:1000:1001::/home/user:/bin/sh\n77:x:5:5::/odd:\n",
+            "sudo:x:27:user\nuser:x:1001:\n",
+        );
+        let users = Users::at(root.path(), None);
+        assert_eq!(users.by_name("1000"), users.by_name("user"));
+        assert_eq!(users.by_name("user").unwrap().groups, [1001, 27]);
+        // A name goes before a number.
+        assert_eq!(users.by_name("77").unwrap().uid, 5);
+        let bare = users.by_name("4321").unwrap();
+        assert_eq!((bare.name.as_str(), bare.uid, bare.gid), ("4321", 4321, 4321));
+        assert_eq!((bare.home.as_path(), &bare.groups[..]), (Path::new("/"), &[4321][..]));
+        for (name, uid, gid) in [
+            ("user:sudo", 1000, 27),
+            ("user:27", 1000, 27),
+            ("1000:1000", 1000, 1000),
+            ("4321:sudo", 4321, 27),
+            ("root:0", 0, 0),
+        ] {
+            let user = users.by_name(name).unwrap();
+            assert_eq!((user.uid, user.gid, user.groups), (uid, gid, vec![gid]), "{name}");
+        }
+        let unknown = |name: &str| users.by_name(name).unwrap_err().to_string();
+        assert_eq!(unknown("user:wheel"), "group: unknown group wheel");
+        assert_eq!(unknown("user:"), "group: unknown group ");
+        for name in ["-1", "+5", "4294967295", "4294967296", "0x0", "1 ", "#1000", " "] {
+            assert_eq!(unknown(name), format!("user: unknown user {name}"));
+        }
+        assert_eq!(unknown(":sudo"), "user: unknown user ");
+    }
+
+    #[test]
     fn without_files_there_is_root_and_nobody_else() {
         let root = tempfile::tempdir().unwrap();
         let users = Users::at(root.path(), None);
@@ -283,7 +369,16 @@ mod tests {
         let root = root_with("root:x:0:0::/root:\nme:x:7:7::/me:/bin/sh\n", "");
         let users = Users::at(root.path(), Some(7));
         assert_eq!(users.by_name("me").unwrap().uid, 7);
-        let error = users.by_name("root").unwrap_err().to_string();
-        assert!(error.contains("'root'") && error.contains("'me'"), "{error}");
+        for name in ["root", "0", "99", "root:7"] {
+            let error = users.by_name(name).unwrap_err().to_string();
+            assert!(error.contains("can act only as that user"), "{error}");
+            assert!(error.contains("'me'"), "{error}");
+        }
+        assert_eq!(users.by_name("7").unwrap().name, "me");
+        let own = nix::unistd::getegid();
+        assert_eq!(users.by_name(&format!("me:{own}")).unwrap().gid, own.as_raw());
+        let other = own.as_raw() + 1;
+        let not_own = UserError::NotOwnGroup { wanted: other, own: own.as_raw() };
+        assert_eq!(users.by_name(&format!("7:{other}")), Err(not_own));
     }
 }

@@ -99,8 +99,12 @@ impl Stat {
 /// Sends a signal to the trees of `roots`; gives all that were found.
 ///
 /// # Errors
-/// ESRCH when nothing was found, else the last error of those that could not be signalled.
-pub(super) fn signal(roots: Vec<Member>, signal: i32) -> io::Result<Vec<Member>> {
+/// ESRCH when there are no roots (one that is a zombie is fine), else the last error of those that
+/// could not be signalled.
+pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
+    if roots.is_empty() {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
     let kill = signal == libc::SIGKILL;
     let first = if kill { libc::SIGSTOP } else { signal };
     let mut found: Vec<Member> = Vec::new();
@@ -123,11 +127,7 @@ pub(super) fn signal(roots: Vec<Member>, signal: i32) -> io::Result<Vec<Member>>
             refused = member.signal(signal).err().or(refused);
         }
     }
-    match refused {
-        Some(error) => Err(error),
-        None if found.is_empty() => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-        None => Ok(found),
-    }
+    refused.map_or(Ok(found), Err)
 }
 
 /// The processes of a tree.

@@ -196,6 +196,7 @@ pub(super) async fn start(
     let pidfd = ready::watch(pidfd).map_err(|error| {
         let (pidfd, error) = error.into_parts();
         abandon(&manager, pidfd);
+        tree.linger(&manager);
         refused(&spec, "pidfd", &error)
     })?;
 

@@ -175,7 +175,7 @@ async fn kill_rest(
 ) {
     sleep_until(at).await;
     let tree = Arc::clone(&process.tree);
-    let killed = manager.trees.run_next_step(move || tree.kill_rest(found)).await;
+    let killed = manager.trees.run_next_step(move || tree.kill_rest(&found)).await;
     if let Ok(Err(error)) = killed {
         tracing::warn!(pid = process.pid(), %error, "its descendants were not all killed");
     }

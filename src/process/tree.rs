@@ -113,13 +113,13 @@ impl Tree {
         self.note(signal);
         match &self.leaf {
             Some(leaf) => leaf.signal(signal).map(|()| Vec::new()),
-            None => descent::signal(self.root().into_iter().collect(), signal),
+            None => descent::signal(self.root().as_slice(), signal),
         }
     }
 
     /// Blocks: kills what is left of a tree whose process has exited, given what
     /// [`Tree::signal_all`] found before.
-    pub(super) fn kill_rest(&self, found: Vec<Member>) -> io::Result<()> {
+    pub(super) fn kill_rest(&self, found: &[Member]) -> io::Result<()> {
         match &self.leaf {
             Some(leaf) => leaf.signal(libc::SIGKILL),
             None => match descent::signal(found, libc::SIGKILL) {

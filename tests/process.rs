@@ -851,6 +851,33 @@ async fn numbers_that_are_no_signals() {
     assert_eq!(process.end().await.1.status, "signal: killed");
 }
 
+#[tokio::test]
+async fn every_signal_can_be_sent_by_name_and_by_number() {
+    let daemon = Daemon::start(&[]);
+    let client = client(&daemon);
+    let script =
+        "trap 'echo hup' HUP; trap 'echo usr2' USR2; trap 'echo rt' RTMIN; trap 'exit 7' INT
+        echo ready; while :; do sleep 1000 & wait; done";
+    let mut process = begin(&client, &start("/bin/bash", &["-c", script])).await;
+    process.until_it_says("ready\n").await;
+    let by = async |process: u32, signal: Signal, number| {
+        let process = pid(process);
+        let request =
+            SendSignalRequest { process, signal: signal.into(), number, ..Default::default() };
+        client.unary::<_, SendSignalResponse>(SEND_SIGNAL, &request).await.map(|_| ())
+    };
+    by(process.pid, Signal::Sighup, 0).await.unwrap();
+    process.until_it_says("hup\n").await;
+    by(process.pid, Signal::Unspecified, 12).await.unwrap();
+    process.until_it_says("usr2\n").await;
+    by(process.pid, Signal::Unspecified, 34).await.unwrap();
+    process.until_it_says("rt\n").await;
+    let both = by(process.pid, Signal::Sigint, 2).await.unwrap_err();
+    assert_eq!(both.code, "invalid_argument");
+    by(process.pid, Signal::Sigint, 0).await.unwrap();
+    assert_eq!(process.end().await.1.exit_code, 7);
+}
+
 // Output, and clients that do not take it.
 
 /// How many bytes a process has written.

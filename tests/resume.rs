@@ -115,8 +115,12 @@ async fn in_pieces(client: &Client, process: &str, cuts: usize, length: usize) -
 
 #[tokio::test]
 async fn a_client_that_is_cut_off_again_and_again_gets_every_byte() {
-    const LENGTH: usize = 4 << 20;
-    const CUTS: usize = 60;
+    // The soak run asks for more.
+    let figure = |name: &str, usual: usize| {
+        std::env::var(name).map_or(usual, |value| value.parse().expect(name))
+    };
+    let length = figure("ENVD_RESUME_BYTES", 4 << 20);
+    let cuts = figure("ENVD_RESUME_CUTS", 60);
     let spill = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&["--spill-dir", spill.path().to_str().unwrap()]);
     for wire in STREAMS {
@@ -125,19 +129,20 @@ async fn a_client_that_is_cut_off_again_and_again_gets_every_byte() {
             let dir = tempfile::tempdir().unwrap();
             let dir = dir.path().to_str().unwrap();
             // What is on its way when the connection is cut counts as read, and must still be there.
-            let request = kept(noisy(LENGTH, dir, pty), 0, 32 << 20, AtBound::Block);
+            let request = kept(noisy(length, dir, pty), 0, 32 << 20, AtBound::Block);
             let name = format!("{wire:?}-{pty}").replace([' ', '{', '}'], "");
             drop(begin(&client, &named(request, &name)).await);
-            let (said, connections) = in_pieces(&client, &name, CUTS, 2 * LENGTH).await;
+            let (said, connections) = in_pieces(&client, &name, cuts, 2 * length).await;
             let written = fs::read(format!("{dir}/out")).unwrap();
-            assert_eq!(written.len(), LENGTH);
+            assert_eq!(written.len(), length);
             if pty {
                 assert!(said.pty == written, "{wire:?}");
             } else {
                 assert!(said.stdout == written, "{wire:?}");
                 assert!(said.stderr == fs::read(format!("{dir}/err")).unwrap(), "{wire:?}");
             }
-            assert!(connections > CUTS as u64 / 4, "{connections}");
+            assert!(connections > cuts as u64 / 4, "{connections}");
+            println!("{wire:?}, terminal {pty}: {connections} connections, {} bytes", said.len());
         }
     }
     assert_eq!(fs::read_dir(spill.path()).unwrap().count(), 0, "no file has a name");
@@ -254,6 +259,8 @@ async fn a_start_can_be_repeated() {
             request.clone().tag("t"),
             request.clone().cwd(Some("/usr")),
             request.clone().no_stdin(),
+            StartRequest { timeout: seconds(1), ..request.clone() },
+            kept(request.clone(), 1 << 20, 0, AtBound::Block),
         ] {
             let error = refused(&client, &other).await;
             assert_eq!(error.code, "already_exists");

@@ -251,11 +251,20 @@ impl Process for Processes {
     ) -> Result<Response<pb::SendSignalResponse>, Status> {
         let message = request.into_inner();
         let process = self.live(message.process)?;
-        // Real-time signals have numbers only, which proto3 enums carry as well.
-        let signal = match message.signal {
-            0 => return Err(Status::unimplemented("invalid signal: SIGNAL_UNSPECIFIED")),
-            signal @ 1..=64 => signal,
-            other => return Err(Status::unimplemented(format!("invalid signal: {other}"))),
+        let signal = match (message.number, message.signal) {
+            (0, 0) => return Err(Status::unimplemented("invalid signal: SIGNAL_UNSPECIFIED")),
+            // An enumeration carries other numbers than its own as well, in all but JSON.
+            (0, signal @ 1..=64) => signal,
+            (0, other) => return Err(Status::unimplemented(format!("invalid signal: {other}"))),
+            (number, 0) => match i32::try_from(number) {
+                Ok(number @ 1..=64) => number,
+                _ => return Err(Status::unimplemented(format!("invalid signal: {number}"))),
+            },
+            (number, signal) => {
+                return Err(Status::invalid_argument(format!(
+                    "the fields `signal` and `number` exclude each other, and are {signal} and {number}"
+                )));
+            }
         };
         let sent = match pb::SignalScope::try_from(message.scope) {
             Ok(pb::SignalScope::Process) => process.signal(signal),

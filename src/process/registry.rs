@@ -206,6 +206,11 @@ impl Manager {
         all
     }
 
+    /// What the output of all processes in memory costs, in bytes.
+    pub fn output_in_memory(&self) -> usize {
+        self.pressure.used()
+    }
+
     /// How many processes live.
     pub fn len(&self) -> usize {
         self.state.lock().live.len()

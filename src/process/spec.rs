@@ -76,6 +76,8 @@ impl StartSpec {
             && self.tag == other.tag
             && self.id == other.id
             && self.output == other.output
+            && self.time_limit == other.time_limit
+            && self.limits == other.limits
     }
 
     /// Roughly, what it takes in memory, without the environment as it was given to the process.

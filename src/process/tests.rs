@@ -476,3 +476,45 @@ async fn settled(manager: &Manager, count: impl Fn() -> usize) -> usize {
     }
     count()
 }
+
+#[tokio::test]
+async fn ended_processes_are_forgotten_after_their_time_and_beyond_their_number() {
+    let retention = Duration::from_millis(200);
+    let manager = Manager::new(Options { retention, max_retained: 3, ..Options::default() });
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        let (process, subscription) = start(&manager, sh("seq 1000")).await;
+        follow(subscription).await;
+        ids.push(process.record().id.clone());
+    }
+    let kept = |id: &String| manager.find(&Selector::Id(id.clone())).is_some();
+    assert_eq!(ids.iter().map(kept).collect::<Vec<_>>(), [false, false, true, true, true]);
+    // Nobody asks for them, and their memory goes all the same.
+    let used = || manager.output_in_memory();
+    assert!(used() > 0);
+    timeout(Duration::from_secs(10), async {
+        while used() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(!ids.iter().any(kept));
+}
+
+#[tokio::test]
+async fn output_of_ended_processes_goes_first_when_there_is_too_much() {
+    let options = Options { output_total: 256 * 1024, ..Options::default() };
+    let manager = Manager::new(options);
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        let (process, subscription) =
+            start(&manager, spec("head", &["-c", "200000", "/dev/zero"])).await;
+        follow(subscription).await;
+        ids.push(process.record().id.clone());
+    }
+    let ranges: Vec<_> =
+        ids.iter().map(|id| manager.find(&Selector::Id(id.clone())).unwrap().range()).collect();
+    assert_eq!(ranges[0], (200_000, 200_000), "the oldest has lost its output, and is still known");
+    assert!(ranges[3].0 < 200_000, "{ranges:?}");
+}

@@ -199,13 +199,11 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
         }
         set_priorities();
         // Before the user changes: the right to raise a limit goes with it.
-        let mut place = 0;
-        for (resource, limit) in &plan.rlimits {
+        for (place, (resource, limit)) in (0..).zip(&plan.rlimits) {
             let args = [0, *resource as usize, addr(limit), 0, 0];
             if let Err(errno) = raw(libc::SYS_prlimit64, args) {
                 return Err((Stage::Rlimit, errno, place));
             }
-            place += 1;
         }
         if let Some((uid, gid)) = plan.credentials {
             let groups = [plan.groups.len(), addr(plan.groups.as_ptr()), 0, 0, 0];

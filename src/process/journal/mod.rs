@@ -290,7 +290,7 @@ impl Subscription {
         Some(match taken {
             Taken::Output(piece) => Event::Output(piece),
             Taken::Gap { from, to } => Event::Gap { from, to },
-            Taken::OnDisk { from, to } => return self.from_disk(from, to).await,
+            Taken::OnDisk { from, to } => return self.read_disk(from, to).await,
             Taken::End(ending) => {
                 self.done = true;
                 let offset = self.journal.fanout.ending().map_or(0, |(offset, _)| offset);
@@ -303,7 +303,7 @@ impl Subscription {
         })
     }
 
-    async fn from_disk(&mut self, from: u64, to: u64) -> Option<Event> {
+    async fn read_disk(&mut self, from: u64, to: u64) -> Option<Event> {
         let Journal { disk, fanout, .. } = &*self.journal;
         let read = match disk {
             Some(disk) => disk.read(from, to).await,

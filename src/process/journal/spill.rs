@@ -27,11 +27,11 @@ const SEGMENTS: u64 = 8;
 /// The largest segment.
 const MAX_SEGMENT: u64 = 64 * 1024 * 1024;
 /// How far apart entries of the index are, in bytes of the file.
-const INDEX_STEP: u64 = 32 * 1024;
+const INDEX_STEP: usize = 32 * 1024;
 /// Channel and length.
 const HEAD: usize = 5;
 /// What one look into a file reads. A record that begins within a step of the index is in it.
-const LOOK: usize = INDEX_STEP as usize + 2 * (HEAD + MAX_EVENT);
+const LOOK: usize = INDEX_STEP + 2 * (HEAD + MAX_EVENT);
 
 const _: () = assert!(LOOK < 2 * SPILL_BATCH);
 
@@ -134,7 +134,7 @@ impl Segment {
         let mut end = self.end;
         for piece in pieces {
             let position = self.size + records.len() as u64;
-            if position == 0 || position - indexed >= INDEX_STEP {
+            if position == 0 || position - indexed >= INDEX_STEP as u64 {
                 index.push((piece.offset, position));
                 indexed = position;
             }

@@ -8,7 +8,6 @@
 //!   there is nothing to do.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -21,15 +20,16 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::{
-    LEAN_WINDOW, MAX_EVENT, MAX_READERS, SPILL_BATCH,
-    log::{Channel, Log, Piece},
+    MAX_EVENT, MAX_READERS,
+    log::{Channel, Piece},
+    state::{Reader, State},
 };
 use crate::sync::Mutex;
 
 /// What all journals together hold, and may hold.
 #[derive(Debug)]
 pub struct Pressure {
-    used: AtomicUsize,
+    pub(super) used: AtomicUsize,
     limit: usize,
 }
 
@@ -126,53 +126,10 @@ pub struct Fanout<E> {
     pressure: Arc<Pressure>,
 }
 
-#[derive(Debug)]
-struct State<E> {
-    log: Log,
-    bounds: Bounds,
-    /// What is on disk: from, to. Without a hole, and as long as nothing failed none before the log.
-    disk: (u64, u64),
-    /// Whether more goes to disk.
-    spills: bool,
-    /// How far any reader has come.
-    seen: u64,
-    readers: BTreeMap<u64, Reader>,
-    next_reader: u64,
-    writers: Vec<Waker>,
-    ending: Option<(u64, E)>,
-    last_append: Option<Instant>,
-    /// What [`Pressure`] knows of this log.
-    counted: usize,
-}
-
-#[derive(Debug)]
-struct Reader {
-    cursor: u64,
-    /// Where its output ends, once that is known.
-    limit: Option<u64>,
-    /// Since when it has held up an append without taking anything.
-    holding_since: Option<Instant>,
-    detached: bool,
-    waker: Option<Waker>,
-}
-
 impl<E: Clone> Fanout<E> {
     /// An empty log.
     pub fn new(bounds: Bounds, pressure: Arc<Pressure>) -> Self {
-        let state = State {
-            log: Log::default(),
-            bounds,
-            disk: (0, 0),
-            spills: bounds.disk > 0,
-            seen: 0,
-            readers: BTreeMap::new(),
-            next_reader: 0,
-            writers: Vec::new(),
-            ending: None,
-            last_append: None,
-            counted: 0,
-        };
-        Self { state: Mutex::new(state), pressure }
+        Self { state: Mutex::new(State::new(bounds)), pressure }
     }
 
     /// Attaches a reader; its id and the offset where it begins.
@@ -371,161 +328,5 @@ impl<E> Drop for Fanout<E> {
 fn wake(woken: Vec<Waker>) {
     for waker in woken {
         waker.wake();
-    }
-}
-
-impl<E: Clone> State<E> {
-    fn append(
-        &mut self,
-        channel: Channel,
-        data: &Bytes,
-        (now, stall): (Instant, Duration),
-        waker: Option<&Waker>,
-        high: bool,
-    ) -> (Append, Vec<Waker>) {
-        let added = data.len() + super::CHUNK_COST;
-        let window = self.bounds.memory.saturating_add(match self.spills {
-            true => usize::try_from(self.bounds.disk).unwrap_or(usize::MAX),
-            false => 0,
-        });
-        let mut woken = Vec::new();
-        let mut full = None;
-        for reader in self.readers.values_mut().filter(|reader| reader.needs(self.log.end())) {
-            let behind = behind(&self.log, reader.cursor);
-            // Whoever has everything takes a chunk of any size.
-            if behind == 0 || behind.saturating_add(added) <= window {
-                continue;
-            }
-            let limit = *reader.holding_since.get_or_insert(now) + stall;
-            if limit <= now {
-                reader.detached = true;
-                woken.extend(reader.waker.take());
-            } else {
-                full = Some(full.map_or(limit, |other: Instant| other.min(limit)));
-            }
-        }
-        let unseen = behind(&self.log, self.seen);
-        let blocked = self.bounds.block && unseen > 0 && unseen.saturating_add(added) > window;
-        if full.is_some() || blocked {
-            if let Some(waker) = waker {
-                self.writers.push(waker.clone());
-            }
-            return (Append::Full(full), woken);
-        }
-        if self.spills && self.log.cost().saturating_add(added) > self.bounds.memory {
-            let batch = self.oldest();
-            if !batch.is_empty() {
-                return (Append::Spill(batch), woken);
-            }
-        }
-        self.log.push(channel, data);
-        self.last_append = Some(now);
-        self.trim(high);
-        let end = self.log.end();
-        let hungry = self.readers.values_mut().filter(|reader| reader.cursor < end);
-        woken.extend(hungry.filter_map(|reader| reader.waker.take()));
-        (Append::Done, woken)
-    }
-
-    /// What goes to disk next.
-    fn oldest(&mut self) -> Vec<Piece> {
-        let (mut batch, mut size) = (Vec::new(), 0);
-        let mut at = self.log.start();
-        while size < SPILL_BATCH
-            && let Some(piece) = self.log.read(at, u64::MAX, MAX_EVENT)
-        {
-            at = piece.end();
-            size += piece.data.len();
-            batch.push(piece);
-        }
-        batch
-    }
-
-    /// Drops the oldest chunks beyond the window, but none that somebody still needs. Where there
-    /// is a disk they go there instead.
-    fn trim(&mut self, high: bool) {
-        if self.spills {
-            return;
-        }
-        let needed = self.needed();
-        let window = if high { self.bounds.memory.min(LEAN_WINDOW) } else { self.bounds.memory };
-        while self.log.cost() > window && self.log.first_end().is_some_and(|end| end <= needed) {
-            self.log.drop_first();
-        }
-    }
-
-    /// The offset before which nobody needs anything.
-    fn needed(&self) -> u64 {
-        let end = self.log.end();
-        let readers = self.readers.values().filter(|reader| reader.needs(end));
-        let needed = readers.map(|reader| reader.cursor).min().unwrap_or(end);
-        if self.bounds.block { needed.min(self.seen) } else { needed }
-    }
-
-    fn earliest(&self) -> u64 {
-        if self.disk.0 < self.disk.1 { self.disk.0 } else { self.log.start() }
-    }
-
-    fn take(&mut self, id: u64, max: usize, waker: Option<&Waker>) -> Option<Taken<E>> {
-        let reader = self.readers.get_mut(&id)?;
-        if reader.detached {
-            return Some(Taken::Detached);
-        }
-        let limit = reader.limit.unwrap_or(u64::MAX);
-        if reader.cursor >= limit.min(self.log.end()) {
-            if let Some((_, ending)) = &self.ending {
-                return Some(Taken::End(ending.clone()));
-            }
-            reader.waker = waker.cloned();
-            return None;
-        }
-        reader.holding_since = None;
-        let from = reader.cursor;
-        let start = self.log.start();
-        if from < start {
-            let (on_disk, behind) = self.disk;
-            if (on_disk..behind).contains(&from) {
-                return Some(Taken::OnDisk { from, to: behind.min(limit) });
-            }
-            let next = if from < on_disk && on_disk < behind { on_disk } else { start };
-            let to = next.min(limit);
-            reader.cursor = to;
-            return Some(Taken::Gap { from, to });
-        }
-        let piece = self.log.read(from, limit, max)?;
-        reader.cursor = piece.end();
-        self.seen = self.seen.max(piece.end());
-        Some(Taken::Output(piece))
-    }
-
-    /// Those who wait for room.
-    fn writers(&mut self) -> Vec<Waker> {
-        std::mem::take(&mut self.writers)
-    }
-
-    /// Tells how much there is now.
-    fn account(&mut self, pressure: &Pressure) -> &mut Self {
-        let cost = self.log.cost();
-        if cost >= self.counted {
-            pressure.used.fetch_add(cost - self.counted, Ordering::Relaxed);
-        } else {
-            pressure.used.fetch_sub(self.counted - cost, Ordering::Relaxed);
-        }
-        self.counted = cost;
-        self
-    }
-}
-
-/// What a cursor is behind: the cost of the log from there, and the bytes before the log.
-fn behind(log: &Log, cursor: u64) -> usize {
-    let start = log.start();
-    let before = usize::try_from(start.saturating_sub(cursor)).unwrap_or(usize::MAX);
-    log.cost_from(cursor.max(start)).saturating_add(before)
-}
-
-impl Reader {
-    /// Whether it still has to get what is in the log, or what comes next.
-    fn needs(&self, end: u64) -> bool {
-        !self.detached && self.cursor < self.limit.unwrap_or(end.saturating_add(1))
     }
 }

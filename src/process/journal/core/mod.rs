@@ -9,6 +9,7 @@
 
 mod fanout;
 mod log;
+mod state;
 
 pub use fanout::{Append, Attach, Beyond, Bounds, Fanout, Pressure, Taken};
 pub use log::{Channel, Piece};

@@ -14,8 +14,8 @@ use common::{
 };
 use envd::proto::process::{
     AtBound, HeadTail, ListRequest, ListResponse, OutputOptions, ProcessState, ReadRequest,
-    ReadResponse, SendInputRequest, SendInputResponse, StartRequest, StartResponse, WaitRequest,
-    WaitResponse, output_chunk,
+    ReadResponse, SendInputRequest, SendInputResponse, SendSignalRequest, SendSignalResponse,
+    Signal, SignalScope, StartRequest, StartResponse, WaitRequest, WaitResponse, output_chunk,
     process_event::{Event, data_event::Output},
     wait_request::{self, Condition},
     wait_response::Result as Answer,
@@ -412,6 +412,43 @@ async fn waiting_for_what_comes() {
         assert!(matches!(&ended, Answer::End(end) if end.exit_code == 4), "{ended:?}");
         process.end().await;
     }
+}
+
+#[tokio::test]
+async fn waiting_until_a_descendant_listens() {
+    let daemon = Daemon::start(&[]);
+    let client = client(&daemon);
+    // The program that surely is there and listens is envd itself.
+    let script = format!(
+        "read x; {} --listen tcp://127.0.0.1:0 -no-cgroups 2> /dev/null & wait",
+        env!("CARGO_BIN_EXE_envd")
+    );
+    let process = begin(&client, &named(sh(&script), "a")).await;
+    let any = Some(Condition::Port(wait_request::Port { number: 0 }));
+    let (found, sent) =
+        tokio::join!(wait(&client, "a", any), send(&client, id("a"), to_stdin("go\n")));
+    sent.unwrap();
+    let Answer::Listening(found) = found else { panic!("{found:?}") };
+    assert_eq!(found.address, format!("127.0.0.1:{}", found.port));
+    let health = reqwest::get(format!("http://{}/health", found.address)).await.unwrap();
+    assert!(health.status().is_success());
+    let same = Some(Condition::Port(wait_request::Port { number: found.port }));
+    assert_eq!(wait(&client, "a", same).await, Answer::Listening(found));
+    let bad = WaitRequest {
+        process: id("a"),
+        condition: Some(Condition::Port(wait_request::Port { number: 65536 })),
+        timeout: None,
+    };
+    let bad = client.unary::<_, WaitResponse>(WAIT, &bad).await.unwrap_err();
+    assert_eq!(bad.code, "invalid_argument");
+    let request = SendSignalRequest {
+        process: id("a"),
+        signal: Signal::Sigkill.into(),
+        scope: SignalScope::Tree.into(),
+        ..Default::default()
+    };
+    client.unary::<_, SendSignalResponse>(SEND_SIGNAL, &request).await.unwrap();
+    process.end().await;
 }
 
 #[tokio::test]

@@ -214,7 +214,7 @@ async fn refused(client: &Client, request: &StartRequest) -> Failure {
 
 async fn signal(client: &Client, pid: u32, signal: i32, scope: SignalScope) -> Result<(), Failure> {
     let process = Some(ProcessSelector { selector: Some(Selector::Pid(pid)) });
-    let request = SendSignalRequest { process, signal, scope: scope.into() };
+    let request = SendSignalRequest { process, signal, scope: scope.into(), ..Default::default() };
     client.unary::<_, SendSignalResponse>(SEND_SIGNAL, &request).await.map(|_| ())
 }
 

@@ -1,6 +1,6 @@
 # What a contributor runs by hand; .ci/run runs the same.
 
-.PHONY: build test conformance grpcurl static size image vm lint ci
+.PHONY: build test conformance model grpcurl static size image vm lint ci
 
 build:
 	cargo build --locked
@@ -11,6 +11,10 @@ test:
 # The public Connect conformance suite against the wire layer (needs Go).
 conformance:
 	scripts/conformance.sh
+
+# The interleavings of the journal's readers and writers.
+model:
+	cargo test --locked -p envd-model
 
 # A session with the standard gRPC client over TCP and a unix socket (needs Go).
 grpcurl:

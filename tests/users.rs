@@ -21,6 +21,8 @@ async fn said(client: &Client, script: &str) -> Result<String, Failure> {
     let process = ProcessConfig {
         cmd: "/bin/sh".to_owned(),
         args: vec!["-c".to_owned(), script.to_owned()],
+        // The home of nobody is not there.
+        cwd: Some("/".to_owned()),
         ..ProcessConfig::default()
     };
     let request = StartRequest { process: Some(process), ..StartRequest::default() };
@@ -44,7 +46,7 @@ async fn numbers_and_groups_name_users_in_every_protocol() {
     }
     let nobody = nobody.unwrap();
     let daemon = Daemon::start(&[]);
-    let script = "id -u; id -g; id -G; echo $USER; pwd";
+    let script = "id -u; id -g; id -G; echo $USER; echo $HOME";
     let (uid, gid) = (nobody.uid, nobody.gid);
     for wire in WIRES {
         let as_user = |name: &str| Client::new(&daemon, wire).with("authorization", &basic(name));

@@ -265,10 +265,9 @@ async fn a_signal_reaches_the_process_or_its_group_or_its_tree() {
                 SignalScope::Tree => 3,
             };
             pids[..dead].iter().for_each(|pid| dies(*pid));
-            for pid in &pids[dead..] {
-                assert!(lives(*pid), "{scope:?} with {:?}", base.as_ref().map(|base| &base.dir));
-                kill_stranger(*pid);
-            }
+            let alive = pids[dead..].iter().all(|pid| lives(*pid));
+            assert!(alive, "{scope:?} with {:?}", base.as_ref().map(|base| &base.dir));
+            pids[dead..].iter().for_each(|pid| kill_stranger(*pid));
             assert!(lives(other.pid), "{scope:?}");
             signal(&client, other.pid, 9, scope).await.unwrap();
         }

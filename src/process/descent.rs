@@ -1,8 +1,9 @@
 //! Descendants as /proc shows them, for trees without a control group.
 //!
 //! A list of processes is old when it is read. So it is read again until it holds nothing new, and
-//! before a tree is killed each of its processes is stopped: what is stopped can neither fork nor
-//! exit, and so hides nobody. A process is known by its pid and its start time, and is signalled
+//! before a tree is signalled each of its processes is stopped: what is stopped can neither fork nor
+//! exit, and so hides nobody. Then all get the signal, and those that were not stopped before go on
+//! with it. A process is known by its pid and its start time, and is signalled
 //! through a pidfd that was opened before the start time was compared.
 
 use std::{
@@ -23,6 +24,10 @@ const MAX_ROUNDS: usize = 64;
 /// Ticks a second in /proc where the system does not say: every Linux has this.
 const TICKS: i64 = 100;
 
+/// The states of interest, as proc_pid_stat(5) has them.
+const STOPPED: char = 'T';
+const ZOMBIE: char = 'Z';
+
 /// A process that is known to belong to a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Member {
@@ -37,7 +42,7 @@ struct Stat {
     member: Member,
     parent: i32,
     session: i32,
-    is_zombie: bool,
+    state: char,
     user_ticks: u64,
     system_ticks: u64,
     threads: u64,
@@ -81,7 +86,7 @@ impl Stat {
             member: Member { pid: pid.parse().ok()?, started: number(22)? },
             parent: field(4)?.parse().ok()?,
             session: field(6)?.parse().ok()?,
-            is_zombie: field(3) == Some("Z"),
+            state: field(3)?.chars().next()?,
             // With those of the children that it has waited for.
             user_ticks: number(14)? + number(16)?,
             system_ticks: number(15)? + number(17)?,
@@ -105,26 +110,31 @@ pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
     if roots.is_empty() {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    let kill = signal == libc::SIGKILL;
-    let first = if kill { libc::SIGSTOP } else { signal };
     let mut found: Vec<Member> = Vec::new();
+    let mut stopped = Vec::new();
     let mut known = HashSet::new();
     let mut refused = None;
     for _ in 0..MAX_ROUNDS {
         let seeds: Vec<Member> = roots.iter().chain(&found).copied().collect();
-        let tree = tree(&seeds, &Stat::all()?);
-        let new: Vec<Member> = tree.into_iter().filter(|member| known.insert(*member)).collect();
-        if new.is_empty() {
+        let all = Stat::all()?;
+        let mut is_over = true;
+        for stat in tree(&seeds, &all).into_iter().filter(|stat| known.insert(stat.member)) {
+            is_over = false;
+            found.push(stat.member);
+            if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
+                stopped.push(stat.member);
+            }
+        }
+        if is_over {
             break;
         }
-        for member in &new {
-            refused = member.signal(first).err().or(refused);
-        }
-        found.extend(new);
     }
-    if kill {
-        for member in &found {
-            refused = member.signal(signal).err().or(refused);
+    for member in &found {
+        refused = member.signal(signal).err().or(refused);
+    }
+    if signal != libc::SIGSTOP && signal != libc::SIGKILL {
+        for member in &stopped {
+            refused = member.signal(libc::SIGCONT).err().or(refused);
         }
     }
     refused.map_or(Ok(found), Err)
@@ -133,14 +143,15 @@ pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
 /// The processes of a tree.
 pub(super) fn pids(root: Member) -> Vec<i32> {
     let all = Stat::all().unwrap_or_default();
-    tree(&[root], &all).into_iter().map(|member| member.pid).collect()
+    tree(&[root], &all).into_iter().map(|stat| stat.member.pid).collect()
 }
 
 /// Those of `all` that descend from `seeds`, and the seeds that still live. Every session of a
 /// member began in the tree, since its root began one, so whoever is in such a session is a member.
-fn tree(seeds: &[Member], all: &[Stat]) -> Vec<Member> {
+fn tree<'a>(seeds: &[Member], all: &'a [Stat]) -> Vec<&'a Stat> {
     let own = i32::try_from(std::process::id()).unwrap_or_default();
-    let may_be = |stat: &&Stat| stat.member.pid > 1 && stat.member.pid != own && stat.session > 0;
+    let may_be =
+        |stat: &&'a Stat| stat.member.pid > 1 && stat.member.pid != own && stat.session > 0;
     let mut children: HashMap<i32, Vec<&Stat>> = HashMap::new();
     let mut of_session: HashMap<i32, Vec<&Stat>> = HashMap::new();
     for stat in all.iter().filter(may_be) {
@@ -153,8 +164,8 @@ fn tree(seeds: &[Member], all: &[Stat]) -> Vec<Member> {
     let mut members: HashSet<Member> = left.iter().map(|stat| stat.member).collect();
     let mut tree = Vec::new();
     while let Some(stat) = left.pop() {
-        if !stat.is_zombie {
-            tree.push(stat.member);
+        if stat.state != ZOMBIE {
+            tree.push(stat);
         }
         let related = children
             .remove(&stat.member.pid)
@@ -215,7 +226,7 @@ mod tests {
             member: Member { pid, started: 1 },
             parent,
             session,
-            is_zombie: false,
+            state: 'S',
             user_ticks: 0,
             system_ticks: 0,
             threads: 1,
@@ -224,7 +235,7 @@ mod tests {
 
     fn found(seeds: &[i32], all: &[Stat]) -> Vec<i32> {
         let seeds: Vec<Member> = seeds.iter().map(|&pid| Member { pid, started: 1 }).collect();
-        let mut pids: Vec<i32> = tree(&seeds, all).iter().map(|member| member.pid).collect();
+        let mut pids: Vec<i32> = tree(&seeds, all).iter().map(|stat| stat.member.pid).collect();
         pids.sort_unstable();
         pids
     }
@@ -250,7 +261,7 @@ mod tests {
         assert_eq!(found(&[], &all), [0; 0]);
         // A pid that is another's by now is no seed.
         let reused = Member { pid: 10_000_010, started: 2 };
-        assert_eq!(tree(&[reused], &all), []);
+        assert!(tree(&[reused], &all).is_empty());
     }
 
     #[test]

@@ -78,6 +78,22 @@ ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block -
     "/etc/systemd/system/systemd-resolved.service.d/60-envd.conf": "[Unit]\nAfter=envd.service\n",
 }
 
+# For the same base with OpenRC. It is Debian's own scripts that OpenRC runs there, so the network is
+# ifupdown's business, which has no cards but those that are named: the kernel's names, without udev.
+DEBIAN_OPENRC_CONFIG = {
+    "/etc/network/interfaces": """\
+auto lo
+iface lo inet loopback
+
+auto /eth*=eth
+iface eth inet dhcp
+""",
+}
+
+# They wait for clocks, screens and keys that a sandbox has not, or look at file systems that the
+# kernel has mounted already.
+NOT_STARTED_IN_DEBIAN = ["brightness", "checkfs.sh", "hwclock.sh", "mount-configfs"]
+
 ENVD_ARGS = [
     "--default-user", USER,
     "--listen", "tcp://0.0.0.0:49983",
@@ -269,11 +285,23 @@ def systemd(root: Root, debian: bool) -> None:
         root.write("/var/.updated", "")
 
 
-def openrc(root: Root, _debian: bool) -> None:
+def openrc(root: Root, debian: bool) -> None:
     if not root.exists("/sbin/openrc-run"):
         sys.exit("there is no OpenRC in the image; give --init systemd or --init envd")
     root.install(HERE / "openrc/envd", "/etc/init.d/envd", 0o755)
     root.link("/etc/runlevels/default/envd", "/etc/init.d/envd")
+    if not debian:
+        return
+    # Version 1 of control groups, or both, is what OpenRC mounts by default.
+    root.write("/etc/rc.conf", with_line(root.read("/etc/rc.conf"), 'rc_cgroup_mode="unified"'))
+    for path, text in DEBIAN_OPENRC_CONFIG.items():
+        root.write(path, text)
+    for script in NOT_STARTED_IN_DEBIAN:
+        for level in root.at("/etc/runlevels").iterdir():
+            (level / script).unlink(missing_ok=True)
+    # No console to log in at, and no terminal for one.
+    lines = root.read("/etc/inittab").splitlines(keepends=True)
+    root.write("/etc/inittab", "".join(line for line in lines if "getty" not in line))
 
 
 def envd_as_init(root: Root, _debian: bool) -> None:
@@ -295,6 +323,8 @@ def main() -> None:
     for directory in ["/tmp", "/var/tmp"]:
         root.directories(directory).chmod(0o1777)
     root.install(options.envd, "/usr/bin/envd", 0o755)
+    # By this name it is the init that `envd.init=` can ask for, whatever /sbin/init is.
+    root.link("/usr/lib/envd/init", "/usr/bin/envd")
     root.directories("/etc/envd")
     root.write("/etc/envd/init.args", "".join(f"{arg}\n" for arg in ENVD_ARGS))
     add_user(root)

@@ -105,7 +105,7 @@ debian_base() {
   local own=() packages key
   case $init in
   systemd) own=(dbus kmod systemd systemd-resolved systemd-sysv udev) ;;
-  openrc) own=(openrc sysvinit-core) ;;
+  openrc) own=(ifupdown openrc sysvinit-core udhcpc) ;;
   envd) ;;
   esac
   packages=$(printf '%s\n' "${PACKAGES[@]}" "${own[@]}" | sort | paste -sd ,)

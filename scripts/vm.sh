@@ -24,10 +24,10 @@ tools=$CARGO_TARGET_DIR/tools
 mkdir -p "$tools"
 
 [ -x "$CARGO_TARGET_DIR/static/envd" ] || scripts/static.sh
-rootfs/build.sh --init systemd
-rootfs/build.sh --init envd
+for init in systemd openrc envd; do rootfs/build.sh --init "$init"; done
 images=$CARGO_TARGET_DIR/image
 export ENVD_VM_SYSTEMD=$images/debian-systemd/rootfs.ext4
+export ENVD_VM_OPENRC=$images/debian-openrc/rootfs.ext4
 export ENVD_VM_PID1=$images/debian-envd/rootfs.ext4
 export ENVD_VM_KERNEL=$images/debian-systemd/vmlinux
 export ENVD_VM_INITRD=$images/debian-systemd/initrd.cpio
@@ -83,7 +83,7 @@ if [ $# -eq 0 ] || [[ " $* " == *" inside "* ]]; then
   export ENVD_VM_TESTS=$work/tests.ext4
 fi
 
-for image in "$ENVD_VM_SYSTEMD" "$ENVD_VM_PID1" "$ENVD_VM_INITRD" "$ENVD_VM_MINIMAL"; do
+for image in "$ENVD_VM_SYSTEMD" "$ENVD_VM_OPENRC" "$ENVD_VM_PID1" "$ENVD_VM_INITRD" "$ENVD_VM_MINIMAL"; do
   say "$image: $(du -h --apparent-size "$image" | cut -f 1), $(du -h "$image" | cut -f 1) on disk"
 done
 cargo test --locked --test vm -- "${scenarios[@]}"

@@ -97,18 +97,22 @@ async fn sh(address: &str, line: &str) -> String {
     outcome.stdout.trim().to_owned()
 }
 
-/// Starts a command whose end may never be told.
+/// Starts a command that ends the daemon, which so may never tell anything. What it does shows
+/// elsewhere.
 pub(crate) async fn fire(client: &Client, command: &str, args: &[&str]) {
-    let mut events: Messages<StartResponse> =
-        client.stream(START, &start(command, args)).await.unwrap();
+    let events = client.stream::<_, StartResponse>(START, &start(command, args)).await;
+    let Ok(mut events) = events else { return };
     while let Ok(Some(_)) = events.next().await {}
+}
+
+async fn health(address: &str) -> reqwest::Result<reqwest::Response> {
+    let client = reqwest::Client::builder().no_proxy().build()?;
+    client.get(format!("http://{address}/health")).send().await
 }
 
 /// One request over plain HTTP.
 pub(crate) async fn hello(address: &str) {
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
-    let answer = client.get(format!("http://{address}/health")).send().await.unwrap();
-    assert_eq!(answer.status(), 204);
+    assert_eq!(health(address).await.unwrap().status(), 204);
 }
 
 pub(crate) async fn commands(address: &str) {
@@ -260,13 +264,22 @@ pub(crate) async fn user(address: &str) {
     assert_eq!(home.stdout, "/home/user\n0\n0022\n", "{home:?}");
 }
 
+/// The daemon's pid.
+async fn daemon(address: &str, kind: Kind) -> String {
+    let line = match kind {
+        Kind::Systemd => "systemctl show -p MainPID --value envd",
+        Kind::Openrc => "pgrep -x envd -P $(cat /run/supervise-envd.pid)",
+        // PID 1 itself is the supervisor; the daemon is its child.
+        Kind::Pid1 | Kind::Handover | Kind::Minimal => "pgrep -x -P 1 envd",
+    };
+    let daemon = sh(address, line).await;
+    assert!(daemon.parse::<u32>().is_ok(), "{line}: {daemon:?}");
+    daemon
+}
+
 /// The daemon is the last to be killed, and its processes are ordinary.
 pub(crate) async fn protected(address: &str, kind: Kind) {
-    let daemon = match kind {
-        Kind::Systemd => sh(address, "systemctl show -p MainPID --value envd").await,
-        // PID 1 itself is the supervisor; the daemon is its child.
-        _ => sh(address, "pgrep -x -o -P 1 envd").await,
-    };
+    let daemon = daemon(address, kind).await;
     let score = sh(address, &format!("cat /proc/{daemon}/oom_score_adj")).await;
     assert_eq!(score, "-1000");
     assert_eq!(sh(address, "cat /proc/self/oom_score_adj").await, "100");
@@ -279,6 +292,26 @@ pub(crate) async fn protected(address: &str, kind: Kind) {
         }
         assert!(!shown.contains("WatchdogUSec=0"), "{shown}");
     }
+}
+
+/// A daemon that dies is started again.
+pub(crate) async fn restarted(address: &str, kind: Kind) {
+    let before = daemon(address, kind).await;
+    fire(&root(address, Wire::Grpc), "sh", &["-c", &format!("kill -9 {before}")]).await;
+    in_time("it answers again", async || health(address).await.ok()).await;
+    assert_ne!(daemon(address, kind).await, before);
+}
+
+/// PID 1 is systemd, which has come up, with the daemon beside its own services.
+pub(crate) async fn handed_over(address: &str) {
+    assert_eq!(sh(address, "cat /proc/1/comm").await, "systemd");
+    // It fails for what is not "running"; the units say why.
+    let state = sh(address, "systemctl is-system-running --wait || true").await;
+    let failed = sh(address, "systemctl --failed --no-legend --plain").await;
+    assert_eq!((state.as_str(), failed.as_str()), ("running", ""));
+    assert_eq!(sh(address, "systemctl is-active envd || true").await, "inactive");
+    let daemon = daemon(address, Kind::Handover).await;
+    assert_eq!(sh(address, &format!("cat /proc/{daemon}/cgroup")).await, "0::/envd");
 }
 
 pub(crate) async fn cgroups(address: &str) {

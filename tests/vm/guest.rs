@@ -25,14 +25,22 @@ const READY_PORT: u32 = 1024;
 const BOOT_PATIENCE: Duration = Duration::from_secs(180);
 /// The longest that an orderly power-off may take.
 const OFF_PATIENCE: Duration = Duration::from_secs(60);
+/// The image's systemd behind an envd that has started its daemon first; the unit would start
+/// another one.
+const HANDOVER: &str =
+    " envd.init=/usr/lib/envd/init envd.handover=/lib/systemd/systemd systemd.mask=envd.service";
 
 /// What the guest is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Debian, with envd as a service of systemd.
     Systemd,
+    /// Debian, with envd as a service of OpenRC.
+    Openrc,
     /// Debian, with envd as PID 1.
     Pid1,
+    /// Debian, with envd as the PID 1 that becomes systemd.
+    Handover,
     /// An initramfs with envd, modules and one static program.
     Minimal,
 }
@@ -41,7 +49,9 @@ impl Kind {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Systemd => "systemd",
+            Self::Openrc => "openrc",
             Self::Pid1 => "pid1",
+            Self::Handover => "handover",
             Self::Minimal => "minimal",
         }
     }
@@ -209,12 +219,16 @@ impl Guest {
             .args(["-device", "virtio-net-pci,netdev=n0,romfile="])
             .args(["-device", "virtio-rng-pci"]);
         let root = match self.kind {
-            Kind::Systemd => Some(given("ENVD_VM_SYSTEMD")),
+            Kind::Systemd | Kind::Handover => Some(given("ENVD_VM_SYSTEMD")),
+            Kind::Openrc => Some(given("ENVD_VM_OPENRC")),
             Kind::Pid1 => Some(given("ENVD_VM_PID1")),
             Kind::Minimal => None,
         };
         if let Some(root) = root {
             append.push_str(" envd.root=/dev/vda rw");
+            if self.kind == Kind::Handover {
+                append.push_str(HANDOVER);
+            }
             let (file, snapshot) = match disk {
                 Disk::Copy => {
                     let copy = self.dir.path().join("disk.ext4");
@@ -308,14 +322,15 @@ impl Guest {
 
     /// Asks the guest to end, through envd, and waits until the machine has.
     pub(crate) async fn power_off(&mut self) {
-        let program = match self.kind {
-            Kind::Systemd => "systemctl",
-            Kind::Pid1 => "envd",
-            Kind::Minimal => "/init",
+        let (program, args): (_, &[&str]) = match self.kind {
+            Kind::Systemd | Kind::Handover => ("systemctl", &["poweroff"]),
+            Kind::Openrc => ("poweroff", &[]),
+            Kind::Pid1 => ("envd", &["poweroff"]),
+            Kind::Minimal => ("/init", &["poweroff"]),
         };
         let client = Client::at(&self.vsock, Wire::Grpc).with("authorization", "Basic cm9vdDo=");
         // The answer may be cut by what it asks for.
-        checks::fire(&client, program, &["poweroff"]).await;
+        checks::fire(&client, program, args).await;
         let status = self.wait(OFF_PATIENCE).await;
         assert!(status.success(), "qemu: {status}");
     }

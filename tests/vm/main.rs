@@ -3,7 +3,7 @@
 //! `make vm` builds what is needed and runs this; by hand:
 //!
 //! ```sh
-//! scripts/vm.sh [SCENARIO...]     # systemd, pid1, minimal, boots, inside
+//! scripts/vm.sh [SCENARIO...]     # systemd, openrc, pid1, handover, minimal, boots, inside
 //! ```
 //!
 //! Not part of `cargo test`, and without libtest: one boot serves many checks. The guest runs under
@@ -38,17 +38,16 @@ const BOOTS: usize = 10;
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let all = ["systemd", "pid1", "minimal", "boots", "inside"];
+    let all = ["systemd", "openrc", "pid1", "handover", "minimal", "boots", "inside"];
     let unknown: Vec<_> = wanted.iter().filter(|name| !all.contains(&name.as_str())).collect();
     assert!(unknown.is_empty(), "no such scenarios: {unknown:?}; there are {all:?}");
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|one| one == name);
 
     let mut report = Report::default();
-    if wants("systemd") {
-        with_guest(&mut report, Kind::Systemd).await;
-    }
-    if wants("pid1") {
-        with_guest(&mut report, Kind::Pid1).await;
+    for kind in [Kind::Systemd, Kind::Openrc, Kind::Pid1, Kind::Handover] {
+        if wants(kind.name()) {
+            with_guest(&mut report, kind).await;
+        }
     }
     if wants("minimal") {
         minimal(&mut report).await;
@@ -109,10 +108,16 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     let address = guest.tcp();
     let address = address.as_str();
     let own = |check: &str| format!("{name}: {check}");
+    if kind == Kind::Handover {
+        report.check(&own("systemd is PID 1"), checks::handed_over(address)).await;
+    }
     report.check(&own("the user and sudo"), checks::user(address)).await;
     report.check(&own("the daemon is protected"), checks::protected(address, kind)).await;
     report.check(&own("cgroup v2 with controllers"), checks::cgroups(address)).await;
-    report.check(&own("orphans and statuses"), checks::orphans(address)).await;
+    // Behind the hand-over PID 1 is the systemd that was looked at already.
+    if kind != Kind::Handover {
+        report.check(&own("orphans and statuses"), checks::orphans(address)).await;
+    }
     let socket = guest.vsock_socket();
     report.check(&own("vsock: the example client"), checks::example(&socket)).await;
     let replaced = async {
@@ -123,6 +128,12 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     report.check(&own("vsock: the device goes and comes back"), replaced).await;
     if kind == Kind::Systemd {
         report.check(&own("no unit failed"), checks::units(address)).await;
+    }
+    // Behind the hand-over nobody does it, as embedding.md says.
+    if kind != Kind::Handover {
+        report
+            .check(&own("a daemon that dies is started again"), checks::restarted(address, kind))
+            .await;
     }
     if report.failed > failed_before {
         guest.print_console();

@@ -165,12 +165,10 @@ async fn pid_1_ends_everything_on_sigterm() {
     eventually("both run", || (polite.exists() && stubborn.exists()).then_some(()));
     let pid_1 = pid_1(&init);
     let namespace = fs::read_link(format!("/proc/{pid_1}/ns/pid")).unwrap();
-    let start = Instant::now();
     send(pid_1, Signal::SIGTERM);
     init.wait_for_log("SIGTERM: draining");
     // In a container the end is an exit.
     assert_eq!(init.wait().code(), Some(0));
-    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
     assert_eq!(fs::read_to_string(&polite).unwrap(), "bye\n");
     let left: Vec<_> = fs::read_dir("/proc")
         .unwrap()

@@ -23,8 +23,8 @@ const PORT: u32 = 49983;
 const READY_PORT: u32 = 1024;
 /// The longest that a boot may take under emulation, on a busy machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(180);
-/// The longest that an orderly power-off may take.
-const OFF_PATIENCE: Duration = Duration::from_secs(60);
+/// The longest that an orderly power-off may take: OpenRC starts a dozen scripts for it.
+const OFF_PATIENCE: Duration = Duration::from_secs(180);
 /// The image's systemd behind an envd that has started its daemon first; the unit would start
 /// another one.
 const HANDOVER: &str =

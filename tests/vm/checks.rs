@@ -1,6 +1,6 @@
 //! What must be true of envd in a guest. Each check cleans up after itself.
 
-use std::{collections::BTreeSet, path::Path, process::Stdio};
+use std::{collections::BTreeSet, path::Path, process::Stdio, time::Duration};
 
 use futures_util::{StreamExt, stream};
 
@@ -29,6 +29,9 @@ use crate::{
 const START: &str = "/process.Process/Start";
 /// Every file of a check is below this directory.
 const PLACE: &str = "/tmp/vm-check";
+
+/// The longest that one test binary may take under emulation, on a busy machine.
+const CARRIED_PATIENCE: Duration = Duration::from_secs(20 * 60);
 
 /// How a command ended, and what it said.
 #[derive(Debug)]
@@ -229,7 +232,7 @@ pub(crate) async fn python_sdk(address: &str) {
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let output = tokio::time::timeout(std::time::Duration::from_secs(180), output);
+    let output = tokio::time::timeout(Duration::from_secs(180), output);
     let output = output.await.expect("the program ends").unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
@@ -467,7 +470,11 @@ pub(crate) async fn run_carried(address: &str, test: &str) -> String {
     // What a test prints while it runs is kept, and shown when it fails.
     let line =
         format!("cd /tmp && CI=true TMPDIR=/var/tmp /mnt/tests/bin/{test} --test-threads=2 2>&1");
-    let outcome = run(&root(address, Wire::Grpc), "sh", &["-c", &line]).await;
+    // Signs of life, because a test may be silent for longer than an answer may take.
+    let client = root(address, Wire::Grpc).with("keepalive-ping-interval", "10");
+    let args = ["-c", line.as_str()];
+    let outcome = tokio::time::timeout(CARRIED_PATIENCE, run(&client, "sh", &args)).await;
+    let outcome = outcome.expect("it ends");
     assert_eq!(outcome.code, 0, "{}", outcome.stdout);
     let result = outcome.stdout.lines().rfind(|line| line.starts_with("test result: ok."));
     result.unwrap_or_else(|| panic!("{}", outcome.stdout)).to_owned()

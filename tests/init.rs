@@ -100,7 +100,8 @@ async fn pid_1_reaps_every_orphan_and_no_status_of_the_daemons() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("envd.sock");
     let _init = init(&socket);
-    let client = Client::unix(&socket);
+    // Signs of life: in an emulated guest a thousand orphans take longer than an answer may.
+    let client = Client::unix(&socket).with("keepalive-ping-interval", "10");
     assert_eq!(sh(&client, "cat /proc/1/comm").await, "envd-init\n");
     // In a new network namespace the loopback is down, and so has no route.
     assert!(sh(&client, "grep 127.0.0.1 /proc/net/fib_trie").await.contains("127.0.0.1"));

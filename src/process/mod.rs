@@ -22,6 +22,7 @@
 //! It knows no protobuf and no HTTP. Texts of errors are those that upstream's clients know.
 
 pub mod cgroup;
+mod child;
 mod descent;
 pub mod ending;
 pub mod input;

@@ -3,16 +3,20 @@
 //! Flags are read as Go reads them, one dash or two, `-port 1` and `-port=1`, so that a unit file
 //! made for upstream's envd starts this one unchanged.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::{
+    guest::mmds,
     process::{
         self,
         options::{MAX_OUTPUT_WINDOW, MIN_OUTPUT_WINDOW, MIN_RETENTION},
     },
-    wire::listen::{Address, ListenError, Place},
+    wire::{
+        listen::{Address, ListenError, Place},
+        peer::Trust,
+    },
 };
 
 /// The port that E2B's clients and proxies expect.
@@ -38,6 +42,22 @@ Whom to serve:
                           behind it if need be
                           (default root, or without root the user who runs envd)
   --default-workdir PATH  where relative paths and processes start (default the user's home)
+
+Whom to let in:
+  --access-token-file PATH
+                          the access token from the start; its first line is read
+  --require-token         serve nobody but health and /init while there is no access token
+  --trust-uid N           a user who needs none over unix sockets; may be given several times
+  --trust-cid N           a machine that needs none over vsock, 2 is the host; as above
+
+What the host may set up:
+  --template PATH         the template's start and ready commands, with drop-ins beside it in
+                          a directory of the same name that ends in .d
+                          (default /etc/envd/template.toml, if it is there)
+  --mmds HOST:PORT        Firecracker's metadata service, or none
+                          (default 169.254.169.254:80, with -isnotfc none)
+  --no-clock              /init does not set the clock
+  --guest-root PATH       where /etc and /run are, for what /init writes (default /)
 
 Limits:
   --max-connections N     connections at the same time, over all listeners (default 1024)
@@ -68,6 +88,7 @@ Processes:
 
 Other:
   -isnotfc                not in a Firecracker VM
+  -resume-handover        closed until /init: this envd goes on for another one
   -no-cgroups             do not use cgroups
   -cgroup-root PATH       where cgroup2 is mounted (default /sys/fs/cgroup)
   -verbose                log more
@@ -99,6 +120,22 @@ pub struct Config {
     pub default_user: Option<String>,
     /// Where relative paths start.
     pub default_workdir: Option<String>,
+    /// Where the access token is from the start.
+    pub access_token_file: Option<PathBuf>,
+    /// Whether a sandbox without a token is closed.
+    pub require_token: bool,
+    /// Whether nobody is served before `/init`.
+    pub resume_handover: bool,
+    /// Who needs no token.
+    pub trust: Trust,
+    /// Where the template's file is, if not where it usually is.
+    pub template: Option<PathBuf>,
+    /// Where the host's metadata is; `None` for nowhere.
+    pub mmds: Option<SocketAddr>,
+    /// Whether `/init` leaves the clock alone.
+    pub no_clock: bool,
+    /// Where `/etc` and `/run` are.
+    pub guest_root: PathBuf,
     /// Connections at the same time.
     pub max_connections: usize,
     /// Bytes of all request messages that wait in memory.
@@ -172,6 +209,14 @@ impl Config {
             ready: None,
             default_user: None,
             default_workdir: None,
+            access_token_file: None,
+            require_token: false,
+            resume_handover: false,
+            trust: Trust::default(),
+            template: None,
+            mmds: Some(mmds::ADDRESS),
+            no_clock: false,
+            guest_root: PathBuf::from("/"),
             max_connections: crate::wire::MAX_CONNECTIONS,
             max_message_bytes: crate::wire::MAX_MESSAGE_BYTES,
             max_buffered_bytes: crate::wire::MAX_BUFFERED_BYTES,
@@ -185,7 +230,7 @@ impl Config {
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
             verbose: false,
         };
-        let mut port = None;
+        let (mut port, mut mmds) = (None, None);
         let mut parser = Parser::from_args(args.into_iter().map(with_two_dashes));
         while let Some(arg) = parser.next()? {
             match arg {
@@ -203,6 +248,20 @@ impl Config {
                     }
                     config.default_workdir = Some(workdir);
                 }
+                Arg::Long("access-token-file") => {
+                    config.access_token_file = Some(parser.value()?.into());
+                }
+                Arg::Long("require-token") => config.require_token = switch(&mut parser)?,
+                Arg::Long("resume-handover") => config.resume_handover = switch(&mut parser)?,
+                Arg::Long("trust-uid") => config.trust.uids.push(parser.value()?.parse()?),
+                Arg::Long("trust-cid") => config.trust.cids.push(parser.value()?.parse()?),
+                Arg::Long("template") => config.template = Some(parser.value()?.into()),
+                Arg::Long("mmds") => {
+                    let value = parser.value()?;
+                    mmds = Some(if value == "none" { None } else { Some(value.parse()?) });
+                }
+                Arg::Long("no-clock") => config.no_clock = switch(&mut parser)?,
+                Arg::Long("guest-root") => config.guest_root = parser.value()?.into(),
                 Arg::Long("max-connections") => {
                     let value = parser.value()?.parse()?;
                     config.max_connections = within("max-connections", value, 1, 1 << 20)?;
@@ -280,6 +339,11 @@ impl Config {
                 Arg::Value(_) => {}
                 other => return Err(other.unexpected().into()),
             }
+        }
+        match mmds {
+            Some(mmds) => config.mmds = mmds,
+            None if config.is_not_fc => config.mmds = None,
+            None => {}
         }
         if config.max_buffered_bytes / 2 < config.max_message_bytes {
             let why = "is less than twice --max-message-bytes";
@@ -388,6 +452,25 @@ mod tests {
     }
 
     #[test]
+    fn whom_to_let_in() {
+        assert_eq!(config(&[]).trust, Trust::default());
+        let flags = ["--require-token", "--trust-uid=0", "--trust-uid=7", "--trust-cid", "2"];
+        let strict = config(&flags);
+        assert!(strict.require_token && !strict.resume_handover);
+        assert_eq!((strict.trust.uids, strict.trust.cids), (vec![0, 7], vec![2]));
+        assert!(config(&["-resume-handover"]).resume_handover);
+    }
+
+    #[test]
+    fn where_the_metadata_is() {
+        assert_eq!(config(&[]).mmds, Some(mmds::ADDRESS));
+        assert_eq!(config(&["-isnotfc"]).mmds, None);
+        assert_eq!(config(&["--mmds", "none"]).mmds, None);
+        let given = config(&["--mmds=127.0.0.1:1", "-isnotfc"]);
+        assert_eq!(given.mmds, Some("127.0.0.1:1".parse().unwrap()));
+    }
+
+    #[test]
     fn whom_to_tell() {
         assert_eq!(config(&[]).ready, None);
         let ready = config(&["--ready", "vsock://2:1024?optional"]).ready.unwrap();
@@ -411,6 +494,8 @@ mod tests {
             (&["--drain-grace", "60001"], "--drain-grace"),
             (&["--default-workdir", "relative"], "--default-workdir"),
             (&["--default-user", ""], "--default-user"),
+            (&["--mmds", "nowhere"], "nowhere"),
+            (&["--trust-uid", "root"], "root"),
         ] {
             let error = parse(args).unwrap_err();
             assert!(error.contains(name), "{args:?}: {error}");

@@ -6,7 +6,9 @@
 //! them is the service manager's task (systemd's `KillMode`).
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,16 +20,19 @@ use tokio::{
     task::JoinSet,
 };
 use tower::{Service, ServiceExt};
+use zeroize::Zeroizing;
 
 use crate::{
+    access::{Access, Token},
     api,
     blocking::Pool,
     config::Config,
     fs::{transfer::Writers, watch::Hub},
-    guest::{boot::Times, limits, notify, ready, users::Users},
+    guest::{boot::Times, limits, markers, metrics::Meter, notify, ready, users::Users},
     http,
     process::{self, Groups, Manager},
-    sandbox::{Defaults, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
+    sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
+    setup::{self, Machine, Setup},
     wire::{
         self, Body, Limits, dial,
         listen::{self, Address, ListenError, Listener, Place},
@@ -50,6 +55,14 @@ pub enum DaemonError {
     /// The default user is none, or one that the daemon may not act as.
     #[error("--default-user: {0}")]
     DefaultUser(String),
+    /// The access token cannot be had.
+    #[error("--access-token-file: '{}': {why}", path.display())]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// The descriptors in the binary are broken.
     #[error("the descriptors in this binary cannot be read: {0}")]
     Descriptors(String),
@@ -79,7 +92,11 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
     let router = router.merge(http::router(&sandbox)).fallback(http::not_found);
-    let service = wire::stack(api::identity::Identity::new(router, sandbox), methods, &limits);
+    let identity = api::identity::Identity::new(router, Arc::clone(&sandbox));
+    let access = Arc::clone(&sandbox.access);
+    let service = wire::stack(identity, methods, &limits, access, config.trust.clone());
+
+    announce(&sandbox, !config.is_not_fc).await;
 
     let listeners = bind(&config.listen).await?;
     if listeners.is_empty() {
@@ -186,9 +203,19 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
     if !nix::unistd::geteuid().is_root() {
         tracing::warn!(user = own, "running without root: calls can act only as this user");
     }
-    let user = config.default_user.clone().unwrap_or(own);
-    let workdir = config.default_workdir.clone();
-    let env = vec![("E2B_SANDBOX".to_owned(), (!config.is_not_fc).to_string())];
+    let token = config.access_token_file.as_deref().map(token).transpose()?;
+    let access = Access::new(token, config.require_token, config.resume_handover);
+    let defaults = Defaults {
+        user: config.default_user.clone().unwrap_or(own),
+        workdir: config.default_workdir.clone(),
+        user_env: BTreeMap::new(),
+        own_env: [(markers::SANDBOX.to_owned(), (!config.is_not_fc).to_string())].into(),
+    };
+    let machine = Machine {
+        root: config.guest_root.clone(),
+        sets_clock: !config.no_clock,
+        mmds: config.mmds,
+    };
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
     let options = process::Options { nofile, ..config.processes.clone() };
@@ -200,7 +227,10 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
         writers: Writers::new(),
         uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
-        defaults: Defaults { user, workdir, env },
+        access: Arc::new(access),
+        setup: Setup::new(machine),
+        meter: Arc::new(Meter::new()),
+        defaults: DefaultsCell::new(defaults),
     };
     match sandbox.default_user() {
         Ok(user) => tracing::info!(user = user.name, "default user"),
@@ -227,6 +257,22 @@ fn groups(config: &Config) -> Groups {
         Err(why) => tracing::info!(why, "no control groups: trees are not limited"),
     }
     groups
+}
+
+/// Tells programs in the sandbox that it is one, and looks for what the host says of it.
+async fn announce(sandbox: &Arc<Sandbox>, firecracker: bool) {
+    setup::write_marker(sandbox, markers::SANDBOX, firecracker.to_string()).await;
+    setup::search_metadata(sandbox);
+}
+
+/// The first line of a file that holds the access token.
+fn token(path: &Path) -> Result<Token, DaemonError> {
+    let wrong = |why: String| DaemonError::Token { path: path.to_owned(), why };
+    let text = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
+    let text = Zeroizing::new(text);
+    let text = std::str::from_utf8(&text).map_err(|_| wrong("it is not UTF-8".to_owned()))?;
+    let line = text.lines().next().unwrap_or_default().trim();
+    Token::new(Zeroizing::new(line.to_owned())).map_err(|error| wrong(error.to_string()))
 }
 
 async fn bind(addresses: &[Address]) -> Result<Vec<Listener>, ListenError> {

@@ -9,7 +9,7 @@
 //! * [`http`] holds the REST faces of the same domain: health and files.
 //! * [`process`] is the domain of processes: spawn, output, input, ending, registry.
 //! * [`fs`] is the domain of files: paths, entries, directories, transfers, watches.
-//! * [`sandbox`] is what those two share.
+//! * [`sandbox`] is what those two share; [`access`] knows its token, and [`setup`] initialises it.
 //! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
 //!   be itself; and whom to tell that the daemon is ready.
 //! * [`blocking`] runs what may block, [`quote`] cuts what messages quote; anyone may use them.
@@ -17,6 +17,7 @@
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
 //! * [`proto`] is what build.rs generates from `proto/`.
 
+pub mod access;
 pub mod api;
 pub mod blocking;
 pub mod config;
@@ -28,6 +29,7 @@ pub mod process;
 pub mod proto;
 pub mod quote;
 pub mod sandbox;
+pub mod setup;
 mod sync;
 pub mod sys;
 pub mod wire;

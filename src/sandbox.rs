@@ -1,15 +1,22 @@
 //! What the RPC services and the REST routes share: the parts of the domain, and the sandbox's
 //! defaults.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
+use parking_lot::RwLock;
 use tokio::sync::Semaphore;
 
 use crate::{
+    access::Access,
     blocking::Pool,
     fs::{transfer::Writers, watch::Hub},
-    guest::users::{User, UserError, Users},
+    guest::{
+        metrics::Meter,
+        users::{User, UserError, Users},
+    },
     process::Manager,
+    setup::Setup,
+    sys,
 };
 
 /// The uploads at a time; beyond it they are refused. Each may hold
@@ -37,19 +44,78 @@ pub struct Sandbox {
     pub uploads: Arc<Semaphore>,
     /// Who may list directories: [`MAX_LISTINGS`] at a time.
     pub listings: Arc<Semaphore>,
+    /// Who may call.
+    pub access: Arc<Access>,
+    /// What the host tells it to be.
+    pub setup: Setup,
+    /// What it uses of the machine.
+    pub meter: Arc<Meter>,
     /// What a call gets that says nothing else.
-    pub defaults: Defaults,
+    pub defaults: DefaultsCell,
 }
 
 /// What a call gets that says nothing else.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Defaults {
     /// The user that acts where the caller names none.
     pub user: String,
     /// The directory that relative paths and processes start from; without it the user's home.
     pub workdir: Option<String>,
-    /// Variables of every process, over PATH, HOME, USER and LOGNAME.
-    pub env: Vec<(String, String)>,
+    /// Variables of every process, over PATH, HOME, USER and LOGNAME, that the sandbox's owner has
+    /// set. They may hold secrets.
+    pub user_env: BTreeMap<String, String>,
+    /// Variables of every process that say which sandbox this is; nobody else can set them.
+    pub own_env: BTreeMap<String, String>,
+}
+
+impl Defaults {
+    /// The variables of every process; of two of one name the later wins.
+    pub fn env(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.user_env.iter().chain(&self.own_env)
+    }
+
+    /// The whole environment of a process that `user` runs: theirs, then the sandbox's, then what
+    /// was asked for.
+    pub fn environment<'a>(
+        &'a self,
+        user: &User,
+        requested: impl IntoIterator<Item = (&'a String, &'a String)>,
+    ) -> Vec<(String, String)> {
+        let path = std::env::var("PATH").unwrap_or_else(|_| sys::DEFAULT_PATH.to_owned());
+        let home = user.home.to_string_lossy().into_owned();
+        [("PATH", path), ("HOME", home), ("USER", user.name.clone()), ("LOGNAME", user.name.clone())]
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .chain(
+                self.env().chain(requested).map(|(name, value)| (name.clone(), value.clone())),
+            )
+            .collect()
+    }
+}
+
+/// The defaults as they are now. They are replaced as a whole: a call that reads them once sees
+/// those of one moment.
+#[derive(Debug)]
+pub struct DefaultsCell(RwLock<Arc<Defaults>>);
+
+impl DefaultsCell {
+    /// Begins with these.
+    pub fn new(defaults: Defaults) -> Self {
+        Self(RwLock::new(Arc::new(defaults)))
+    }
+
+    /// Those of this moment.
+    pub fn get(&self) -> Arc<Defaults> {
+        Arc::clone(&self.0.read())
+    }
+
+    /// Replaces them by what `change` makes of them, in one step.
+    pub fn update(&self, change: impl FnOnce(&mut Defaults)) {
+        let mut current = self.0.write();
+        let mut next = Defaults::clone(&current);
+        change(&mut next);
+        *current = Arc::new(next);
+    }
 }
 
 /// Why a call has no user to act as.
@@ -77,7 +143,8 @@ impl Sandbox {
     /// # Errors
     /// [`NoUser::Default`].
     pub fn default_user(&self) -> Result<User, NoUser> {
-        let name = &self.defaults.user;
+        let defaults = self.defaults.get();
+        let name = &defaults.user;
         self.users.by_name(name).map_err(|error| NoUser::Default(name.clone(), error))
     }
 }

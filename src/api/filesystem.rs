@@ -61,7 +61,7 @@ impl Files {
     }
 
     fn resolve(&self, path: &str, user: &User) -> Result<PathBuf, Status> {
-        path::resolve(path, user, self.sandbox.defaults.workdir.as_deref())
+        path::resolve(path, user, self.sandbox.defaults.get().workdir.as_deref())
             .map_err(|error| status::of_files(&error))
     }
 

@@ -20,7 +20,6 @@ use crate::{
     proto::process::{self as pb, process_selector, process_server::Process, stream_input_request},
     quote,
     sandbox::Sandbox,
-    sys,
     wire::timeout,
 };
 
@@ -88,21 +87,12 @@ impl Processes {
         let config = request.process.ok_or_else(|| {
             Status::invalid_argument("the field `process` is missing: there is nothing to start")
         })?;
-        let defaults = &self.sandbox.defaults;
+        let defaults = self.sandbox.defaults.get();
         let cwd = config.cwd.as_deref().unwrap_or_default();
         let cwd = path::resolve(cwd, user, defaults.workdir.as_deref())
             .map_err(|error| status::of_files(&error))?;
-        let home = user.home.to_string_lossy().into_owned();
-        let path = std::env::var("PATH").unwrap_or_else(|_| sys::DEFAULT_PATH.to_owned());
-        let own = [("PATH", path), ("HOME", home)]
-            .into_iter()
-            .chain([("USER", user.name.clone()), ("LOGNAME", user.name.clone())])
-            .map(|(name, value)| (name.to_owned(), value));
         let requested_env: std::collections::BTreeMap<_, _> = config.envs.into_iter().collect();
-        let env = own
-            .chain(defaults.env.iter().cloned())
-            .chain(requested_env.iter().map(|(name, value)| (name.clone(), value.clone())))
-            .collect();
+        let env = defaults.environment(user, &requested_env);
         let stdio = match request.pty {
             Some(pty) => {
                 let (cols, rows) = cells(pty.size);

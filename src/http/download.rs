@@ -7,6 +7,7 @@
 use std::{fs::File, io::Read, path::Path, sync::Arc};
 
 use axum::{
+    Extension,
     extract::State,
     response::{IntoResponse, Response},
 };
@@ -15,8 +16,13 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::{FilesParams, Refusal, Shared, blocking, query, resolve, user};
-use crate::{blocking::Pool, fs::transfer, wire::Body};
+use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, resolve, user};
+use crate::{
+    access::Operation,
+    blocking::Pool,
+    fs::transfer,
+    wire::{Body, gate::Granted},
+};
 
 /// Bytes read at a time. Each download that its client does not read holds one such chunk and one
 /// that is being sent, and there may be as many downloads as calls.
@@ -40,8 +46,11 @@ const EXTENDED: &AsciiSet = &NON_ALPHANUMERIC
 pub(super) async fn download(
     State(sandbox): Shared,
     params: FilesParams,
+    granted: Option<Extension<Granted>>,
+    headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     let query = query(params)?;
+    check_signature(&sandbox, Operation::Read, &query, &headers, granted.as_deref())?;
     let user = user(&sandbox, &query)?;
     let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
 

@@ -1,8 +1,11 @@
-//! The REST routes: `/health` and `/files`.
+//! The REST routes: `/health`, `/files`, `/init`, `/envs` and `/metrics`.
 //!
 //! Errors have upstream's shape, `{"code":N,"message":"..."}`.
 
 mod download;
+mod envs;
+pub mod init;
+mod metrics;
 mod upload;
 
 pub use upload::UPLOAD_STALL;
@@ -13,18 +16,22 @@ use axum::{
     Router,
     extract::{Query, State, rejection::QueryRejection},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 
 use crate::{
+    access::{Operation, Signed},
     blocking::Pool,
     fs::{FsError, Kind, path},
     guest::users::User,
     quote,
     sandbox::Sandbox,
-    wire::error,
+    wire::{
+        error,
+        gate::{self, Granted},
+    },
 };
 
 /// The routes.
@@ -32,8 +39,15 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Router {
     Router::new()
         .route("/health", get(health))
         .route("/files", get(download::download).post(upload::upload))
+        .route("/init", post(init::init))
+        .route("/envs", get(envs::envs))
+        .route("/metrics", get(metrics::json))
+        .route("/metrics/prometheus", get(metrics::prometheus))
         .with_state(Arc::clone(sandbox))
 }
+
+/// For answers that are true for a moment only.
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// Upstream's answer to a path that is no route.
 pub async fn not_found() -> Response {
@@ -42,15 +56,16 @@ pub async fn not_found() -> Response {
 
 /// Alive and serving. Templates that make this wait for more are yet to come.
 async fn health() -> Response {
-    let no_store = HeaderValue::from_static("no-store");
-    (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, no_store)]).into_response()
+    (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, NO_STORE)]).into_response()
 }
 
-/// The query of `/files`. Signatures mean nothing while no access token can be set.
+/// The query of `/files`.
 #[derive(Debug, Deserialize)]
 struct FilesQuery {
     path: Option<String>,
     username: Option<String>,
+    signature: Option<String>,
+    signature_expiration: Option<String>,
 }
 
 type FilesParams = Result<Query<FilesQuery>, QueryRejection>;
@@ -93,16 +108,49 @@ fn query(params: FilesParams) -> Result<FilesQuery, Refusal> {
     }
 }
 
+/// Whether the request may touch files: by its token, its signature, or its peer.
+fn check_signature(
+    sandbox: &Sandbox,
+    operation: Operation,
+    query: &FilesQuery,
+    headers: &HeaderMap,
+    granted: Option<&Granted>,
+) -> Result<(), Refusal> {
+    let expiration = match query.signature_expiration.as_deref() {
+        None => None,
+        Some(text) => Some(text.parse::<i64>().map_err(|_| {
+            Refusal::bad(format!(
+                "Invalid format for parameter signature_expiration: error binding string \
+                 parameter: strconv.ParseInt: parsing {:?}: invalid syntax",
+                quote::text(text)
+            ))
+        })?),
+    };
+    if granted == Some(&Granted::ByPeer) {
+        return Ok(());
+    }
+    let signed = Signed {
+        operation,
+        path: query.path.as_deref().unwrap_or_default(),
+        username: query.username.as_deref().unwrap_or_default(),
+        expiration,
+        signature: query.signature.as_deref(),
+    };
+    let checked = sandbox.access.check(gate::token(headers), signed);
+    checked.map_err(|error| Refusal(StatusCode::UNAUTHORIZED, error.to_string()))
+}
+
 /// The user whose files are meant: the query's, else the default.
 fn user(sandbox: &Sandbox, query: &FilesQuery) -> Result<User, Refusal> {
-    let name = query.username.as_ref().unwrap_or(&sandbox.defaults.user);
+    let defaults = sandbox.defaults.get();
+    let name = query.username.as_ref().unwrap_or(&defaults.user);
     sandbox.users.by_name(name).map_err(|error| {
         Refusal(StatusCode::UNAUTHORIZED, format!("error looking up user '{name}': {error}"))
     })
 }
 
 fn resolve(sandbox: &Sandbox, path: &str, user: &User) -> Result<PathBuf, Refusal> {
-    path::resolve(path, user, sandbox.defaults.workdir.as_deref()).map_err(|error| {
+    path::resolve(path, user, sandbox.defaults.get().workdir.as_deref()).map_err(|error| {
         let path = quote::text(path);
         Refusal::bad(format!("error expanding and resolving path '{path}': {error}"))
     })

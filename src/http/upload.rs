@@ -26,8 +26,9 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{FilesParams, FilesQuery, Refusal, Shared, query, resolve, user};
+use super::{FilesParams, FilesQuery, Refusal, Shared, check_signature, query, resolve, user};
 use crate::{
+    access::Operation,
     fs::transfer::{self},
     guest::users::User,
     quote,
@@ -66,6 +67,8 @@ pub(super) async fn upload(
 ) -> Result<Response, Refusal> {
     let query = query(params)?;
     let (parts, body) = request.into_parts();
+    let granted = parts.extensions.get();
+    check_signature(&sandbox, Operation::Write, &query, &parts.headers, granted)?;
     let body = body.into_data_stream();
     let gzip = is_gzip(&parts.headers)?;
     let user = Arc::new(user(&sandbox, &query)?);

@@ -42,6 +42,7 @@ use super::{
     activity::{Activity, Running, Waiting},
     drain::DrainOnDrop,
     error,
+    peer::Peer,
     translate::Refused,
 };
 
@@ -64,6 +65,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Place {
     /// Held while the connection lives.
     pub permit: OwnedSemaphorePermit,
+    /// Who is at the other end.
+    pub peer: Peer,
     /// Present when the connection is one too many.
     pub refused: Option<Refused>,
 }
@@ -99,7 +102,12 @@ pub async fn serve<I, S>(
         stall_timeout: limits.stall_timeout,
         stalled: None,
     };
-    let service = Calls { inner: service, activity: Arc::clone(&activity), refused: place.refused };
+    let service = Calls {
+        inner: service,
+        activity: Arc::clone(&activity),
+        peer: place.peer,
+        refused: place.refused,
+    };
     let io = TokioIo::new(io);
     if http2 {
         let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -291,6 +299,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
 struct Calls<S> {
     inner: S,
     activity: Arc<Activity>,
+    peer: Peer,
     refused: Option<Refused>,
 }
 
@@ -311,6 +320,7 @@ where
             true => Body::new(DrainOnDrop::new(body, self.activity.begin())),
             false => Body::new(body),
         });
+        request.extensions_mut().insert(self.peer);
         let close = http1 && refused.is_some();
         if let Some(refused) = refused {
             request.extensions_mut().insert(refused);

@@ -101,6 +101,14 @@ pub fn connect_end_stream(status: &Status, trailers: &HeaderMap) -> Vec<u8> {
     serde_json::to_vec(&EndStreamJson { error, metadata }).unwrap_or_default()
 }
 
+/// JSON as Go's encoder writes it, so that a browser never takes the text for HTML.
+pub fn without_html(mut json: String) -> String {
+    for (character, escape) in [('<', "\\u003c"), ('>', "\\u003e"), ('&', "\\u0026")] {
+        json = json.replace(character, escape);
+    }
+    json
+}
+
 /// The whole answer to a plain HTTP request, in the shape of upstream's REST errors:
 /// `{"code":N,"message":"..."}` and a newline.
 pub fn rest(status: StatusCode, message: &str) -> Response<Body> {
@@ -110,11 +118,7 @@ pub fn rest(status: StatusCode, message: &str) -> Response<Body> {
         message: &'a str,
     }
     let error = RestError { code: status.as_u16(), message };
-    let mut body = serde_json::to_string(&error).unwrap_or_default();
-    // As Go's encoder writes them, so that a browser never takes the text for HTML.
-    for (character, escape) in [('<', "\\u003c"), ('>', "\\u003e"), ('&', "\\u0026")] {
-        body = body.replace(character, escape);
-    }
+    let mut body = without_html(serde_json::to_string(&error).unwrap_or_default());
     body.push('\n');
     let mut response = Response::new(Body::from(body));
     *response.status_mut() = status;

@@ -5,10 +5,11 @@
 //! 1. [`listen`] binds TCP, unix and vsock sockets and [`server`] accepts from them; [`connection`]
 //!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
 //! 2. [`cors`] answers browsers.
-//! 3. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
+//! 3. [`gate`] lets pass who has the sandbox's token, or is trusted by the kernel's word ([`peer`]).
+//! 4. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
 //!    gRPC request ([`request`]) and the service's gRPC response into the protocol's own
 //!    ([`response`]). Calls that are not RPC pass through it untouched.
-//! 4. [`codec`] lets one generated tonic service speak protobuf and JSON.
+//! 5. [`codec`] lets one generated tonic service speak protobuf and JSON.
 //!
 //! What is behind it sees gRPC over HTTP/2 with uncompressed messages, whatever the client spoke.
 //! Every message is checked against one size limit before and after decompression, so a service
@@ -25,9 +26,11 @@ pub mod dial;
 pub mod drain;
 pub mod envelope;
 pub mod error;
+pub mod gate;
 pub mod listen;
 pub mod metadata;
 pub mod methods;
+pub mod peer;
 pub mod protocol;
 pub mod request;
 pub mod response;
@@ -35,7 +38,9 @@ pub mod server;
 pub mod timeout;
 pub mod translate;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use crate::access::Access;
 
 /// The body of requests and responses inside the daemon.
 pub type Body = axum::body::Body;
@@ -126,6 +131,9 @@ pub fn stack<S>(
     inner: S,
     methods: methods::Methods,
     limits: &Limits,
-) -> cors::Cors<translate::Translate<S>> {
-    cors::Cors::new(translate::Translate::new(inner, methods, limits))
+    access: Arc<Access>,
+    trust: peer::Trust,
+) -> cors::Cors<gate::Gate<translate::Translate<S>>> {
+    let calls = translate::Translate::new(inner, methods, limits);
+    cors::Cors::new(gate::Gate::new(calls, access, trust))
 }

@@ -14,6 +14,7 @@ use super::{
     Body, Limits, MAX_REFUSALS,
     connection::{self, Place},
     listen::Listener,
+    peer::Peer,
     translate::Refused,
 };
 
@@ -72,13 +73,14 @@ where
             let accepted = match listener {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
                     prepare(&stream);
-                    self.spawn(stream, &peer);
+                    self.spawn(stream, Peer::Tcp, &peer);
                 }),
-                Listener::Unix(unix, _) => unix.accept().await.map(|(stream, peer)| {
-                    self.spawn(stream, &peer);
+                Listener::Unix(unix, _) => unix.accept().await.map(|(stream, address)| {
+                    let uid = stream.peer_cred().ok().map(|peer| peer.uid());
+                    self.spawn(stream, Peer::Unix { uid }, &address);
                 }),
                 Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, peer)| {
-                    self.spawn(stream, &peer);
+                    self.spawn(stream, Peer::Vsock { cid: peer.cid() }, &peer);
                 }),
             };
             if let Err(error) = accepted
@@ -90,21 +92,21 @@ where
         }
     }
 
-    fn spawn<I>(self: &Arc<Self>, io: I, peer: &dyn std::fmt::Debug)
+    fn spawn<I>(self: &Arc<Self>, io: I, peer: Peer, address: &dyn std::fmt::Debug)
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let place = if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
-            Place { permit, refused: None }
+            Place { permit, peer, refused: None }
         } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             let limit = self.limits.connections;
-            tracing::warn!(?peer, limit, "too many connections");
+            tracing::warn!(peer = ?address, limit, "too many connections");
             let why = format!("too many connections: the limit is {limit}");
-            Place { permit, refused: Some(Refused(why.into())) }
+            Place { permit, peer, refused: Some(Refused(why.into())) }
         } else {
             return;
         };
-        tracing::debug!(?peer, "connection accepted");
+        tracing::debug!(peer = ?address, "connection accepted");
         let server = Arc::clone(self);
         tokio::spawn(async move {
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());

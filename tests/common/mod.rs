@@ -76,6 +76,11 @@ impl Daemon {
     pub fn command(args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envd"));
         command.args(args);
+        // The machine that runs the tests may have a metadata service of its own, and a clock.
+        if !args.iter().any(|arg| arg.starts_with("--mmds")) {
+            command.arg("--mmds=none");
+        }
+        command.arg("--no-clock");
         command
     }
 

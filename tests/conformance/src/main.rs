@@ -20,9 +20,12 @@ mod proto {
     include!(concat!(env!("OUT_DIR"), "/connectrpc.conformance.v1.serde.rs"));
 }
 
-use std::error::Error;
+use std::{error::Error, sync::Arc};
 
-use envd::wire::{self, Limits, listen, methods::Methods, server::Server};
+use envd::{
+    access::Access,
+    wire::{self, Limits, listen, methods::Methods, peer::Trust, server::Server},
+};
 use prost::Message;
 use proto::{
     ServerCompatRequest, ServerCompatResponse, conformance_service_server::ConformanceServiceServer,
@@ -51,7 +54,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let router = axum::Router::new()
         .route_service("/connectrpc.conformance.v1.ConformanceService/{*method}", service);
     let methods = Methods::default().add(DESCRIPTORS, true)?;
-    let service = wire::stack(router, methods, &limits);
+    let access = Arc::new(Access::new(None, false, false));
+    let service = wire::stack(router, methods, &limits, access, Trust::default());
 
     let (_stop, stopped) = watch::channel(false);
     let server = Server::new(service, limits, stopped);

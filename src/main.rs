@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         }
     };
     log(config.verbose);
+    inherited::keep_secrets();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING_THREADS)

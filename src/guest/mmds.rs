@@ -95,12 +95,14 @@ async fn ask(address: SocketAddr, request: http::request::Builder) -> Result<Byt
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
         body.map(|body| body.to_bytes()).map_err(|error| MmdsError::Answer(error.to_string()))
     };
-    tokio::pin!(connection);
+    tokio::pin!(answer);
     tokio::select! {
-        answer = answer => answer,
-        ended = &mut connection => match ended {
-            Ok(()) => Err(MmdsError::Answer("it closed the connection".to_owned())),
-            Err(error) => Err(error.into()),
-        },
+        biased;
+        answer = &mut answer => answer,
+        ended = connection => {
+            ended?;
+            // What had come before the connection ended is there, or the reason why it is not.
+            answer.await
+        }
     }
 }

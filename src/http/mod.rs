@@ -38,6 +38,7 @@ use crate::{
 pub fn router(sandbox: &Arc<Sandbox>) -> Router {
     Router::new()
         .route("/health", get(health))
+        .route("/livez", get(livez))
         .route("/files", get(download::download).post(upload::upload))
         .route("/init", post(init::init))
         .route("/envs", get(envs::envs))
@@ -52,6 +53,11 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 /// Upstream's answer to a path that is no route.
 pub async fn not_found() -> Response {
     error::not_found()
+}
+
+/// Alive: a call comes through to here. Says nothing of the template.
+async fn livez() -> Response {
+    (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, NO_STORE)]).into_response()
 }
 
 /// Alive and serving. Templates that make this wait for more are yet to come.

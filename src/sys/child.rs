@@ -8,8 +8,9 @@
 //! While a child that has dropped its privileges still shares memory with a root daemon, its user
 //! must not be able to look into it. The kernel sees to that: a change of uid makes the memory
 //! undumpable, hence closed to ptrace, for as long as it lives. The daemon must therefore
-//! **never** set PR_SET_DUMPABLE again: it would open the next child's window. The price is that
-//! the daemon itself writes no core dump once it has started a process as another user.
+//! **never** set PR_SET_DUMPABLE again: it would open the next child's window. A daemon of
+//! root's is undumpable from its start (`guest/inherited.rs`); the price is that it writes no core
+//! dump.
 
 // The numbers here are descriptors, flags and addresses on their way into registers.
 #![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, clippy::cast_possible_truncation)]

@@ -6,8 +6,13 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const PROTOS: [&str; 2] = ["proto/process/process.proto", "proto/filesystem/filesystem.proto"];
-const PACKAGES: [&str; 2] = [".process", ".filesystem"];
+const PROTOS: [&str; 4] = [
+    "proto/process/process.proto",
+    "proto/filesystem/filesystem.proto",
+    "proto/envd/v1/template.proto",
+    "proto/envd/v1/system.proto",
+];
+const PACKAGES: [&str; 3] = [".process", ".filesystem", ".envd.v1"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");

@@ -26,6 +26,7 @@ pub const DEFAULT_PORT: u16 = 49983;
 pub const USAGE: &str = "\
 Usage: envd [flags]
        envd init [flags]               as PID 1, with the flags for the daemon
+       envd wait CONDITION...          wait for a port, URL, process, file or time
        envd poweroff | reboot | halt   ask PID 1 to end the machine
 
 Where to listen:

@@ -5,12 +5,14 @@
 //! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
 //! them is the service manager's task (systemd's `KillMode`).
 
+mod launch;
+
 use std::{
     collections::BTreeMap,
     convert::Infallible,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use ::http::{Request, Response, StatusCode, Uri};
@@ -28,13 +30,14 @@ use crate::{
     blocking::Pool,
     config::Config,
     fs::{transfer::Writers, watch::Hub},
-    guest::{boot::Times, limits, markers, metrics::Meter, notify, ready, users::Users},
+    guest::{boot::Times, limits, markers, metrics::Meter, notify, users::Users},
     http,
     process::{self, Groups, Manager},
     sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
     setup::{self, Machine, Setup},
+    template::{self, Template},
     wire::{
-        self, Body, Limits, dial,
+        self, Body, Limits,
         listen::{self, Address, ListenError, Listener, Place},
         server::Server,
     },
@@ -79,8 +82,6 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
 
-    let sandbox = sandbox(&config)?;
-    let writers = Arc::clone(&sandbox.writers);
     let limits = Limits {
         message_bytes: config.max_message_bytes,
         buffered_bytes: config.max_buffered_bytes,
@@ -89,6 +90,8 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
         header_timeout: config.header_timeout,
         stall_timeout: config.stall_timeout,
     };
+    let sandbox = sandbox(&config, &limits)?;
+    let writers = Arc::clone(&sandbox.writers);
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
     let router = router.merge(http::router(&sandbox)).fallback(http::not_found);
@@ -113,7 +116,8 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
         accepting.spawn(Arc::clone(&server).accept(listener));
     }
     let manager = notify::Manager::from_env().map(Arc::new);
-    tell_ready(&addresses, config.ready, manager.clone(), service).await;
+    launch::template(&sandbox);
+    tell_ready(&sandbox, &addresses, config.ready, manager.clone(), service).await;
 
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
@@ -157,6 +161,7 @@ impl Ended {
 /// Tells everybody who wants to know, and goes on giving signs of life to a manager that wants
 /// them.
 async fn tell_ready<S>(
+    sandbox: &Arc<Sandbox>,
     addresses: &[String],
     host: Option<Address>,
     manager: Option<Arc<notify::Manager>>,
@@ -171,32 +176,27 @@ async fn tell_ready<S>(
     tracing::info!(version = env!("CARGO_PKG_VERSION"), kernel_us, init_us, ready_us, "ready");
     if let Some(manager) = manager {
         manager.ready().await;
-        tokio::spawn(async move { manager.watch(|| is_healthy(service.clone())).await });
+        launch::tell_manager(sandbox, Arc::clone(&manager));
+        tokio::spawn(async move { manager.watch(|| is_alive(service.clone())).await });
     }
     if let Some(host) = host {
-        let line = ready::Message::new(times, addresses).line();
-        tokio::spawn(async move {
-            match ready::tell(&line, || dial::connect(host.clone())).await {
-                Ok(()) => tracing::info!(address = %host, "the host knows that this is ready"),
-                Err(error) => tracing::warn!(address = %host, %error, "the host cannot be told"),
-            }
-        });
+        launch::tell_host(sandbox, times, addresses, host);
     }
 }
 
 /// Whether a call through everything but the sockets is answered: a heartbeat that does not take
 /// the way of the calls stays green while they hang.
-async fn is_healthy<S>(service: S) -> bool
+async fn is_alive<S>(service: S) -> bool
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
     let mut request = Request::new(Body::empty());
-    *request.uri_mut() = Uri::from_static("/health");
+    *request.uri_mut() = Uri::from_static("/livez");
     let Ok(response) = service.oneshot(request).await;
     response.status() == StatusCode::NO_CONTENT
 }
 
-fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
+fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> {
     limits::protect_from_oom_killer();
     let users = Arc::new(Users::system());
     let own = users.own_name();
@@ -214,7 +214,16 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
     let machine = Machine {
         root: config.guest_root.clone(),
         sets_clock: !config.no_clock,
+        cgroup_root: config.cgroup_root.clone(),
         mmds: config.mmds,
+    };
+    // An image whose template is broken is reached all the same, to be looked into.
+    let template = match template::config::load(config.template.as_deref()) {
+        Ok(template) => Template::new(template),
+        Err(error) => {
+            tracing::error!(%error, "the template has failed");
+            Template::broken(error.to_string())
+        }
     };
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
@@ -228,6 +237,9 @@ fn sandbox(config: &Config) -> Result<Arc<Sandbox>, DaemonError> {
         uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
         access: Arc::new(access),
+        template: Arc::new(template),
+        limits: wire.clone(),
+        started: SystemTime::now(),
         setup: Setup::new(machine),
         meter: Arc::new(Meter::new()),
         defaults: DefaultsCell::new(defaults),

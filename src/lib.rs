@@ -9,6 +9,8 @@
 //! * [`http`] holds the REST faces of the same domain: health and files.
 //! * [`process`] is the domain of processes: spawn, output, input, ending, registry.
 //! * [`fs`] is the domain of files: paths, entries, directories, transfers, watches.
+//! * [`template`] runs the template's commands and knows whether it is ready; [`wait`] waits for the
+//!   same conditions on the command line.
 //! * [`sandbox`] is what those two share; [`access`] knows its token, and [`setup`] initialises it.
 //! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
 //!   be itself; and whom to tell that the daemon is ready.
@@ -32,4 +34,6 @@ pub mod sandbox;
 pub mod setup;
 mod sync;
 pub mod sys;
+pub mod template;
+pub mod wait;
 pub mod wire;

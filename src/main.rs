@@ -14,6 +14,7 @@ use envd::{
         inherited,
         init::{self, Duty},
     },
+    wait,
 };
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{Layer, filter::Targets, fmt, prelude::*, registry};
@@ -29,6 +30,9 @@ const CLEANUP_TIME: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
+    if wait::is_asked_for(&args) {
+        return wait::run(args.get(2..).unwrap_or_default());
+    }
     // Before there is any thread: PID 1 never has a second one.
     match Duty::of(&args, std::process::id()) {
         Some(Duty::Init(args)) => return init::run(&args),

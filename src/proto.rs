@@ -17,6 +17,17 @@ pub mod filesystem {
     include!(concat!(env!("OUT_DIR"), "/filesystem.serde.rs"));
 }
 
+/// Package `envd.v1`: envd's own services.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
+pub mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/envd.v1.rs"));
+    include!(concat!(env!("OUT_DIR"), "/envd.v1.serde.rs"));
+}
+
+/// The full name of the template service.
+pub const TEMPLATE: &str = "envd.v1.Template";
+/// The full name of the system service.
+pub const SYSTEM: &str = "envd.v1.System";
 /// The full name of the process service.
 pub const PROCESS: &str = "process.Process";
 /// The full name of the filesystem service.

@@ -1,7 +1,7 @@
 //! What the RPC services and the REST routes share: the parts of the domain, and the sandbox's
 //! defaults.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use parking_lot::RwLock;
 use tokio::sync::Semaphore;
@@ -17,6 +17,8 @@ use crate::{
     process::Manager,
     setup::Setup,
     sys,
+    template::Template,
+    wire::Limits,
 };
 
 /// The uploads at a time; beyond it they are refused. Each may hold
@@ -46,6 +48,12 @@ pub struct Sandbox {
     pub listings: Arc<Semaphore>,
     /// Who may call.
     pub access: Arc<Access>,
+    /// Its template, and whether that is ready.
+    pub template: Arc<Template>,
+    /// The limits of the wire, to be told.
+    pub limits: Limits,
+    /// When the daemon started.
+    pub started: SystemTime,
     /// What the host tells it to be.
     pub setup: Setup,
     /// What it uses of the machine.

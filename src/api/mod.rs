@@ -2,6 +2,7 @@
 
 mod events;
 pub mod filesystem;
+pub mod health;
 pub mod identity;
 pub mod keepalive;
 pub mod legacy;
@@ -10,33 +11,40 @@ mod outcome;
 pub mod process;
 pub mod read;
 mod status;
+pub mod system;
+pub mod template;
+mod time;
 pub mod wait;
+
+pub(crate) use time::timestamp;
 
 use std::sync::Arc;
 
 use crate::{
     proto::{
         self, filesystem::filesystem_server::FilesystemServer,
-        process::process_server::ProcessServer,
+        process::process_server::ProcessServer, v1::system_server::SystemServer,
+        v1::template_server::TemplateServer,
     },
     sandbox::Sandbox,
     wire::methods::Methods,
 };
 use axum::Router;
+use tonic_health::pb::health_server::HealthServer;
 
 /// Routes to every service, and the table of their methods.
 ///
 /// # Errors
 /// When the descriptors that were built in are broken.
 pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::DecodeError> {
-    let health = tonic_health::pb::FILE_DESCRIPTOR_SET;
+    let health_descriptors = tonic_health::pb::FILE_DESCRIPTOR_SET;
     let reflection = [
         tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
         tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
     ];
     let methods = Methods::default()
         .add(proto::DESCRIPTORS, true)?
-        .add(health, false)?
+        .add(health_descriptors, false)?
         .add(reflection[0], false)?
         .add(reflection[1], false)?
         .allow_large("/process.Process/SendInput")
@@ -47,23 +55,22 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .max_decoding_message_size(usize::MAX);
     let filesystem = FilesystemServer::new(filesystem::Files::new(Arc::clone(sandbox)))
         .max_decoding_message_size(usize::MAX);
-    let (reporter, health_service) = tonic_health::server::health_reporter();
-    for service in [proto::PROCESS, proto::FILESYSTEM] {
-        // The reporter is asynchronous for the sake of those who watch, and nobody does yet.
-        let reporter = reporter.clone();
-        tokio::spawn(async move {
-            reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
-        });
-    }
+    let template = TemplateServer::new(template::Templates::new(Arc::clone(sandbox)))
+        .max_decoding_message_size(usize::MAX);
+    let system = SystemServer::new(system::Systems::new(Arc::clone(sandbox)))
+        .max_decoding_message_size(usize::MAX);
+    let probe = HealthServer::new(health::Probe::new(Arc::clone(sandbox)));
     let mut router = Router::new()
         .route_service("/process.Process/{*method}", process)
         .route_service("/filesystem.Filesystem/{*method}", filesystem)
-        .route_service("/grpc.health.v1.Health/{*method}", health_service);
+        .route_service("/envd.v1.Template/{*method}", template)
+        .route_service("/envd.v1.System/{*method}", system)
+        .route_service("/grpc.health.v1.Health/{*method}", probe);
 
     let describe = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(health)
+            .register_encoded_file_descriptor_set(health_descriptors)
     };
     match describe().build_v1() {
         Ok(v1) => {

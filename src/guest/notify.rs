@@ -52,6 +52,12 @@ impl Manager {
         self.send("READY=1\n").await;
     }
 
+    /// The daemon's own words for how it stands, in one line.
+    pub async fn status(&self, text: &str) {
+        let line = text.replace(['\n', '\r'], " ");
+        self.send(&format!("STATUS={line}\n")).await;
+    }
+
     /// The daemon ends.
     pub async fn stopping(&self) {
         self.send("STOPPING=1\n").await;

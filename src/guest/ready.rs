@@ -4,8 +4,11 @@
 //! anybody listens behind it. So the daemon calls the host once, with one line of JSON:
 //!
 //! ```json
-//! {"version":"0.1.0","kernel_us":310000,"init_us":350000,"ready_us":370000,"addresses":["tcp://0.0.0.0:49983","vsock://49983"]}
+//! {"version":"0.1.0","kernel_us":310000,"init_us":350000,"ready_us":370000,"addresses":["tcp://0.0.0.0:49983","vsock://49983"],"state":"ready"}
 //! ```
+//!
+//! `state` is that of the template. Where it is not `ready` yet, the daemon calls a second time when
+//! it is `ready` or has `failed`, then with a `reason`.
 
 use std::{io, time::Duration};
 
@@ -33,13 +36,22 @@ pub struct Message<'a> {
     init_us: Option<u64>,
     ready_us: u64,
     addresses: &'a [String],
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'a str>,
 }
 
 impl<'a> Message<'a> {
-    /// What a daemon with these times and listeners has to tell.
-    pub fn new(times: Times, addresses: &'a [String]) -> Self {
+    /// What a daemon with these times and listeners has to tell, and how its template stands.
+    pub fn new(
+        times: Times,
+        addresses: &'a [String],
+        state: &'static str,
+        reason: Option<&'a str>,
+    ) -> Self {
         let Times { kernel_us, init_us, ready_us } = times;
-        Self { version: env!("CARGO_PKG_VERSION"), kernel_us, init_us, ready_us, addresses }
+        let version = env!("CARGO_PKG_VERSION");
+        Self { version, kernel_us, init_us, ready_us, addresses, state, reason }
     }
 
     /// As one line.

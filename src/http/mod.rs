@@ -1,9 +1,10 @@
-//! The REST routes: `/health`, `/files`, `/init`, `/envs` and `/metrics`.
+//! The REST routes: `/health`, `/livez`, `/files`, `/init`, `/envs` and `/metrics`.
 //!
 //! Errors have upstream's shape, `{"code":N,"message":"..."}`.
 
 mod download;
 mod envs;
+mod health;
 pub mod init;
 mod metrics;
 mod upload;
@@ -18,7 +19,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Deserialize;
 
 use crate::{
@@ -37,8 +38,8 @@ use crate::{
 /// The routes.
 pub fn router(sandbox: &Arc<Sandbox>) -> Router {
     Router::new()
-        .route("/health", get(health))
-        .route("/livez", get(livez))
+        .route("/health", get(health::health))
+        .route("/livez", get(health::livez))
         .route("/files", get(download::download).post(upload::upload))
         .route("/init", post(init::init))
         .route("/envs", get(envs::envs))
@@ -53,16 +54,6 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 /// Upstream's answer to a path that is no route.
 pub async fn not_found() -> Response {
     error::not_found()
-}
-
-/// Alive: a call comes through to here. Says nothing of the template.
-async fn livez() -> Response {
-    (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, NO_STORE)]).into_response()
-}
-
-/// Alive and serving. Templates that make this wait for more are yet to come.
-async fn health() -> Response {
-    (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, NO_STORE)]).into_response()
 }
 
 /// The query of `/files`.

@@ -142,6 +142,8 @@ pub struct Machine {
     pub root: PathBuf,
     /// Whether the clock is set.
     pub sets_clock: bool,
+    /// Where cgroup v2 is mounted, if it is.
+    pub cgroup_root: PathBuf,
     /// Where the host's metadata is, if there is any.
     pub mmds: Option<SocketAddr>,
 }

@@ -91,13 +91,16 @@ impl Defaults {
     ) -> Vec<(String, String)> {
         let path = std::env::var("PATH").unwrap_or_else(|_| sys::DEFAULT_PATH.to_owned());
         let home = user.home.to_string_lossy().into_owned();
-        [("PATH", path), ("HOME", home), ("USER", user.name.clone()), ("LOGNAME", user.name.clone())]
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .chain(
-                self.env().chain(requested).map(|(name, value)| (name.clone(), value.clone())),
-            )
-            .collect()
+        [
+            ("PATH", path),
+            ("HOME", home),
+            ("USER", user.name.clone()),
+            ("LOGNAME", user.name.clone()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .chain(self.env().chain(requested).map(|(name, value)| (name.clone(), value.clone())))
+        .collect()
     }
 }
 

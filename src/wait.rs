@@ -170,7 +170,8 @@ fn parse(args: &[OsString]) -> Result<Option<Options>, String> {
 }
 
 fn time(flag: &str, parser: &mut Parser) -> Result<Duration, String> {
-    let value = parser.value().and_then(ValueExt::string).map_err(|error| format!("--{flag}: {error}"))?;
+    let value =
+        parser.value().and_then(ValueExt::string).map_err(|error| format!("--{flag}: {error}"))?;
     humantime::parse_duration(&value).map_err(|error| format!("--{flag}: '{value}': {error}"))
 }
 

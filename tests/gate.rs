@@ -79,10 +79,17 @@ async fn the_token_opens_every_protocol_and_nothing_else_does() {
         let client = Client::new(&daemon, wire).with("x-access-token", TOKEN);
         let list: ListResponse = client.unary(LIST, &ListRequest {}).await.unwrap();
         assert!(list.processes.is_empty(), "{wire:?}");
-        let mut events = client.stream::<_, StartResponse>(START, &start("true", &[])).await.unwrap();
+        let mut events =
+            client.stream::<_, StartResponse>(START, &start("true", &[])).await.unwrap();
         while events.next().await.unwrap().is_some() {}
     }
-    for wrong in [None, Some(""), Some("wrong"), Some("a-token-of-these-test"), Some("A-token-of-these-tests")] {
+    for wrong in [
+        None,
+        Some(""),
+        Some("wrong"),
+        Some("a-token-of-these-test"),
+        Some("A-token-of-these-tests"),
+    ] {
         // Native gRPC has a status of its own.
         let mut client = Client::new(&daemon, Wire::Grpc);
         if let Some(wrong) = wrong {
@@ -207,7 +214,8 @@ fn sign(path: &str, operation: &str, user: &str, token: &str, expiration: Option
 #[tokio::test]
 async fn signed_urls() {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
     let daemon = locked(&[]);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let now = i64::try_from(now).unwrap();
@@ -230,7 +238,13 @@ async fn signed_urls() {
         (None, None, None, Some(TOKEN), ""),
         // The header decides alone, if there is one.
         (None, Some(&of_other), None, Some(TOKEN), ""),
-        (None, Some(&good), None, Some("wrong"), "access token present in header but does not match"),
+        (
+            None,
+            Some(&good),
+            None,
+            Some("wrong"),
+            "access token present in header but does not match",
+        ),
         (None, Some(&good), None, Some(""), ""),
         (None, None, None, None, "missing signature query parameter"),
         (None, Some(&of_other), None, None, "invalid signature"),
@@ -336,16 +350,31 @@ async fn a_hostile_program_finds_no_token_and_cannot_stop_the_daemon() {
     let pid = daemon.pid();
     // Before and after the daemon has started something as this user.
     for _ in 0..2 {
-        for file in ["environ", "mem", "maps", "auxv", "io", "syscall", "stack", "pagemap", "fd", "map_files"] {
-            let script = format!("exec 2>&1; ls /proc/{pid}/{file}/ 2>/dev/null && echo OPEN; head -c 1 /proc/{pid}/{file} >/dev/null && echo OPEN");
+        for file in [
+            "environ",
+            "mem",
+            "maps",
+            "auxv",
+            "io",
+            "syscall",
+            "stack",
+            "pagemap",
+            "fd",
+            "map_files",
+        ] {
+            let script = format!(
+                "exec 2>&1; ls /proc/{pid}/{file}/ 2>/dev/null && echo OPEN; head -c 1 /proc/{pid}/{file} >/dev/null && echo OPEN"
+            );
             let said = output_of(&daemon, "nobody", &script).await;
             assert!(!said.contains("OPEN"), "/proc/PID/{file}: {said}");
         }
         for signal in ["STOP", "TERM", "KILL", "QUIT", "ABRT"] {
-            let said = output_of(&daemon, "nobody", &format!("kill -{signal} {pid} 2>&1; echo $?")).await;
+            let said =
+                output_of(&daemon, "nobody", &format!("kill -{signal} {pid} 2>&1; echo $?")).await;
             assert!(said.ends_with("1\n"), "SIG{signal}: {said}");
         }
-        let everything = "cat /proc/*/environ /proc/*/cmdline /proc/self/mountinfo 2>/dev/null; env";
+        let everything =
+            "cat /proc/*/environ /proc/*/cmdline /proc/self/mountinfo 2>/dev/null; env";
         let said = output_of(&daemon, "nobody", everything).await;
         assert!(!said.contains(TOKEN), "the token is there to read");
         // Children of the daemon get none of its descriptors.
@@ -403,7 +432,13 @@ async fn the_token_is_neither_logged_nor_listed() {
     let request = start("sleep", &["60"]);
     let mut events = client.stream::<_, StartResponse>(START, &request).await.unwrap();
     events.next().await.unwrap();
-    let (_, listed) = call(&daemon, "POST", LIST, &[("content-type", "application/json"), ("x-access-token", TOKEN)]).await;
+    let (_, listed) = call(
+        &daemon,
+        "POST",
+        LIST,
+        &[("content-type", "application/json"), ("x-access-token", TOKEN)],
+    )
+    .await;
     let (_, envs) = call(&daemon, "GET", "/envs", &[("x-access-token", TOKEN)]).await;
     call(&daemon, "GET", "/envs", &[("x-access-token", "wrong-token")]).await;
     for (current, next) in [(TOKEN, "another-secret"), ("wrong-token", "x"), (TOKEN, TOKEN)] {

@@ -184,7 +184,8 @@ async fn a_body_that_is_too_large_or_cut_is_refused() {
     let (status, text) = init(&daemon, vec![b' '; (8 << 20) + 1]).await;
     assert_eq!((status, text.as_str()), (400, ""));
     let mut raw = Raw::open(&daemon).await;
-    raw.send("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"accessToken\":\"t\"").await;
+    raw.send("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"accessToken\":\"t\"")
+        .await;
     drop(raw);
     assert_eq!(told(&daemon, json!({})).await.0, 204);
 }
@@ -217,7 +218,8 @@ async fn a_stale_request_initialises_and_changes_nothing() {
     let daemon = Daemon::start(&[]);
     let body = json!({ "timestamp": "2026-01-01T00:00:10Z", "accessToken": "t" });
     assert_eq!(told(&daemon, body).await.0, 204);
-    let stale = json!({ "timestamp": "2026-01-01T00:00:01Z", "accessToken": "t", "envVars": { "A": "1" } });
+    let stale =
+        json!({ "timestamp": "2026-01-01T00:00:01Z", "accessToken": "t", "envVars": { "A": "1" } });
     assert_eq!(told(&daemon, stale).await.0, 204);
     assert!(!envs(&daemon, "t").await.unwrap().contains_key("A"));
 }
@@ -288,7 +290,8 @@ async fn what_the_host_puts_into_the_guest() {
     mmds.say("sandbox-2", "");
     let body = json!({ "hyperloopIP": "10.1.2.3", "caBundle": PEM, "lifecycleID": "x", "volumeMounts": [] });
     assert_eq!(told(&daemon, body.clone()).await.0, 204);
-    let said = output(&daemon, "", "echo $E2B_SANDBOX_ID $E2B_TEMPLATE_ID $E2B_EVENTS_ADDRESS").await;
+    let said =
+        output(&daemon, "", "echo $E2B_SANDBOX_ID $E2B_TEMPLATE_ID $E2B_EVENTS_ADDRESS").await;
     assert_eq!(said, "sandbox-2 template-of-sandbox-2 http://10.1.2.3\n");
     assert_eq!(read(root.path(), "run/e2b/.E2B_SANDBOX_ID"), "sandbox-2");
     let hosts = "127.0.0.1 localhost\n10.1.2.3         events.e2b.local\n";

@@ -21,8 +21,16 @@ async fn upstreams_json_in_its_order() {
     assert_eq!(response.headers()["cache-control"], "no-store");
     let text = response.text().await.unwrap();
     let names = [
-        "ts", "cpu_count", "cpu_used_pct", "mem_total_mib", "mem_used_mib", "mem_total", "mem_used",
-        "mem_cache", "disk_used", "disk_total",
+        "ts",
+        "cpu_count",
+        "cpu_used_pct",
+        "mem_total_mib",
+        "mem_used_mib",
+        "mem_total",
+        "mem_used",
+        "mem_cache",
+        "disk_used",
+        "disk_total",
     ];
     let mut rest = text.as_str();
     for name in names {
@@ -37,7 +45,10 @@ async fn upstreams_json_in_its_order() {
     assert!(figure("cpu_count") >= 1.0);
     assert!(figure("mem_used") < figure("mem_total"));
     assert!(figure("disk_used") <= figure("disk_total"));
-    assert_eq!(figures["mem_total"].as_u64().unwrap() >> 20, figures["mem_total_mib"].as_u64().unwrap());
+    assert_eq!(
+        figures["mem_total"].as_u64().unwrap() >> 20,
+        figures["mem_total_mib"].as_u64().unwrap()
+    );
 }
 
 #[tokio::test]

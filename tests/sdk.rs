@@ -9,7 +9,8 @@ mod common;
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::OnceLock,
@@ -36,6 +37,16 @@ fn python_async() {
 #[test]
 fn javascript() {
     run(node(), "javascript.mjs");
+}
+
+#[test]
+fn python_secure() {
+    run_secure(python(), "secure.py");
+}
+
+#[test]
+fn javascript_secure() {
+    run_secure(node(), "secure.mjs");
 }
 
 /// What runs the programs of one language.
@@ -70,6 +81,88 @@ fn run(runtime: &Installed, program: &str) {
     if let Err(failure) = finish(&mut command, program, PROGRAM) {
         panic!("{failure}");
     }
+}
+
+/// Runs a program outside debug mode against a fresh daemon that has a token, beside a control plane
+/// that gives this token out.
+fn run_secure(runtime: &Installed, program: &str) {
+    const TOKEN: &str = "an-access-token";
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(reason) => return skip(program, reason),
+    };
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "{TOKEN}").unwrap();
+    let daemon = Daemon::start(&[&format!("--access-token-file={}", file.path().display())]);
+    let mut command = Command::new(&runtime.interpreter);
+    command
+        .arg(runtime.programs.join(program))
+        .env_remove("E2B_DEBUG")
+        .env_remove("E2B_DOMAIN")
+        .env("E2B_API_KEY", "e2b_00")
+        .env("E2B_VALIDATE_API_KEY", "false")
+        .env("E2B_API_URL", control_plane(TOKEN))
+        .env("E2B_SANDBOX_URL", daemon.url(""))
+        .env("NO_PROXY", "127.0.0.1,localhost");
+    if let Err(failure) = finish(&mut command, program, PROGRAM) {
+        panic!("{failure}");
+    }
+}
+
+/// As much of E2B's API as it takes to create and to kill a sandbox; it ends with the tests.
+fn control_plane(token: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || answer(stream, token));
+        }
+    });
+    url
+}
+
+fn answer(mut stream: TcpStream, token: &str) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    let (mut length, mut chunked) = (0, false);
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).unwrap();
+        let header = header.trim_end().to_ascii_lowercase();
+        match header.split_once(": ") {
+            Some(("content-length", value)) => length = value.parse().unwrap(),
+            Some(("transfer-encoding", "chunked")) => chunked = true,
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    while chunked {
+        let mut size = String::new();
+        reader.read_line(&mut size).unwrap();
+        let size = usize::from_str_radix(size.trim_end(), 16).unwrap();
+        reader.read_exact(&mut vec![0; size + 2]).unwrap();
+        chunked = size > 0;
+    }
+    let (status, body) = if line.starts_with("POST ") && line.contains("/sandboxes ") {
+        let sandbox = serde_json::json!({
+            "templateID": "base", "sandboxID": "secured", "clientID": "c", "envdVersion": "0.6.13",
+            "envdAccessToken": token,
+        });
+        ("201 Created", sandbox.to_string())
+    } else if line.starts_with("DELETE ") {
+        ("204 No Content", String::new())
+    } else {
+        ("404 Not Found", String::new())
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
 }
 
 /// A passing test's output is captured, except what goes to stderr past the macros.
@@ -119,7 +212,9 @@ fn node() -> &'static Installed {
             finish(&mut npm, "npm ci", INSTALLATION)
         })?;
         // A module finds its packages beside itself.
-        copy(&sources().join("javascript.mjs"), &home.join("javascript.mjs"))?;
+        for program in ["javascript.mjs", "secure.mjs"] {
+            copy(&sources().join(program), &home.join(program))?;
+        }
         Ok(Runtime { interpreter: "node".into(), programs: home })
     })
 }

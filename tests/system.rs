@@ -43,7 +43,8 @@ fn variables(pairs: &[(&str, &str)]) -> Option<Variables> {
 async fn info_in_every_protocol() {
     let daemon = Daemon::start(&["--max-connections", "77"]);
     for wire in WIRES {
-        let info: InfoResponse = Client::new(&daemon, wire).unary(INFO, &InfoRequest {}).await.unwrap();
+        let info: InfoResponse =
+            Client::new(&daemon, wire).unary(INFO, &InfoRequest {}).await.unwrap();
         assert_eq!(info.version, env!("CARGO_PKG_VERSION"), "{wire:?}");
         assert!(info.features.iter().any(|feature| feature == "sync"), "{wire:?}");
         assert!(!info.kernel.is_empty() && !info.architecture.is_empty(), "{wire:?}");
@@ -126,17 +127,25 @@ async fn sync_is_init_with_a_report() {
         let again = sync(&known, &request).await.unwrap();
         assert!(again.steps.iter().all(|step| step.outcome() == Outcome::Unchanged), "{again:?}");
         // What is left out stays, the token too.
-        let request = SyncRequest { timestamp: at(101), env: variables(&[("B", "2")]), ..SyncRequest::default() };
+        let request = SyncRequest {
+            timestamp: at(101),
+            env: variables(&[("B", "2")]),
+            ..SyncRequest::default()
+        };
         sync(&known, &request).await.unwrap();
         let envs_now = envs(&daemon, "t").await.expect("the token is still t");
         assert!(envs_now.contains_key("B") && !envs_now.contains_key("A"), "{wire:?}");
-        let stale = SyncRequest { timestamp: at(99), env: variables(&[]), ..SyncRequest::default() };
+        let stale =
+            SyncRequest { timestamp: at(99), env: variables(&[]), ..SyncRequest::default() };
         let stale = sync(&known, &stale).await.unwrap();
         assert!(stale.stale && stale.steps.is_empty(), "{wire:?}");
         // The caller who has the token may change it, and take it away.
         let request = SyncRequest { access_token: Some("u".to_owned()), ..SyncRequest::default() };
         sync(&known, &request).await.unwrap();
-        assert!(envs(&daemon, "t").await.is_none() && envs(&daemon, "u").await.is_some(), "{wire:?}");
+        assert!(
+            envs(&daemon, "t").await.is_none() && envs(&daemon, "u").await.is_some(),
+            "{wire:?}"
+        );
         let known = Client::new(&daemon, wire).with("x-access-token", "u");
         let request = SyncRequest { access_token: Some(String::new()), ..SyncRequest::default() };
         sync(&known, &request).await.unwrap();
@@ -156,7 +165,10 @@ async fn what_makes_no_sense_is_named_and_nothing_is_done() {
         (SyncRequest { default_user: "a\0".to_owned(), ..base.clone() }, "default_user"),
         (
             SyncRequest {
-                volumes: vec![Volume { nfs_target: "h:/x".to_owned(), path: "relative".to_owned() }],
+                volumes: vec![Volume {
+                    nfs_target: "h:/x".to_owned(),
+                    path: "relative".to_owned(),
+                }],
                 ..base.clone()
             },
             "volumeMounts: 'relative'",
@@ -164,7 +176,10 @@ async fn what_makes_no_sense_is_named_and_nothing_is_done() {
     ] {
         let failure = sync(&client, &request).await.unwrap_err();
         assert_eq!(failure.code, "invalid_argument", "{failure:?}");
-        assert!(failure.message.starts_with(named) && !failure.message.contains("secret"), "{failure:?}");
+        assert!(
+            failure.message.starts_with(named) && !failure.message.contains("secret"),
+            "{failure:?}"
+        );
     }
     assert!(envs(&daemon, "").await.is_some(), "no token was set");
 }

@@ -145,7 +145,10 @@ async fn ready_on_every_face_at_the_same_moment_and_not_before() {
     in_time("an attempt has failed", async || {
         let unhealthy = health(&daemon).await.unwrap();
         let error = unhealthy["last_error"].as_str()?;
-        assert!(unhealthy["attempts"].as_u64().unwrap() >= 1 && error.contains("/up'"), "{unhealthy}");
+        assert!(
+            unhealthy["attempts"].as_u64().unwrap() >= 1 && error.contains("/up'"),
+            "{unhealthy}"
+        );
         Some(())
     })
     .await;
@@ -156,8 +159,10 @@ async fn ready_on_every_face_at_the_same_moment_and_not_before() {
         assert_eq!(probe(&daemon, service).await, SERVING, "{service} can be called");
     }
     // Calls are served meanwhile.
-    let list: ListResponse =
-        Client::new(&daemon, Wire::Grpc).unary("/process.Process/List", &ListRequest {}).await.unwrap();
+    let list: ListResponse = Client::new(&daemon, Wire::Grpc)
+        .unary("/process.Process/List", &ListRequest {})
+        .await
+        .unwrap();
     let start_pid = status(&daemon).await.status.unwrap().start_pid.unwrap();
     assert!(list.processes.iter().any(|process| {
         process.pid == start_pid && process.tag.as_deref() == Some("template-start")
@@ -202,7 +207,8 @@ async fn without_a_template_it_is_ready_from_the_beginning() {
     assert_eq!(health(&daemon).await, None);
     for wire in WIRES {
         let client = Client::new(&daemon, wire);
-        let template: GetTemplateResponse = client.unary(GET, &GetTemplateRequest {}).await.unwrap();
+        let template: GetTemplateResponse =
+            client.unary(GET, &GetTemplateRequest {}).await.unwrap();
         assert!(!template.present && template.attempts.is_empty(), "{wire:?}");
         assert_eq!(state(&template), TemplateState::Ready, "{wire:?}");
         let mut events = watch(&daemon, wire).await;
@@ -275,7 +281,10 @@ async fn a_ready_command_that_hangs_is_killed_with_its_tree() {
         attempts.find(|attempt| attempt.error.is_some() && image.path("pids").exists())
     })
     .await;
-    assert!(first.error.unwrap().starts_with("not done within 1s"), "it says how long it was given");
+    assert!(
+        first.error.unwrap().starts_with("not done within 1s"),
+        "it says how long it was given"
+    );
     fs::write(image.path("good"), "").unwrap();
     until(&daemon, TemplateState::Ready).await;
     for pid in read(&image.path("pids")).unwrap().lines() {
@@ -301,13 +310,15 @@ async fn a_hanging_ready_command_dies_with_the_whole_time_and_so_do_its_children
 
 #[tokio::test]
 async fn a_start_command_that_ends_badly_fails_the_template_and_a_good_end_does_not() {
-    let image = Image::new("start = \"echo the reason >&2; exit 3\"\nready = { file = \"DIR/never\" }");
+    let image =
+        Image::new("start = \"echo the reason >&2; exit 3\"\nready = { file = \"DIR/never\" }");
     let daemon = image.boot();
     let failed = until(&daemon, TemplateState::Failed).await.status.unwrap();
     assert_eq!(failed.reason.unwrap(), "start command failed: exit status 3: the reason");
     assert_eq!((failed.start_pid, failed.restarts), (None, 0));
 
-    let image = Image::new("start = \"(sleep 0.2; touch DIR/up) & exit 0\"\nready = { file = \"DIR/up\" }");
+    let image =
+        Image::new("start = \"(sleep 0.2; touch DIR/up) & exit 0\"\nready = { file = \"DIR/up\" }");
     let daemon = image.boot();
     until(&daemon, TemplateState::Ready).await;
     assert_eq!(health(&daemon).await, None);
@@ -421,7 +432,8 @@ async fn e2bs_helper_strings() {
         ("[ -f /no/such/file ]".to_owned(), false),
         ("sleep 1".to_owned(), true),
     ] {
-        let image = Image::new(&format!("ready = '''{helper}'''\ninterval = \"10ms\"\ntimeout = \"30s\""));
+        let image =
+            Image::new(&format!("ready = '''{helper}'''\ninterval = \"10ms\"\ntimeout = \"30s\""));
         let daemon = image.boot();
         if good {
             until(&daemon, TemplateState::Ready).await;
@@ -453,10 +465,8 @@ async fn native_conditions() {
     }
     let image = Image::new(&format!("ready = {{ url = \"{}\" }}", server.url("/nothing")));
     let daemon = image.boot();
-    let error = in_time("it was asked", async || {
-        status(&daemon).await.status.unwrap().last_error
-    })
-    .await;
+    let error =
+        in_time("it was asked", async || status(&daemon).await.status.unwrap().last_error).await;
     assert!(error.ends_with("answered 404, not 200"), "{error}");
 }
 
@@ -472,7 +482,15 @@ fn envd_wait() {
     let port = format!("port:{}", listener.local_addr().unwrap().port());
     let server = Daemon::start(&[]);
     let url = format!("url:{}", server.url("/health"));
-    let (code, said) = wait(&[&port, &url, "--status", "204", "file:/proc/self/status", "process:envd", "delay:1ms"]);
+    let (code, said) = wait(&[
+        &port,
+        &url,
+        "--status",
+        "204",
+        "file:/proc/self/status",
+        "process:envd",
+        "delay:1ms",
+    ]);
     assert_eq!(code, 0, "{said}");
     assert!(said.contains(&port) && said.contains("file:/proc/self/status after "), "{said}");
     assert_eq!(wait(&[&port, "--quiet"]), (0, String::new()));
@@ -523,7 +541,9 @@ async fn the_host_is_told_at_once_and_again_when_the_template_is_ready() {
     let hear = async || {
         let (mut stream, _) = soon("the daemon calls", listener.accept()).await.unwrap();
         let mut text = String::new();
-        soon("a line", tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text)).await.unwrap();
+        soon("a line", tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text))
+            .await
+            .unwrap();
         serde_json::from_str::<Value>(&text).unwrap()
     };
     let flag = format!("--template={}", image.path("template.toml").display());

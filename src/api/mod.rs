@@ -13,10 +13,9 @@ pub mod read;
 mod status;
 pub mod system;
 pub mod template;
-mod time;
 pub mod wait;
 
-pub(crate) use time::timestamp;
+pub(crate) use outcome::timestamp;
 
 use std::sync::Arc;
 

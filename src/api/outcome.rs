@@ -89,7 +89,7 @@ pub(super) fn duration(span: Duration) -> pbjson_types::Duration {
 }
 
 /// A point in time as a message; one before 1970, which only a wrong clock gives, as 1970.
-pub(super) fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
+pub(crate) fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pbjson_types::Duration { seconds, nanos } = duration(since);
     pbjson_types::Timestamp { seconds, nanos }

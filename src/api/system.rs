@@ -11,14 +11,13 @@ use tokio::time::{Instant, sleep_until};
 use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
-use super::time::{duration, positive, timestamp};
+use super::outcome::{duration, span, timestamp};
 use crate::{
     access::Token,
     guest::{clock::Moment, metrics::Meter},
-    process::registry::MAX_PROCESSES,
     proto::v1::{
-        self as pb, info_response::Limits, sync_response, sync_response::step::Outcome as PbOutcome,
-        system_server::System,
+        self as pb, info_response::Limits, sync_response,
+        sync_response::step::Outcome as PbOutcome, system_server::System,
     },
     sandbox::{MAX_UPLOADS, Sandbox},
     setup::{self, Invalid, Outcome, Report, SetupError, TokenChange},
@@ -79,17 +78,12 @@ impl System for Systems {
         &self,
         request: Request<pb::MetricsRequest>,
     ) -> Result<Response<Answers>, Status> {
-        let interval = match request.into_inner().interval {
-            None => None,
-            Some(interval) => match positive(&interval) {
-                Some(interval) if (MIN_INTERVAL..=MAX_INTERVAL).contains(&interval) => Some(interval),
-                _ => {
-                    return Err(Status::invalid_argument(
-                        "the field `interval` is not between 0.1s and 86400s",
-                    ));
-                }
-            },
-        };
+        let interval = span("interval", request.into_inner().interval)?;
+        if interval.is_some_and(|time| !(MIN_INTERVAL..=MAX_INTERVAL).contains(&time)) {
+            return Err(Status::invalid_argument(
+                "the field `interval` is not between 0.1 s and 86400 s",
+            ));
+        }
         let Some(interval) = interval else {
             let once = look(&self.sandbox, Arc::clone(&self.sandbox.meter)).await;
             return Ok(Response::new(Box::pin(futures_util::stream::iter([once]))));
@@ -98,12 +92,13 @@ impl System for Systems {
         let meter = Arc::new(Meter::new());
         let sandbox = Arc::clone(&self.sandbox);
         let state = (sandbox, meter, Instant::now());
-        let answers = futures_util::stream::unfold(state, move |(sandbox, meter, next)| async move {
-            sleep_until(next).await;
-            let answer = look(&sandbox, Arc::clone(&meter)).await;
-            // From now: whoever is slow to take them gets fewer, not all at once.
-            Some((answer, (sandbox, meter, Instant::now() + interval)))
-        });
+        let answers =
+            futures_util::stream::unfold(state, move |(sandbox, meter, next)| async move {
+                sleep_until(next).await;
+                let answer = look(&sandbox, Arc::clone(&meter)).await;
+                // From now: whoever is slow to take them gets fewer, not all at once.
+                Some((answer, (sandbox, meter, Instant::now() + interval)))
+            });
         Ok(Response::new(Box::pin(answers)))
     }
 
@@ -160,7 +155,7 @@ fn info(sandbox: &Sandbox) -> pb::InfoResponse {
         limits: Some(Limits {
             connections: number(limits.connections),
             message_bytes: number(limits.message_bytes),
-            processes: number(MAX_PROCESSES),
+            processes: number(sandbox.processes.options().max_processes),
             uploads: number(MAX_UPLOADS),
             open_files: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
         }),

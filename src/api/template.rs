@@ -8,12 +8,13 @@ use tonic::{Request, Response, Status};
 
 use super::{
     keepalive::{self, Source, Step},
-    time::{duration, timestamp},
+    outcome::{duration, timestamp},
 };
 use crate::{
     process::Channel,
     proto::v1::{
-        self as pb, template_server::Template,
+        self as pb,
+        template_server::Template,
         watch_template_response::{Event as PbEvent, KeepAlive, Output, Snapshot, output},
     },
     sandbox::Sandbox,

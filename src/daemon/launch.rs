@@ -10,12 +10,9 @@ use crate::{
         notify,
         ready::{self, Message},
     },
-    process::{StartSpec, Stdio},
+    process::{StartSpec, Stdio, journal::Bounds},
     sandbox::Sandbox,
-    template::{
-        self, Config, Launcher, Program, Source, State,
-        config::StartAfter,
-    },
+    template::{self, Config, Launcher, Program, Source, State, config::StartAfter},
     wire::{dial, listen::Address},
 };
 
@@ -50,7 +47,8 @@ fn spec(sandbox: &Sandbox, config: &Config, program: Program) -> Result<StartSpe
     let name = config.user.as_ref().unwrap_or(&defaults.user);
     let user = sandbox.user_named(name).map_err(|error| error.message())?;
     let workdir = config.workdir.as_ref().or(defaults.workdir.as_ref());
-    let cwd = path::resolve("", &user, workdir.map(String::as_str)).map_err(|error| error.to_string())?;
+    let cwd =
+        path::resolve("", &user, workdir.map(String::as_str)).map_err(|error| error.to_string())?;
     // E2B's orchestrator leaves the input of a start command open; some programs end with it.
     let stdin = program.source == Source::Start;
     let tag = Some(program.tag().to_owned());
@@ -64,6 +62,8 @@ fn spec(sandbox: &Sandbox, config: &Config, program: Program) -> Result<StartSpe
         user,
         stdio: Stdio::Pipes { stdin },
         tag,
+        id: None,
+        output: Bounds { memory: sandbox.processes.options().output_window, disk: 0, block: false },
         timeout: None,
     })
 }

@@ -109,9 +109,8 @@ pub fn mount_all(
 
 fn remount(volume: &Volume) -> Result<(), NfsError> {
     let path = &volume.path;
-    let at = |what, source: io::Error| {
-        NfsError::Step { what, path: path.display().to_string(), source }
-    };
+    let at =
+        |what, source: io::Error| NfsError::Step { what, path: path.display().to_string(), source };
     if is_mounted(path) && umount2(path, MntFlags::MNT_FORCE).is_err() {
         // It is in use: out of the way at once, gone when it is not used any more.
         umount2(path, MntFlags::MNT_DETACH).map_err(|error| at("unmount", error.into()))?;
@@ -187,7 +186,9 @@ mod tests {
             assert_eq!(volume.is_ok(), good, "{target} {path}");
         }
         assert_eq!(address("[::1]:/x").unwrap(), "::1".parse::<IpAddr>().unwrap());
-        assert!(options("10.0.0.1".parse().unwrap()).ends_with("none,addr=10.0.0.1,mountaddr=10.0.0.1"));
+        assert!(
+            options("10.0.0.1".parse().unwrap()).ends_with("none,addr=10.0.0.1,mountaddr=10.0.0.1")
+        );
     }
 
     #[test]

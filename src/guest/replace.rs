@@ -28,8 +28,8 @@ pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     };
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let temporary = target.with_file_name(format!(".envd-{}-{number}.tmp", process::id()));
-    let written = write_new(&temporary, content, mode)
-        .and_then(|()| fs::rename(&temporary, &target));
+    let written =
+        write_new(&temporary, content, mode).and_then(|()| fs::rename(&temporary, &target));
     let Err(error) = written else { return Ok(()) };
     let _ = fs::remove_file(&temporary);
     match error.raw_os_error().map(Errno::from_raw) {

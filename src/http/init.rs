@@ -183,7 +183,8 @@ impl<'de> Deserialize<'de> for InitBody {
                             body.timestamp = time.as_ref().map(moment);
                         }
                         "envvars" => {
-                            let env = map.next_value::<Option<BTreeMap<String, Option<String>>>>()?;
+                            let env =
+                                map.next_value::<Option<BTreeMap<String, Option<String>>>>()?;
                             body.env = env.map(|env| {
                                 let filled = |value: Option<String>| value.unwrap_or_default();
                                 env.into_iter().map(|(name, value)| (name, filled(value))).collect()
@@ -258,7 +259,10 @@ mod tests {
         .unwrap();
         assert!(body.token.as_ref().unwrap().is(b"t"));
         let env = body.env.clone().unwrap();
-        assert_eq!(env.into_iter().collect::<Vec<_>>(), [("A".into(), "1".into()), ("B".into(), String::new())]);
+        assert_eq!(
+            env.into_iter().collect::<Vec<_>>(),
+            [("A".into(), "1".into()), ("B".into(), String::new())]
+        );
         assert_eq!(body.timestamp, Some(Moment { seconds: 1_767_319_445, nanos: 6 }));
         assert!(parse(b"null").unwrap().token.is_none());
         for wrong in [

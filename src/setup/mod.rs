@@ -37,9 +37,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-pub use request::{
-    Invalid, Request, TokenChange, address, certificates, env, text, volumes,
-};
+pub use request::{Invalid, Request, TokenChange, address, certificates, env, text, volumes};
 
 use crate::{
     access::InitRefused,
@@ -316,8 +314,7 @@ async fn volumes_of(
         return Ok(());
     }
     let since = Instant::now();
-    let failed =
-        |reason: String| SetupError::Failed { step: "setup NFS volumes", reason };
+    let failed = |reason: String| SetupError::Failed { step: "setup NFS volumes", reason };
     let (volumes, life) = (request.volumes.clone(), request.lifecycle_id.clone());
     let ledger = Arc::clone(&sandbox.setup.ledger);
     let mounted = sandbox.setup.mounts.run(move || {
@@ -352,7 +349,8 @@ async fn hosts_of(sandbox: &Sandbox, request: &Request, report: &mut Report) -> 
     let text = request.events_ip.as_deref()?;
     let since = Instant::now();
     let Some(address) = address(text) else {
-        let why = Invalid::new("hyperloopIP", format!("'{}' is no address", crate::quote::text(text)));
+        let why =
+            Invalid::new("hyperloopIP", format!("'{}' is no address", crate::quote::text(text)));
         report.note("hosts", since, Err(why));
         return None;
     };

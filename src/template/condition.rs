@@ -65,7 +65,9 @@ pub enum ConditionError {
     #[error("delay: '{0}' is no time; write 2s or 500ms")]
     Delay(String),
     /// None of these.
-    #[error("'{0}' is no condition; write port:N, url:http://..., process:NAME, file:/PATH or delay:2s")]
+    #[error(
+        "'{0}' is no condition; write port:N, url:http://..., process:NAME, file:/PATH or delay:2s"
+    )]
     Unknown(String),
 }
 
@@ -278,10 +280,25 @@ mod tests {
 
     #[test]
     fn on_the_command_line() {
-        for text in ["port:80", "url:http://localhost:1/a?b=c", "process:nginx", "file:/a b", "delay:2s"] {
+        for text in
+            ["port:80", "url:http://localhost:1/a?b=c", "process:nginx", "file:/a b", "delay:2s"]
+        {
             assert_eq!(text.parse::<Condition>().unwrap().to_string(), text);
         }
-        for text in ["", "port", "port:", "port:0", "port:x", "url:https://x", "url:/x", "process:", "process:a/b", "file:x", "delay:x", "what:x"] {
+        for text in [
+            "",
+            "port",
+            "port:",
+            "port:0",
+            "port:x",
+            "url:https://x",
+            "url:/x",
+            "process:",
+            "process:a/b",
+            "file:x",
+            "delay:x",
+            "what:x",
+        ] {
             assert!(text.parse::<Condition>().is_err(), "{text}");
         }
     }

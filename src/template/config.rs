@@ -208,7 +208,9 @@ fn command(value: Value) -> Result<Command, String> {
             }
         }
         Value::String(_) => Err("the command is empty".to_owned()),
-        _ => Err("a command is a string for bash, or an array of a program and its arguments".into()),
+        _ => {
+            Err("a command is a string for bash, or an array of a program and its arguments".into())
+        }
     }
 }
 

@@ -198,7 +198,8 @@ impl Template {
     /// Whether the sandbox is healthy: whether it is ready, unless the template says that to live is
     /// enough.
     pub fn is_healthy(&self) -> bool {
-        let by_life = self.config.as_ref().is_some_and(|config| config.health == config::Health::Live);
+        let by_life =
+            self.config.as_ref().is_some_and(|config| config.health == config::Health::Live);
         by_life || self.status.borrow().state == State::Ready
     }
 
@@ -315,6 +316,8 @@ mod tests {
         assert_eq!(snapshot.status.last_error.as_deref(), Some("not yet"));
         assert!(events.try_recv().is_err());
         template.change(|status| status.state = State::Ready);
-        assert!(matches!(events.try_recv(), Ok(Event::Changed(status)) if status.state == State::Ready));
+        assert!(
+            matches!(events.try_recv(), Ok(Event::Changed(status)) if status.state == State::Ready)
+        );
     }
 }

@@ -15,7 +15,10 @@ use super::{
 };
 use crate::{
     blocking::Pool,
-    process::{Channel, Ending, Event, Manager, Process, StartSpec, Subscription},
+    process::{
+        Channel, Ending, Event, Found, Manager, Process, StartSpec, Subscription,
+        journal::{Attach, Piece},
+    },
 };
 
 /// The tag of the start command among the processes.
@@ -279,18 +282,22 @@ impl Running {
     async fn follow(&mut self, template: &Template, source: Source) -> Result<Ending, String> {
         loop {
             match self.events.next().await {
-                Some(Event::Output { channel, data }) => {
+                Some(Event::Output(Piece { channel, data, .. })) => {
                     self.keep(&data);
                     log(source, channel, &data);
                     template.wrote(source, channel, data);
                 }
-                Some(Event::End(ending)) => {
+                Some(Event::End(end)) => {
                     self.ended = true;
-                    return Ok(ending);
+                    return Ok(end.ending);
                 }
+                Some(Event::Gap { .. }) => {}
                 // It does not happen to one who always takes at once; if it does, the end is not
                 // missed.
-                Some(Event::Detached) => self.events = self.process.subscribe(),
+                Some(Event::Detached) => match self.process.subscribe(Attach::Now) {
+                    Ok(events) => self.events = events,
+                    Err(error) => return Err(error.to_string()),
+                },
                 None => {
                     self.ended = true;
                     return Err("its end was missed".to_owned());
@@ -333,6 +340,8 @@ fn kill_tree(process: &Process) {
     {
         tracing::warn!(pid, %error, "the ready command cannot be killed");
     }
+    // And, where its tree is known, what has left the session.
+    process.kill_tree();
 }
 
 async fn start(
@@ -343,7 +352,11 @@ async fn start(
 ) -> Result<Running, String> {
     let spec = (launcher.spec)(config, Program::new(command, source))?;
     let started = launcher.processes.start(spec).await;
-    let (process, events) = started.map_err(|error| error.to_string())?;
+    let (found, events) = started.map_err(|error| error.to_string())?;
+    let Found::Live(process) = found else {
+        // It would take an identity that was chosen, and none was.
+        return Err("it has ended before it began".to_owned());
+    };
     Ok(Running { process, events, tail: BytesMut::new(), ended: false })
 }
 

@@ -108,10 +108,7 @@ pub fn token(headers: &HeaderMap) -> Option<&[u8]> {
 /// Passes without the token.
 fn is_exempt(method: &Method, path: &str) -> bool {
     is_probe(method, path)
-        || matches!(
-            (method.as_str(), path),
-            ("GET" | "POST", "/files") | ("POST", "/init")
-        )
+        || matches!((method.as_str(), path), ("GET" | "POST", "/files") | ("POST", "/init"))
 }
 
 /// Passes before the first initialisation.

@@ -2,8 +2,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub, missing_debug_implementations)]
 
-pub mod process;
 pub mod mmds;
+pub mod process;
 pub mod raw;
 pub mod rpc;
 

@@ -191,7 +191,7 @@ fn wanted(message: pb::SyncRequest) -> Result<setup::Request, Invalid> {
         Some(text) if text.is_empty() => TokenChange::Clear,
         Some(text) => Token::new(text)
             .map(TokenChange::Set)
-            .map_err(|error| Invalid::new("access_token", error))?,
+            .map_err(|error| Invalid::new("access_token", error.to_string()))?,
     };
     let timestamp = match message.timestamp {
         None => None,

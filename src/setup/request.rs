@@ -69,8 +69,8 @@ pub struct Invalid {
 
 impl Invalid {
     /// This field is wrong for this reason.
-    pub fn new(field: &'static str, why: impl ToString) -> Self {
-        Self { field, why: why.to_string() }
+    pub fn new(field: &'static str, why: impl Into<String>) -> Self {
+        Self { field, why: why.into() }
     }
 }
 
@@ -109,7 +109,7 @@ pub fn text(field: &'static str, text: Option<String>) -> Result<Option<String>,
 pub fn certificates(text: Option<String>) -> Result<Option<Certificates>, Invalid> {
     let text = text.filter(|text| !text.is_empty());
     let certificates = text.map(|text| Certificates::new(&text)).transpose();
-    certificates.map_err(|error| Invalid::new("caBundle", error))
+    certificates.map_err(|error| Invalid::new("caBundle", error.to_string()))
 }
 
 /// The volumes.
@@ -117,7 +117,7 @@ pub fn certificates(text: Option<String>) -> Result<Option<Certificates>, Invali
 /// # Errors
 /// [`Invalid`].
 pub fn volumes(pairs: Vec<(String, String)>) -> Result<Vec<Volume>, Invalid> {
-    let wrong = |error: NfsError| Invalid::new("volumeMounts", error);
+    let wrong = |error: NfsError| Invalid::new("volumeMounts", error.to_string());
     if pairs.len() > MAX_VOLUMES {
         return Err(wrong(NfsError::TooMany(pairs.len())));
     }

@@ -29,7 +29,7 @@ use parking_lot::Mutex;
 use tokio::sync::{broadcast, watch};
 
 pub use config::{Config, ConfigError};
-pub use run::{Launcher, Program, run};
+pub use run::{Launcher, Program, Specify, run};
 
 use crate::process::Channel;
 
@@ -314,7 +314,7 @@ mod tests {
         assert_eq!(snapshot.attempts.len(), MAX_ATTEMPTS);
         assert_eq!(snapshot.attempts.first().unwrap().number, 9);
         assert_eq!(snapshot.status.last_error.as_deref(), Some("not yet"));
-        assert!(events.try_recv().is_err());
+        assert_eq!(events.try_recv(), Err(broadcast::error::TryRecvError::Empty));
         template.change(|status| status.state = State::Ready);
         assert!(
             matches!(events.try_recv(), Ok(Event::Changed(status)) if status.state == State::Ready)

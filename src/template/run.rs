@@ -37,8 +37,11 @@ pub struct Launcher {
     /// Where conditions are looked at.
     pub pool: Arc<Pool>,
     /// What a command and its arguments are as a process of this sandbox, or why they are none.
-    pub spec: Box<dyn Fn(&Config, Program) -> Result<StartSpec, String> + Send + Sync>,
+    pub spec: Specify,
 }
+
+/// Makes a program a process of this sandbox.
+pub type Specify = Box<dyn Fn(&Config, Program) -> Result<StartSpec, String> + Send + Sync>;
 
 impl fmt::Debug for Launcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

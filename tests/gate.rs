@@ -77,7 +77,7 @@ async fn the_token_opens_every_protocol_and_nothing_else_does() {
     let daemon = locked(&[]);
     for wire in WIRES {
         let client = Client::new(&daemon, wire).with("x-access-token", TOKEN);
-        let list: ListResponse = client.unary(LIST, &ListRequest {}).await.unwrap();
+        let list: ListResponse = client.unary(LIST, &ListRequest::default()).await.unwrap();
         assert!(list.processes.is_empty(), "{wire:?}");
         let mut events =
             client.stream::<_, StartResponse>(START, &start("true", &[])).await.unwrap();
@@ -95,7 +95,7 @@ async fn the_token_opens_every_protocol_and_nothing_else_does() {
         if let Some(wrong) = wrong {
             client = client.with("x-access-token", wrong);
         }
-        let failure = client.unary::<_, ListResponse>(LIST, &ListRequest {}).await.unwrap_err();
+        let failure = client.unary::<_, ListResponse>(LIST, &ListRequest::default()).await.unwrap_err();
         assert_eq!(failure.code, "unauthenticated", "{wrong:?}");
         assert!(failure.message.starts_with("unauthorized access"), "{failure:?}");
         let refused = client.stream::<_, StartResponse>(START, &start("true", &[])).await;
@@ -116,7 +116,7 @@ async fn the_token_opens_every_protocol_and_nothing_else_does() {
         }
     }
     let client = Client::new(&daemon, Wire::Grpc).with("x-access-token", TOKEN);
-    let list: ListResponse = client.unary(LIST, &ListRequest {}).await.unwrap();
+    let list: ListResponse = client.unary(LIST, &ListRequest::default()).await.unwrap();
     assert!(list.processes.is_empty(), "a refused start started something");
 }
 
@@ -190,7 +190,7 @@ async fn closed_until_initialised() {
             }
         }
         let client = Client::new(daemon, Wire::Grpc);
-        let refused = client.unary::<_, ListResponse>(LIST, &ListRequest {}).await;
+        let refused = client.unary::<_, ListResponse>(LIST, &ListRequest::default()).await;
         assert_eq!(refused.unwrap_err().message, "envd not initialized");
         assert_eq!(call(daemon, "POST", "/init", &[]).await.0, 204);
     }
@@ -314,7 +314,7 @@ async fn a_peer_is_trusted_by_its_uid_and_by_configuration_only() {
         let mut args = vec![listen.as_str()];
         args.extend(flag.as_deref());
         let daemon = locked(&args);
-        let list = Client::unix(&socket).unary::<_, ListResponse>(LIST, &ListRequest {}).await;
+        let list = Client::unix(&socket).unary::<_, ListResponse>(LIST, &ListRequest::default()).await;
         assert_eq!(list.is_ok(), trusted, "{uid:?}: {list:?}");
         // Whoever comes over TCP is nobody.
         let (status, _) = call(&daemon, "GET", "/envs", &[]).await;

@@ -160,7 +160,7 @@ async fn ready_on_every_face_at_the_same_moment_and_not_before() {
     }
     // Calls are served meanwhile.
     let list: ListResponse = Client::new(&daemon, Wire::Grpc)
-        .unary("/process.Process/List", &ListRequest {})
+        .unary("/process.Process/List", &ListRequest::default())
         .await
         .unwrap();
     let start_pid = status(&daemon).await.status.unwrap().start_pid.unwrap();

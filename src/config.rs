@@ -31,6 +31,7 @@ Usage: envd [flags]
 
 Where to listen:
   --listen ADDRESS        tcp://HOST:PORT, unix:///PATH[?mode=0660], vsock://[CID:]PORT;
+                          tls://HOST:PORT?cert=PATH&key=PATH[&client_ca=PATH], if it was built in;
                           may be given several times; `?optional` behind an address makes
                           it no error that it cannot be had (default tcp://0.0.0.0:49983)
   --port N                short for --listen tcp://0.0.0.0:N
@@ -50,6 +51,7 @@ Whom to let in:
   --require-token         serve nobody but health and /init while there is no access token
   --trust-uid N           a user who needs none over unix sockets; may be given several times
   --trust-cid N           a machine that needs none over vsock, 2 is the host; as above
+  --trust-certificates    clients of a tls:// listener with client_ca need none
 
 What the host may set up:
   --template PATH         the template's start and ready commands, with drop-ins beside it in
@@ -256,6 +258,9 @@ impl Config {
                 Arg::Long("resume-handover") => config.resume_handover = switch(&mut parser)?,
                 Arg::Long("trust-uid") => config.trust.uids.push(parser.value()?.parse()?),
                 Arg::Long("trust-cid") => config.trust.cids.push(parser.value()?.parse()?),
+                Arg::Long("trust-certificates") => {
+                    config.trust.certificates = switch(&mut parser)?;
+                }
                 Arg::Long("template") => config.template = Some(parser.value()?.into()),
                 Arg::Long("mmds") => {
                     let value = parser.value()?;

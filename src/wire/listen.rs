@@ -1,4 +1,4 @@
-//! Where envd can be reached: TCP, unix and vsock sockets, any number of each.
+//! Where envd can be reached: TCP (with or without TLS), unix and vsock sockets, any number of each.
 //!
 //! An address is a URL: `tcp://0.0.0.0:49983`, `tcp://[::]:49983`, `unix:///run/envd.sock?mode=0660`,
 //! `vsock://49983` (any context id), `vsock://3:49983`. `?optional` behind any of them makes it a
@@ -23,6 +23,8 @@ use nix::{
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
+use super::tls;
+
 /// Connections that the kernel keeps before they are accepted.
 const BACKLOG: u32 = 1024;
 
@@ -31,7 +33,7 @@ const BACKLOG: u32 = 1024;
 pub enum ListenError {
     /// The text is no address.
     #[error(
-        "'{text}' is no address: {why}; write tcp://HOST:PORT, unix:///PATH[?mode=0660] or vsock://[CID:]PORT"
+        "'{text}' is no address: {why}; write tcp://HOST:PORT, tls://HOST:PORT?cert=PATH&key=PATH, unix:///PATH[?mode=0660] or vsock://[CID:]PORT"
     )]
     Address {
         /// As it was given.
@@ -68,6 +70,15 @@ pub enum Place {
         /// The port; 0 lets the system choose.
         port: u16,
     },
+    /// The same, with TLS.
+    Tls {
+        /// An IP address or a name.
+        host: String,
+        /// The port; 0 lets the system choose.
+        port: u16,
+        /// Its certificate and key.
+        files: tls::Files,
+    },
     /// A socket in the file system.
     Unix {
         /// Its path.
@@ -91,6 +102,7 @@ impl FromStr for Address {
         let wrong = |why| ListenError::Address { text: text.to_owned(), why };
         let (base, query) = text.split_once('?').unwrap_or((text, ""));
         let (mut optional, mut mode) = (false, None);
+        let (mut cert, mut key, mut client_ca) = (None, None, None);
         for option in query.split('&').filter(|option| !option.is_empty()) {
             match option.split_once('=').unwrap_or((option, "")) {
                 ("optional", "" | "true") => optional = true,
@@ -98,6 +110,9 @@ impl FromStr for Address {
                     let bits = u32::from_str_radix(octal, 8).ok().filter(|bits| *bits <= 0o777);
                     mode = Some(bits.ok_or_else(|| wrong("the mode is not an octal number"))?);
                 }
+                ("cert", path) => cert = Some(PathBuf::from(path)),
+                ("key", path) => key = Some(PathBuf::from(path)),
+                ("client_ca", path) => client_ca = Some(PathBuf::from(path)),
                 _ => return Err(wrong("the options are ?mode=OCTAL and ?optional")),
             }
         }
@@ -105,15 +120,24 @@ impl FromStr for Address {
         if mode.is_some() && scheme != "unix" {
             return Err(wrong("only unix sockets have a mode"));
         }
+        if scheme != "tls" && (cert.is_some() || key.is_some() || client_ca.is_some()) {
+            return Err(wrong("only tls:// has certificates"));
+        }
         let place = match scheme {
-            "tcp" => {
+            "tcp" | "tls" => {
                 let (host, port) = rest.rsplit_once(':').ok_or_else(|| wrong("it has no port"))?;
                 let port = port.parse().map_err(|_| wrong("the port is not 0 to 65535"))?;
-                let host = host.trim_start_matches('[').trim_end_matches(']');
+                let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
                 if host.is_empty() {
                     return Err(wrong("it has no host"));
                 }
-                Place::Tcp { host: host.to_owned(), port }
+                match (scheme, cert, key) {
+                    ("tcp", ..) => Place::Tcp { host, port },
+                    (_, Some(cert), Some(key)) => {
+                        Place::Tls { host, port, files: tls::Files { cert, key, client_ca } }
+                    }
+                    _ => return Err(wrong("TLS needs ?cert=PATH&key=PATH")),
+                }
             }
             "unix" if rest.starts_with('/') => {
                 Place::Unix { path: PathBuf::from(rest), mode: mode.unwrap_or(0o600) }
@@ -131,7 +155,7 @@ impl FromStr for Address {
                     port: port.parse().map_err(|_| wrong("the port is no number"))?,
                 }
             }
-            _ => return Err(wrong("the scheme is not tcp, unix or vsock")),
+            _ => return Err(wrong("the scheme is not tcp, tls, unix or vsock")),
         };
         Ok(Self { place, optional })
     }
@@ -142,6 +166,10 @@ impl fmt::Display for Address {
         match &self.place {
             Place::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Place::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
+            Place::Tls { host, port, .. } if host.contains(':') => {
+                write!(f, "tls://[{host}]:{port}")
+            }
+            Place::Tls { host, port, .. } => write!(f, "tls://{host}:{port}"),
             Place::Unix { path, .. } => write!(f, "unix://{}", path.display()),
             Place::Vsock { cid: VMADDR_CID_ANY, port } => write!(f, "vsock://{port}"),
             Place::Vsock { cid, port } => write!(f, "vsock://{cid}:{port}"),
@@ -154,6 +182,8 @@ impl fmt::Display for Address {
 pub enum Listener {
     /// TCP.
     Tcp(TcpListener),
+    /// TCP with TLS.
+    Tls(TcpListener, tls::Acceptor),
     /// Unix; the socket's file is removed when the listener is dropped.
     Unix(UnixListener, SocketFile),
     /// Vsock.
@@ -193,6 +223,10 @@ impl Listener {
                 Ok(address) => format!("tcp://{address}"),
                 Err(error) => format!("tcp://? ({error})"),
             },
+            Self::Tls(listener, _) => match listener.local_addr() {
+                Ok(address) => format!("tls://{address}"),
+                Err(error) => format!("tls://? ({error})"),
+            },
             Self::Unix(_, file) => format!("unix://{}", file.path.display()),
             Self::Vsock(listener) => match listener.local_addr() {
                 Ok(address) if address.cid() == VMADDR_CID_ANY => {
@@ -214,6 +248,16 @@ impl Listener {
 pub async fn bind(address: &Address, v6_only: bool) -> Result<Vec<Listener>, ListenError> {
     let bound = match &address.place {
         Place::Tcp { host, port } => tcp(host, *port, v6_only).await,
+        Place::Tls { host, port, files } => match tls::Acceptor::new(files) {
+            Ok(acceptor) => tcp(host, *port, v6_only).await.map(|listeners| {
+                let secret = |listener| match listener {
+                    Listener::Tcp(tcp) => Listener::Tls(tcp, acceptor.clone()),
+                    other => other,
+                };
+                listeners.into_iter().map(secret).collect()
+            }),
+            Err(error) => Err(io::Error::other(error)),
+        },
         Place::Unix { path, mode } => unix(path, *mode).map(|listener| vec![listener]),
         Place::Vsock { cid, port } => {
             VsockListener::bind(VsockAddr::new(*cid, *port)).map(|v| vec![Listener::Vsock(v)])
@@ -224,7 +268,10 @@ pub async fn bind(address: &Address, v6_only: bool) -> Result<Vec<Listener>, Lis
 
 /// Whether an address is the wildcard of IPv4 at this port.
 pub fn is_v4_wildcard(address: &Address, at: u16) -> bool {
-    matches!(&address.place, Place::Tcp { host, port } if *port == at && host == "0.0.0.0")
+    matches!(
+        &address.place,
+        Place::Tcp { host, port } | Place::Tls { host, port, .. } if *port == at && host == "0.0.0.0"
+    )
 }
 
 async fn tcp(host: &str, port: u16, v6_only: bool) -> io::Result<Vec<Listener>> {
@@ -300,6 +347,10 @@ mod tests {
         let unix: Address = "unix:///a?mode=0666&optional".parse().unwrap();
         assert!(unix.optional);
         assert_eq!(unix.place, Place::Unix { path: "/a".into(), mode: 0o666 });
+        let tls: Address = "tls://[::1]:1?cert=/c&key=/k&client_ca=/a".parse().unwrap();
+        assert_eq!(tls.to_string(), "tls://[::1]:1");
+        let Place::Tls { files, .. } = tls.place else { panic!("{tls}") };
+        assert_eq!(files.client_ca, Some("/a".into()));
     }
 
     #[test]
@@ -317,6 +368,10 @@ mod tests {
             "vsock://x:1",
             "vsock://",
             "tcp://a:1?what",
+            "tcp://a:1?cert=/c",
+            "tls://a:1",
+            "tls://a:1?cert=/c",
+            "tls://:1?cert=/c&key=/k",
         ] {
             let error = text.parse::<Address>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("'{text}' is no address")), "{error}");

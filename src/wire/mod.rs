@@ -2,7 +2,7 @@
 //!
 //! A request travels through these rooms, outermost first:
 //!
-//! 1. [`listen`] binds TCP, unix and vsock sockets and [`server`] accepts from them; [`connection`]
+//! 1. [`listen`] binds TCP (with TLS, [`tls`]), unix and vsock sockets and [`server`] accepts from them; [`connection`]
 //!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
 //! 2. [`cors`] answers browsers.
 //! 3. [`gate`] lets pass who has the sandbox's token, or is trusted by the kernel's word ([`peer`]).
@@ -36,6 +36,7 @@ pub mod request;
 pub mod response;
 pub mod server;
 pub mod timeout;
+pub mod tls;
 pub mod translate;
 
 use std::{sync::Arc, time::Duration};

@@ -2,11 +2,13 @@
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
+use futures_util::future::ready;
 use http::{Request, Response};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::{Semaphore, watch},
+    time::timeout,
 };
 use tower::Service;
 
@@ -71,16 +73,26 @@ where
     async fn accept_forever(self: &Arc<Self>, listener: &Listener) {
         loop {
             let accepted = match listener {
-                Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, peer)| {
+                Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
-                    self.spawn(stream, Peer::Tcp, &peer);
+                    self.spawn(ready(Ok((stream, Peer::Tcp))), &address);
+                }),
+                Listener::Tls(tcp, tls) => tcp.accept().await.map(|(stream, address)| {
+                    prepare(&stream);
+                    let greeting = tls.clone().accept(stream);
+                    let greeting = async {
+                        let (stream, verified) = greeting.await?;
+                        Ok((stream, Peer::Tls { verified }))
+                    };
+                    self.spawn(greeting, &address);
                 }),
                 Listener::Unix(unix, _) => unix.accept().await.map(|(stream, address)| {
                     let uid = stream.peer_cred().ok().map(|peer| peer.uid());
-                    self.spawn(stream, Peer::Unix { uid }, &address);
+                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), &address);
                 }),
-                Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, peer)| {
-                    self.spawn(stream, Peer::Vsock { cid: peer.cid() }, &peer);
+                Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, address)| {
+                    let cid = address.cid();
+                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), &address);
                 }),
             };
             if let Err(error) = accepted
@@ -92,23 +104,33 @@ where
         }
     }
 
-    fn spawn<I>(self: &Arc<Self>, io: I, peer: Peer, address: &dyn std::fmt::Debug)
-    where
+    /// Serves a connection once its client has been greeted, if there is a place for it.
+    fn spawn<I>(
+        self: &Arc<Self>,
+        greeting: impl Future<Output = io::Result<(I, Peer)>> + Send + 'static,
+        address: &dyn std::fmt::Debug,
+    ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let place = if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
-            Place { permit, peer, refused: None }
+        let (permit, refused) = if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
+            (permit, None)
         } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             let limit = self.limits.connections;
             tracing::warn!(peer = ?address, limit, "too many connections");
             let why = format!("too many connections: the limit is {limit}");
-            Place { permit, peer, refused: Some(Refused(why.into())) }
+            (permit, Some(Refused(why.into())))
         } else {
             return;
         };
         tracing::debug!(peer = ?address, "connection accepted");
         let server = Arc::clone(self);
         tokio::spawn(async move {
+            let (io, peer) = match timeout(server.limits.header_timeout, greeting).await {
+                Ok(Ok(greeted)) => greeted,
+                Ok(Err(error)) => return tracing::debug!(%error, "connection not greeted"),
+                Err(_) => return tracing::debug!("connection not greeted within the time for it"),
+            };
+            let place = Place { permit, peer, refused };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &server.limits, shutdown).await;
         });

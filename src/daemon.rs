@@ -116,12 +116,15 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
         accepting.spawn(Arc::clone(&server).accept(listener));
     }
     let manager = notify::Manager::from_env().map(Arc::new);
-    launch::template(&sandbox);
+    let template = launch::template(&sandbox);
     tell_ready(&sandbox, &addresses, config.ready, manager.clone(), service).await;
 
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    }
+    if let Some(template) = template {
+        template.abort();
     }
     if let Some(manager) = manager {
         manager.stopping().await;

@@ -95,7 +95,8 @@ async fn the_token_opens_every_protocol_and_nothing_else_does() {
         if let Some(wrong) = wrong {
             client = client.with("x-access-token", wrong);
         }
-        let failure = client.unary::<_, ListResponse>(LIST, &ListRequest::default()).await.unwrap_err();
+        let failure =
+            client.unary::<_, ListResponse>(LIST, &ListRequest::default()).await.unwrap_err();
         assert_eq!(failure.code, "unauthenticated", "{wrong:?}");
         assert!(failure.message.starts_with("unauthorized access"), "{failure:?}");
         let refused = client.stream::<_, StartResponse>(START, &start("true", &[])).await;
@@ -314,7 +315,8 @@ async fn a_peer_is_trusted_by_its_uid_and_by_configuration_only() {
         let mut args = vec![listen.as_str()];
         args.extend(flag.as_deref());
         let daemon = locked(&args);
-        let list = Client::unix(&socket).unary::<_, ListResponse>(LIST, &ListRequest::default()).await;
+        let list =
+            Client::unix(&socket).unary::<_, ListResponse>(LIST, &ListRequest::default()).await;
         assert_eq!(list.is_ok(), trusted, "{uid:?}: {list:?}");
         // Whoever comes over TCP is nobody.
         let (status, _) = call(&daemon, "GET", "/envs", &[]).await;

@@ -330,6 +330,37 @@ async fn what_fails_leaves_everything_as_it_was() {
 }
 
 #[tokio::test]
+async fn a_volume_that_cannot_be_mounted_is_named_and_nothing_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("volume");
+    let daemon = Daemon::start(&[]);
+    let body = json!({
+        "accessToken": "t",
+        "volumeMounts": [{ "nfs_target": "127.0.0.1:/export", "path": place }],
+    });
+    // The kernel has no NFS, there is no server, or this is not root.
+    let (status, text) = told(&daemon, body).await;
+    assert_eq!(status, 400, "{text}");
+    assert!(text.starts_with("failed to setup NFS volumes: "), "{text}");
+    assert!(text.contains(place.to_str().unwrap()) || text.contains("10 s"), "{text}");
+    assert!(envs(&daemon, "").await.is_ok(), "no token was set");
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_parse_is_logged_without_what_it_holds() {
+    let daemon = Daemon::start(&["-verbose"]);
+    for body in [
+        "{\"envVars\":\"secret-1\"}",
+        "{\"accessToken\":{\"secret-2\":1}}",
+        "{\"timestamp\":\"secret-3\"}",
+    ] {
+        assert_eq!(init(&daemon, body).await, (400, String::new()));
+    }
+    let log = serde_json::to_string(&daemon.wait_for_log("an /init that does not parse")).unwrap();
+    assert!(!log.contains("secret-"), "{log}");
+}
+
+#[tokio::test]
 async fn the_metadata_is_asked_only_when_it_decides() {
     let mmds = Mmds::start();
     mmds.say("a", &sha512("t"));

@@ -376,6 +376,26 @@ async fn restarts_end_with_the_time() {
 }
 
 #[tokio::test]
+async fn a_daemon_that_ends_starts_nothing_again() {
+    let image = Image::new(
+        "start = \"echo x >> DIR/starts; exec sleep 1000\"\nready = { file = \"DIR/starts\" }\n\
+         restart = \"on-failure\"",
+    );
+    let mut daemon = image.boot_with(&["--shutdown-grace", "3"]);
+    let pid = until(&daemon, TemplateState::Ready).await.status.unwrap().start_pid.unwrap();
+    // A call that keeps it draining while its service ends with it, as systemd has it.
+    let client = Client::new(&daemon, Wire::Grpc);
+    let request = WatchTemplateRequest { until_settled: false };
+    let mut events: Messages<WatchTemplateResponse> = client.stream(WATCH, &request).await.unwrap();
+    assert!(matches!(next(&mut events).await, Some(Event::Snapshot(_))));
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    daemon.wait_for_log("SIGTERM: draining");
+    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    assert!(daemon.wait().success());
+    assert_eq!(fs::read_to_string(image.path("starts")).unwrap(), "x\n");
+}
+
+#[tokio::test]
 async fn health_can_mean_life() {
     let image = Image::new("ready = { file = \"DIR/never\" }\nhealth = \"live\"");
     let daemon = image.boot();

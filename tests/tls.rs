@@ -14,11 +14,8 @@ use common::{Daemon, able};
 
 /// Runs openssl, which is silent when it works.
 fn openssl(dir: &Path, args: &str) {
-    let output = Command::new("openssl")
-        .args(args.split_whitespace())
-        .current_dir(dir)
-        .output()
-        .unwrap();
+    let output =
+        Command::new("openssl").args(args.split_whitespace()).current_dir(dir).output().unwrap();
     assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -26,7 +23,10 @@ fn openssl(dir: &Path, args: &str) {
 fn certificates(dir: &Path) {
     let new = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
     openssl(dir, &format!("req -x509 {new} -keyout ca.key -out ca.pem -days 2 -subj /CN=ca"));
-    openssl(dir, &format!("req -x509 {new} -keyout other.key -out other.pem -days 2 -subj /CN=other"));
+    openssl(
+        dir,
+        &format!("req -x509 {new} -keyout other.key -out other.pem -days 2 -subj /CN=other"),
+    );
     fs::write(dir.join("ext"), "subjectAltName=DNS:localhost,IP:127.0.0.1").unwrap();
     for name in ["server", "client"] {
         openssl(dir, &format!("req {new} -keyout {name}.key -out {name}.csr -subj /CN={name}"));
@@ -94,9 +94,8 @@ fn a_client_without_the_right_certificate_gets_no_connection_and_one_with_it_can
     certificates(dir.path());
     fs::write(dir.path().join("token"), "a-token").unwrap();
     let at = dir.path().display();
-    let listen = format!(
-        "tls://127.0.0.1:0?cert={at}/server.pem&key={at}/server.key&client_ca={at}/ca.pem"
-    );
+    let listen =
+        format!("tls://127.0.0.1:0?cert={at}/server.pem&key={at}/server.key&client_ca={at}/ca.pem");
     let token = format!("--access-token-file={at}/token");
     let client = ["--cert", "client.pem", "--key", "client.key"];
     for (trust, status) in [(&[][..], "401 2"), (&["--trust-certificates"][..], "200 2")] {

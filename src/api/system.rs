@@ -141,7 +141,11 @@ fn info(sandbox: &Sandbox) -> pb::InfoResponse {
         kernel,
         architecture,
         started_at: Some(timestamp(sandbox.started)),
-        features: FEATURES.map(str::to_owned).to_vec(),
+        features: FEATURES
+            .into_iter()
+            .chain(cfg!(feature = "tls").then_some("tls"))
+            .map(str::to_owned)
+            .collect(),
         cgroup_root: controllers
             .is_some()
             .then(|| sandbox.setup.machine().cgroup_root.to_string_lossy().into_owned()),

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use tokio::task::AbortHandle;
+
 use crate::{
     fs::path,
     guest::{
@@ -16,18 +18,20 @@ use crate::{
     wire::{dial, listen::Address},
 };
 
-/// Runs the sandbox's template, from now or from the first `/init` on. Without one it does nothing.
-pub(super) fn template(sandbox: &Arc<Sandbox>) {
-    let Some(config) = sandbox.template.config() else { return };
+/// Runs the sandbox's template, from now or from the first `/init` on, until it is aborted: a
+/// daemon that ends starts nothing again. Without a template it does nothing.
+pub(super) fn template(sandbox: &Arc<Sandbox>) -> Option<AbortHandle> {
+    let config = sandbox.template.config()?;
     let after_init = config.start_after == StartAfter::Init;
     let sandbox = Arc::clone(sandbox);
-    tokio::spawn(async move {
+    let running = tokio::spawn(async move {
         if after_init {
             tracing::info!("the template waits for /init");
             let _ = sandbox.access.initialised().wait_for(|initialised| *initialised).await;
         }
         template::run(Arc::clone(&sandbox.template), launcher(&sandbox)).await;
     });
+    Some(running.abort_handle())
 }
 
 fn launcher(sandbox: &Arc<Sandbox>) -> Launcher {

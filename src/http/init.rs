@@ -62,7 +62,9 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
     let parsed = match body.is_empty() {
         true => InitBody::default(),
         false => parse(&body).map_err(|error| {
-            tracing::info!(%error, "an /init that does not parse");
+            // Where it is wrong, and not what: the text might quote a secret.
+            let (line, column, kind) = (error.line(), error.column(), error.classify());
+            tracing::info!(line, column, ?kind, "an /init that does not parse");
             bad()
         })?,
     };
@@ -98,7 +100,7 @@ pub struct InitBody {
 /// Reads a body.
 ///
 /// # Errors
-/// What is wrong with the JSON; no value of it is quoted.
+/// What is wrong with the JSON; its text may quote a value.
 pub fn parse(body: &[u8]) -> Result<InitBody, serde_json::Error> {
     serde_json::from_slice(body)
 }

@@ -12,7 +12,7 @@ use crate::{
         notify,
         ready::{self, Message},
     },
-    process::{StartSpec, Stdio, journal::Bounds},
+    process::{self, StartSpec, Stdio, journal::Bounds},
     sandbox::Sandbox,
     template::{self, Config, Launcher, Program, Source, State, config::StartAfter},
     wire::{dial, listen::Address},
@@ -69,6 +69,8 @@ fn spec(sandbox: &Sandbox, config: &Config, program: Program) -> Result<StartSpe
         id: None,
         output: Bounds { memory: sandbox.processes.options().output_window, disk: 0, block: false },
         timeout: None,
+        time_limit: None,
+        limits: process::Limits::default(),
     })
 }
 

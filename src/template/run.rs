@@ -3,10 +3,6 @@
 use std::{fmt, future::pending, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use nix::{
-    sys::signal::{Signal, killpg},
-    unistd::Pid,
-};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{
@@ -330,21 +326,9 @@ struct KillOnDrop(Running);
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
         if !self.0.ended {
-            kill_tree(&self.0.process);
+            self.0.process.kill_tree();
         }
     }
-}
-
-/// Kills a process and everything that it started: each has a session, and so a group, of its own.
-/// It has not been reported as ended, so its pid is still its own.
-fn kill_tree(process: &Process) {
-    if let Ok(pid) = i32::try_from(process.pid())
-        && let Err(error) = killpg(Pid::from_raw(pid), Signal::SIGKILL)
-    {
-        tracing::warn!(pid, %error, "the ready command cannot be killed");
-    }
-    // And, where its tree is known, what has left the session.
-    process.kill_tree();
 }
 
 async fn start(

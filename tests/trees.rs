@@ -762,7 +762,7 @@ async fn no_exit_status_is_taken_for_anothers() {
                 let script = format!("(true &); (exit 9); exit {code}");
                 async move { (code, run(&client, &sh(&script)).await) }
             })
-            .buffer_unordered(50);
+            .buffer_unordered(20);
         while let Some((code, end)) = codes.next().await {
             assert_eq!(kind(&end), Kind::Exited(Exited { code }));
         }

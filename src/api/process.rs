@@ -284,7 +284,7 @@ impl Process for Processes {
     ) -> Result<Response<pb::WaitResponse>, Status> {
         let message = request.into_inner();
         let found = self.find(message.process.clone())?;
-        Ok(Response::new(wait::wait(&found, message).await?))
+        Ok(Response::new(wait::wait(&self.sandbox.processes, &found, message).await?))
     }
 
     async fn close_stdin(

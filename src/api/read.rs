@@ -57,6 +57,11 @@ pub(super) async fn read(
             let at = tail_at.max(answer.next_offset);
             answer.omitted_bytes = at - answer.next_offset;
             part(found, at, end.max(at), max, Duration::ZERO, &mut answer).await?;
+            if let Some(ended) = found.ended()
+                && answer.next_offset == found.range().1
+            {
+                answer.end = Some(events::end_event(ended));
+            }
         }
     }
     let (earliest, _) = found.range();
@@ -93,7 +98,11 @@ async fn part(
             }
             Some(Event::Gap { from, to }) => {
                 answer.next_offset = to;
-                answer.gap = Some(events::gap(from, to));
+                match answer.gap {
+                    None => answer.gap = Some(events::gap(from, to)),
+                    // Between head and tail already.
+                    Some(_) => answer.omitted_bytes += to - from,
+                }
                 // There may be nothing behind it, and the wait was for output.
                 waits = !wait.is_zero();
             }

@@ -10,7 +10,7 @@ use tonic::Status;
 use super::{events, outcome, status};
 use crate::{
     process::{
-        Attach, Event, Found, Subscription,
+        Attach, Event, Found, Manager, Subscription,
         journal::{Channel, Ended, MAX_EVENT, Piece},
         ports,
     },
@@ -36,6 +36,7 @@ pub const PORT_PAUSES: (Duration, Duration) =
 
 /// Answers a Wait.
 pub(super) async fn wait(
+    processes: &Manager,
     found: &Found,
     request: pb::WaitRequest,
 ) -> Result<pb::WaitResponse, Status> {
@@ -43,7 +44,7 @@ pub(super) async fn wait(
     let waiting = async {
         Ok::<_, Status>(match request.condition {
             None => end_of(subscribe(found, Attach::Now)?).await?,
-            Some(Condition::Output(output)) => matches(found, output).await?,
+            Some(Condition::Output(output)) => matches(processes, found, output).await?,
             Some(Condition::Port(port)) => listens(found, port.number).await?,
             Some(Condition::Silence(silence)) => silent(found, &silence).await?,
         })
@@ -60,7 +61,7 @@ pub(super) async fn wait(
 }
 
 fn subscribe(found: &Found, at: Attach) -> Result<Subscription, Status> {
-    found.subscribe(at).map_err(|error| status::of_offset(&error))
+    found.look_on(at).map_err(|error| status::of_offset(&error))
 }
 
 fn ended(end: Ended) -> Answer {
@@ -81,7 +82,11 @@ async fn end_of(mut output: Subscription) -> Result<Answer, Status> {
     }
 }
 
-async fn matches(found: &Found, output: wait_request::Output) -> Result<Answer, Status> {
+async fn matches(
+    processes: &Manager,
+    found: &Found,
+    output: wait_request::Output,
+) -> Result<Answer, Status> {
     let regex = compile(&output.regex)?;
     let (earliest, _) = found.range();
     let from = match output.from_offset {
@@ -102,9 +107,16 @@ async fn matches(found: &Found, output: wait_request::Output) -> Result<Answer, 
                     Channel::Stderr => 1,
                     Channel::Pty => 2,
                 };
-                if let Some(haystack) = channels.get_mut(index)
-                    && let Some((offset, bytes)) = haystack.find(&regex, &piece)
-                {
+                let Some(place) = channels.get_mut(index) else { continue };
+                let (mut haystack, regex) = (std::mem::take(place), regex.clone());
+                let search = processes.search(move || {
+                    let hit = haystack.find(&regex, &piece);
+                    (haystack, hit)
+                });
+                let (haystack, hit) =
+                    search.await.map_err(|error| Status::resource_exhausted(error.to_string()))?;
+                *place = haystack;
+                if let Some((offset, bytes)) = hit {
                     return Ok(Answer::Match(wait_response::Match { offset, bytes, stderr }));
                 }
             }

@@ -113,7 +113,7 @@ impl Process {
     /// # Errors
     /// [`Beyond`] the end.
     pub fn subscribe(&self, at: Attach) -> Result<Subscription, Beyond> {
-        self.journal.subscribe(at)
+        self.journal.subscribe(at, true)
     }
 
     /// Writes to its stdin, at this position of its whole input or behind what was written last;

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, fcntl},
@@ -16,7 +16,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::journal::{Channel, Journal};
+use super::journal::{Channel, JOIN_LIMIT, Journal};
 
 /// The most that one read takes.
 pub const MAX_READ: usize = 32 * 1024;
@@ -77,7 +77,7 @@ pub(super) async fn pump(
         };
         match read {
             Ok(0) => break Ok(()),
-            Ok(len) => journal.append(channel, block.split_to(len).freeze()).await,
+            Ok(len) => journal.append(channel, cut(&mut block, len)).await,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => break Err(error),
         }
@@ -109,7 +109,7 @@ async fn drain(
         match read(fd.get_ref(), block) {
             Ok(0) => return Ok(true),
             Ok(len) => {
-                journal.append(channel, block.split_to(len).freeze()).await;
+                journal.append(channel, cut(block, len)).await;
                 left = left.saturating_sub(len);
                 if left == 0 {
                     return Ok(false);
@@ -130,6 +130,16 @@ fn capacity(channel: Channel, fd: &OwnedFd) -> usize {
             .ok()
             .and_then(|size| usize::try_from(size).ok())
             .unwrap_or(TERMINAL_BUFFERS),
+    }
+}
+
+/// The first bytes of the block. A long piece keeps its part of the block, and a short one is copied
+/// by the journal; what lies between is copied here, for it would keep a block that is eight times
+/// as large.
+fn cut(block: &mut BytesMut, len: usize) -> Bytes {
+    match block.get(..len) {
+        Some(piece) if (JOIN_LIMIT..MAX_READ / 2).contains(&len) => Bytes::copy_from_slice(piece),
+        _ => block.split_to(len).freeze(),
     }
 }
 

@@ -61,7 +61,15 @@ impl Found {
     /// # Errors
     /// [`Beyond`] the end.
     pub fn subscribe(&self, at: Attach) -> Result<Subscription, Beyond> {
-        self.journal().subscribe(at)
+        self.journal().subscribe(at, true)
+    }
+
+    /// As [`Found::subscribe`], for one who only looks on: what it has seen does not count as read.
+    ///
+    /// # Errors
+    /// [`Beyond`] the end.
+    pub fn look_on(&self, at: Attach) -> Result<Subscription, Beyond> {
+        self.journal().subscribe(at, false)
     }
 
     /// The offset of the oldest byte that is retained, and of the next one.

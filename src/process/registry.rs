@@ -20,12 +20,15 @@ use super::{
     start,
 };
 use crate::{
-    blocking::{MAX_DIRECTORY_THREADS, MAX_TREE_THREADS, Pool, SPAWN_THREADS},
+    blocking::{Busy, MAX_DIRECTORY_THREADS, MAX_TREE_THREADS, Pool, SPAWN_THREADS},
     sys::pidfd,
 };
 
 /// The most threads that put output on disk and read it there.
 pub const MAX_SPILL_THREADS: usize = 4;
+
+/// The most threads that look for matches in output: an expression may take its time.
+pub const MAX_MATCH_THREADS: usize = 2;
 
 /// Which process is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +56,7 @@ pub struct Manager {
     /// Where working directories are looked at, which may be on such a file system.
     pub(super) directories: Arc<Pool>,
     spillers: Arc<Pool>,
+    matchers: Arc<Pool>,
     /// Where trees are signalled and measured.
     pub(super) trees: Arc<Pool>,
     pub(super) groups: Groups,
@@ -87,7 +91,8 @@ impl Manager {
             pressure: Pressure::new(options.output_total),
             spawners: Pool::new("spawn", SPAWN_THREADS, SPAWN_THREADS),
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
-            spillers: Pool::new("journal", 0, MAX_SPILL_THREADS),
+            spillers: Pool::new("journal", 1, MAX_SPILL_THREADS),
+            matchers: Pool::new("match", 0, MAX_MATCH_THREADS),
             options,
             trees: Pool::new("trees", 1, MAX_TREE_THREADS),
             groups,
@@ -185,6 +190,17 @@ impl Manager {
         });
         let last = ended.max_by_key(|finished| finished.record.number)?;
         Some(Found::Ended(Arc::clone(last)))
+    }
+
+    /// Runs a search in output where it holds up nobody but other searches.
+    ///
+    /// # Errors
+    /// [`Busy`].
+    pub async fn search<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Busy> {
+        self.matchers.run(work).await
     }
 
     /// Finds a live process.

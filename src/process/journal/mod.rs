@@ -102,19 +102,19 @@ impl Journal {
         Self { stall_limit, fanout: Fanout::new(bounds, pressure), disk, turn: Default::default() }
     }
 
-    /// Attaches a subscriber.
+    /// Attaches a subscriber. What one who only looks on (`counts` is false) has been given is still
+    /// unread for [`Bounds::block`].
     ///
     /// # Errors
     /// [`Beyond`] the end.
-    pub(super) fn subscribe(self: &Arc<Self>, at: Attach) -> Result<Subscription, Beyond> {
-        let (id, begin) = self.fanout.attach(at)?;
-        Ok(Subscription {
-            journal: Arc::clone(self),
-            id,
-            begin,
-            queue: VecDeque::new(),
-            done: false,
-        })
+    pub(super) fn subscribe(
+        self: &Arc<Self>,
+        at: Attach,
+        counts: bool,
+    ) -> Result<Subscription, Beyond> {
+        let (id, begin) = self.fanout.attach(at, counts)?;
+        let (queue, done) = (VecDeque::new(), false);
+        Ok(Subscription { journal: Arc::clone(self), id, begin, queue, done })
     }
 
     /// Appends output; waits while a subscriber is too far behind.
@@ -166,9 +166,8 @@ impl Journal {
             .map(|piece| piece.between(written, u64::MAX))
             .collect();
         let Some(end) = batch.last().map(Piece::end) else { return };
-        let droppable = self.fanout.droppable_before();
-        match spill.write(batch, droppable).await {
-            Ok(oldest) => self.fanout.spilled(end, oldest),
+        match spill.write(batch).await {
+            Ok(()) => self.fanout.spilled(end, |droppable| spill.trim(droppable)),
             Err(error) => {
                 tracing::warn!(%error, "output is no longer put on disk");
                 self.fanout.spill_failed();
@@ -275,13 +274,13 @@ impl Subscription {
 
     /// The next of what was read from disk.
     fn queued(&mut self, max: usize) -> Option<Piece> {
-        let first = self.queue.front_mut()?;
-        let cut = first.offset + max.max(1) as u64;
-        if first.end() <= cut {
-            return self.queue.pop_front();
+        let mut piece = self.queue.pop_front()?;
+        let cut = piece.offset + max.max(1) as u64;
+        if piece.end() > cut {
+            self.queue.push_front(piece.between(cut, u64::MAX));
+            piece = piece.between(piece.offset, cut);
         }
-        let piece = first.between(first.offset, cut);
-        *first = first.between(cut, u64::MAX);
+        self.journal.fanout.saw(self.id, piece.offset, piece.end());
         Some(piece)
     }
 
@@ -313,13 +312,21 @@ impl Subscription {
             tracing::warn!(%error, from, to, "output on disk cannot be read");
             Vec::new()
         });
-        // Dropped since the look, or broken: then all of it is told as lost.
-        let end = pieces.last().map_or(to, Piece::end);
+        // Dropped since the look, or broken: that part is told as lost.
+        let end = match (pieces.last(), disk) {
+            (Some(last), _) => last.end(),
+            (None, Some(disk)) => disk.next_after(from, to),
+            (None, None) => to,
+        };
         if !fanout.advance(self.id, end) {
             return None;
         }
         self.queue.extend(pieces);
-        if self.queue.is_empty() { Some(Event::Gap { from, to }) } else { None }
+        if !self.queue.is_empty() {
+            return None;
+        }
+        fanout.saw(self.id, from, end);
+        Some(Event::Gap { from, to: end })
     }
 }
 

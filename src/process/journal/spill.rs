@@ -65,15 +65,9 @@ impl Spill {
         self.segments.lock().back().map_or(0, |last| last.end)
     }
 
-    /// Puts adjacent pieces behind those that are there, and drops the oldest segments beyond the
-    /// capacity, as far as they lie before `droppable`. Returns the offset of the oldest byte. One
-    /// call at a time.
-    pub(super) async fn write(&self, pieces: Vec<Piece>, droppable: u64) -> io::Result<u64> {
-        let (Some(start), Some(end)) =
-            (pieces.first().map(|first| first.offset), pieces.last().map(Piece::end))
-        else {
-            return Ok(self.oldest());
-        };
+    /// Puts adjacent pieces behind those that are there. One call at a time.
+    pub(super) async fn write(&self, pieces: Vec<Piece>) -> io::Result<()> {
+        let Some(start) = pieces.first().map(|first| first.offset) else { return Ok(()) };
         let full = (self.capacity / SEGMENTS).clamp(1, MAX_SEGMENT);
         // A segment has no holes; what was dropped from memory leaves one.
         let fits = |last: &&Segment| last.size < full && last.end == start;
@@ -91,25 +85,42 @@ impl Spill {
             Ok::<_, io::Error>(segment)
         });
         let segment = written.await.map_err(io::Error::other)??;
-        debug_assert_eq!(segment.end, end, "pieces are adjacent");
-
         let mut segments = self.segments.lock();
         match segments.back_mut() {
             Some(last) if last.start == segment.start => *last = segment,
             _ => segments.push_back(segment),
         }
+        Ok(())
+    }
+
+    /// Drops the oldest segments beyond the capacity, as far as they lie before `droppable`. Returns
+    /// the offset of the oldest byte.
+    pub(super) fn trim(&self, droppable: u64) -> u64 {
+        let mut segments = self.segments.lock();
         let mut size: u64 = segments.iter().map(|segment| segment.size).sum();
+        let mut dropped = Vec::new();
         while size > self.capacity
             && segments.len() > 1
             && let Some(first) = segments.pop_front_if(|first| first.end <= droppable)
         {
             size -= first.size;
+            dropped.push(first);
         }
-        Ok(segments.front().map_or(end, |first| first.start))
+        let oldest = segments.front().map_or(0, |first| first.start);
+        drop(segments);
+        if !dropped.is_empty() {
+            // To close a file without a name is to free all of it.
+            self.disk.pool.run_later(move || drop(dropped));
+        }
+        oldest
     }
 
-    fn oldest(&self) -> u64 {
-        self.segments.lock().front().map_or(0, |first| first.start)
+    /// Where what is on disk goes on behind `from`, which is not there; `to` when it does not
+    /// before.
+    pub(super) fn next_after(&self, from: u64, to: u64) -> u64 {
+        let segments = self.segments.lock();
+        let next = segments.iter().map(|segment| segment.start).find(|start| *start > from);
+        next.map_or(to, |next| next.min(to))
     }
 
     /// The bytes from `from` and before `to`, some of them, as adjacent pieces; none when they are

@@ -31,7 +31,7 @@ fn on_disk(memory: usize, disk: u64) -> (Arc<Journal>, tempfile::TempDir) {
 }
 
 fn subscribe(journal: &Arc<Journal>) -> Subscription {
-    journal.subscribe(Attach::Now).unwrap()
+    journal.subscribe(Attach::Now, true).unwrap()
 }
 
 /// The next event, if it is there.
@@ -160,7 +160,7 @@ proptest! {
                     Step::SubscribeAt(part) => {
                         let seen = model.len() * usize::from(part) / 256;
                         let at = Attach::At(seen as u64);
-                        let subscription = journal.subscribe(at).unwrap();
+                        let subscription = journal.subscribe(at, true).unwrap();
                         readers.push(Reader { subscription, seen, may_gap: true });
                     }
                     Step::Take { reader, max } if reader < readers.len() => {
@@ -179,7 +179,7 @@ proptest! {
             let ending = ending();
             journal.end(ending.clone());
             let end = Ended { ending, offset: model.len() as u64 };
-            let late = journal.subscribe(Attach::At(0)).unwrap();
+            let late = journal.subscribe(Attach::At(0), true).unwrap();
             readers.push(Reader { subscription: late, seen: 0, may_gap: true });
             for mut reader in readers {
                 let (earliest, _) = journal.range();
@@ -265,7 +265,7 @@ async fn a_subscriber_that_takes_nothing_is_let_go_and_a_slow_one_is_not() {
     assert_eq!(dead.next().await, Some(Event::Detached));
     assert_eq!(dead.next().await, None);
     // It comes back and hears of the part that is gone.
-    let mut back = journal.subscribe(Attach::At(0)).unwrap();
+    let mut back = journal.subscribe(Attach::At(0), true).unwrap();
     let (earliest, _) = journal.range();
     assert_eq!(back.next().await, Some(Event::Gap { from: 0, to: earliest }));
     assert!(matches!(back.next().await, Some(Event::Output(piece)) if piece.offset == earliest));
@@ -301,7 +301,7 @@ async fn a_process_that_asks_for_it_waits_for_a_reader_until_it_has_exited() {
     };
     assert_eq!(fill().await, 1);
     assert_eq!(fill().await, 0, "nobody has read");
-    let mut reader = journal.subscribe(Attach::At(0)).unwrap();
+    let mut reader = journal.subscribe(Attach::At(0), true).unwrap();
     assert!(matches!(now(&mut reader).await, Some(Event::Output(_))));
     drop(reader);
     assert_eq!(fill().await, 1, "as much as was read");
@@ -315,7 +315,7 @@ async fn a_process_that_asks_for_it_waits_for_a_reader_until_it_has_exited() {
 async fn nobody_can_read_from_beyond_the_end() {
     let journal = journal(WINDOW);
     journal.append(Channel::Stdout, Bytes::from_static(b"abc")).await;
-    let error = journal.subscribe(Attach::At(4)).unwrap_err();
+    let error = journal.subscribe(Attach::At(4), true).unwrap_err();
     assert_eq!(error, Beyond { offset: 4, end: 3 });
     assert!(error.to_string().contains("offset 4"), "{error}");
 }
@@ -324,7 +324,7 @@ async fn nobody_can_read_from_beyond_the_end() {
 async fn what_background_children_write_later_can_be_read_by_offset() {
     let journal = journal(WINDOW);
     journal.append(Channel::Stdout, Bytes::from_static(b"before")).await;
-    let mut early = journal.subscribe(Attach::At(0)).unwrap();
+    let mut early = journal.subscribe(Attach::At(0), true).unwrap();
     journal.end(ending());
     journal.append(Channel::Stdout, Bytes::from_static(b" after")).await;
     let text = async |subscription: &mut Subscription| {
@@ -335,7 +335,7 @@ async fn what_background_children_write_later_can_be_read_by_offset() {
         String::from_utf8(text).unwrap()
     };
     assert_eq!(text(&mut early).await, "before");
-    let mut late = journal.subscribe(Attach::At(0)).unwrap();
+    let mut late = journal.subscribe(Attach::At(0), true).unwrap();
     assert_eq!(text(&mut late).await, "before after");
     let mut now = subscribe(&journal);
     assert_eq!(text(&mut now).await, "");
@@ -357,7 +357,7 @@ async fn what_is_put_on_disk_is_read_back_to_the_byte_and_leaves_no_file() {
     assert!(journal.cost() <= 64 * 1024);
     assert_eq!(journal.range(), (0, model.len() as u64));
     for begin in [0, 1, 100_000, model.len() - 10] {
-        let subscription = journal.subscribe(Attach::At(begin as u64)).unwrap();
+        let subscription = journal.subscribe(Attach::At(begin as u64), true).unwrap();
         let mut reader = Reader { subscription, seen: begin, may_gap: false };
         while reader.seen < model.len() {
             let event = reader.subscription.next_within(10_000).await.unwrap();
@@ -384,7 +384,7 @@ async fn two_channels_at_once_lose_nothing_on_disk() {
             writer.await.unwrap();
         }
         journal.end(ending());
-        let mut reader = journal.subscribe(Attach::At(0)).unwrap();
+        let mut reader = journal.subscribe(Attach::At(0), true).unwrap();
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         while let Some(Event::Output(piece)) = reader.next().await {
             let to = if piece.channel == Channel::Stdout { &mut stdout } else { &mut stderr };
@@ -407,7 +407,7 @@ async fn a_disk_that_takes_nothing_costs_the_oldest_bytes_only() {
     for _ in 0..10 {
         journal.append(Channel::Stdout, chunk.clone()).await;
     }
-    let mut reader = journal.subscribe(Attach::At(0)).unwrap();
+    let mut reader = journal.subscribe(Attach::At(0), true).unwrap();
     assert!(matches!(reader.next().await, Some(Event::Gap { from: 0, .. })));
     assert!(matches!(reader.next().await, Some(Event::Output(_))));
 }
@@ -419,4 +419,61 @@ async fn there_is_a_bound_on_subscriptions() {
     assert_eq!(subscribe(&journal).next().await, Some(Event::Detached));
     drop(all);
     assert_eq!(now(&mut subscribe(&journal)).await, None);
+}
+
+#[tokio::test]
+async fn what_was_skipped_or_only_looked_at_is_still_unread() {
+    let bounds = Bounds { block: true, ..bounds(64 * 1024) };
+    let journal = bounded(bounds, STALL_LIMIT);
+    let chunk = Bytes::from(vec![7; 16 * 1024]);
+    journal.append(Channel::Stdout, chunk.clone()).await;
+    // One begins now, one looks at everything; neither has read the first chunk for good.
+    let mut now = subscribe(&journal);
+    let mut looker = journal.subscribe(Attach::At(0), false).unwrap();
+    journal.append(Channel::Stdout, chunk.clone()).await;
+    assert!(matches!(now.next().await, Some(Event::Output(_))));
+    for _ in 0..2 {
+        assert!(matches!(looker.next_within(16 * 1024).await, Some(Event::Output(_))));
+    }
+    drop((now, looker));
+    while append_now(&journal, Channel::Stdout, &chunk).await {}
+    let mut reader = journal.subscribe(Attach::At(0), true).unwrap();
+    assert!(matches!(reader.next().await, Some(Event::Output(piece)) if piece.offset == 0));
+}
+
+#[tokio::test]
+async fn a_hole_before_the_disk_stays_a_hole() {
+    let (journal, _dir) = on_disk(64 * 1024, 16 * 1024 * 1024);
+    let chunk = Bytes::from(vec![7; 32 * 1024]);
+    let append = async |times: usize| {
+        for _ in 0..times {
+            journal.append(Channel::Stdout, chunk.clone()).await;
+        }
+    };
+    append(10).await;
+    journal.shrink();
+    append(20).await;
+    let (earliest, end) = journal.range();
+    let mut reader = journal.subscribe(Attach::At(0), true).unwrap();
+    assert_eq!(reader.next().await, Some(Event::Gap { from: 0, to: earliest }));
+    let mut at = earliest;
+    while at < end {
+        let Some(Event::Output(piece)) = reader.next().await else { panic!("at {at} of {end}") };
+        assert_eq!(piece.offset, at);
+        at = piece.end();
+    }
+    assert!(end - earliest >= 20 * 32 * 1024, "only what shrink dropped, and what was before it");
+}
+
+#[tokio::test]
+async fn a_journal_on_disk_is_lean_in_memory_when_there_is_too_much_in_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Disk { dir: dir.path().to_owned(), pool: Pool::new("test", 1, 1) };
+    let bounds = Bounds { memory: WINDOW, disk: 16 * 1024 * 1024, block: false };
+    let journal = Journal::new(bounds, STALL_LIMIT, Pressure::new(0), Some(place));
+    for _ in 0..100 {
+        journal.append(Channel::Stdout, vec![7; 32 * 1024].into()).await;
+    }
+    assert!(journal.cost() <= LEAN_WINDOW, "{}", journal.cost());
+    assert_eq!(journal.range(), (0, 100 * 32 * 1024));
 }

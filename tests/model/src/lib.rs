@@ -128,14 +128,15 @@ mod tests {
             let journal = journal(false);
             let whole = spawn(read(
                 Arc::clone(&journal),
-                journal.attach(Attach::At(0)).unwrap(),
+                journal.attach(Attach::At(0), true).unwrap(),
                 usize::MAX,
             ));
-            let leaver = spawn(read(Arc::clone(&journal), journal.attach(Attach::Now).unwrap(), 2));
+            let leaver =
+                spawn(read(Arc::clone(&journal), journal.attach(Attach::Now, true).unwrap(), 2));
             let late = {
                 let journal = Arc::clone(&journal);
                 spawn(async move {
-                    let place = journal.attach(Attach::At(0)).unwrap();
+                    let place = journal.attach(Attach::At(0), true).unwrap();
                     read(journal, place, usize::MAX).await
                 })
             };
@@ -165,8 +166,8 @@ mod tests {
     fn whoever_takes_nothing_is_let_go_and_holds_nobody_up() {
         check(|now| {
             let journal = journal(false);
-            let (dead, _) = journal.attach(Attach::Now).unwrap();
-            let place = journal.attach(Attach::Now).unwrap();
+            let (dead, _) = journal.attach(Attach::Now, true).unwrap();
+            let place = journal.attach(Attach::Now, true).unwrap();
             let live = spawn(read(Arc::clone(&journal), place, usize::MAX));
             // No time at all: whoever is behind when there is no room has to go.
             let writer = spawn(write(Arc::clone(&journal), Channel::Stdout, now, Duration::ZERO));
@@ -199,7 +200,7 @@ mod tests {
             block_on(async {
                 let (mut at, mut all_seen) = (0, Vec::new());
                 loop {
-                    let place = journal.attach(Attach::At(at)).unwrap();
+                    let place = journal.attach(Attach::At(at), true).unwrap();
                     let seen = read(Arc::clone(&journal), place, 1).await;
                     assert_eq!(seen.gaps, 0);
                     at = seen.at;

@@ -132,11 +132,12 @@ impl<E: Clone> Fanout<E> {
         Self { state: Mutex::new(State::new(bounds)), pressure }
     }
 
-    /// Attaches a reader; its id and the offset where it begins.
+    /// Attaches a reader; its id and the offset where it begins. What one that does not count has
+    /// been given is still unread for [`Bounds::block`].
     ///
     /// # Errors
     /// [`Beyond`]: nobody knows what an offset to come will hold.
-    pub fn attach(&self, at: Attach) -> Result<(u64, u64), Beyond> {
+    pub fn attach(&self, at: Attach, counts: bool) -> Result<(u64, u64), Beyond> {
         let mut state = self.state.lock();
         let end = state.log.end();
         let cursor = match at {
@@ -154,7 +155,7 @@ impl<E: Clone> Fanout<E> {
         let id = state.next_reader;
         state.next_reader += 1;
         let detached = state.readers.len() >= MAX_READERS;
-        let reader = Reader { cursor, limit, holding_since: None, detached, waker: None };
+        let reader = Reader { cursor, counts, limit, holding_since: None, detached, waker: None };
         state.readers.insert(id, reader);
         Ok((id, cursor))
     }
@@ -182,7 +183,7 @@ impl<E: Clone> Fanout<E> {
         Some(taken)
     }
 
-    /// Moves a reader over what it has read from disk. False when it was let go meanwhile.
+    /// Moves a reader over what it has found on disk. False when it was let go meanwhile.
     pub fn advance(&self, id: u64, to: u64) -> bool {
         let mut state = self.state.lock();
         let there = match state.readers.get_mut(&id) {
@@ -193,11 +194,19 @@ impl<E: Clone> Fanout<E> {
             }
             _ => false,
         };
-        state.seen = state.seen.max(to);
         let woken = state.writers();
         drop(state);
         wake(woken);
         there
+    }
+
+    /// A reader has been given what it has found on disk.
+    pub fn saw(&self, id: u64, from: u64, to: u64) {
+        let mut state = self.state.lock();
+        state.saw(id, from, to);
+        let woken = state.writers();
+        drop(state);
+        wake(woken);
     }
 
     /// Appends, if there is room. `now` and `stall` decide which readers have held it up for too
@@ -219,11 +228,15 @@ impl<E: Clone> Fanout<E> {
         appended
     }
 
-    /// The log before `to` is on disk, where the oldest byte is that at `oldest`.
-    pub fn spilled(&self, to: u64, oldest: u64) {
+    /// The log before `to` is on disk. `trim` is told before which offset nobody needs anything
+    /// there, may drop from it, and says where the oldest byte is then; the lock is held meanwhile,
+    /// so that no reader is attached to what goes.
+    pub fn spilled(&self, to: u64, trim: impl FnOnce(u64) -> u64) {
         let mut state = self.state.lock();
-        // What a failure left between disk and log is gone, and so is what lies before it.
-        let from = if state.disk.1 >= state.log.start() { oldest } else { state.log.start() };
+        let oldest = trim(state.needed());
+        // What a failure or `shrink` left between disk and log is gone, and so is what lies before.
+        let (from, behind) = state.disk;
+        let from = if behind >= state.log.start() { from } else { state.log.start() };
         state.disk = (from.max(oldest), to);
         // A chunk of which a part is on disk stays until the rest is there too.
         while state.log.first_end().is_some_and(|end| end <= to) {
@@ -239,11 +252,6 @@ impl<E: Clone> Fanout<E> {
         let woken = state.writers();
         drop(state);
         wake(woken);
-    }
-
-    /// The offset before which nobody needs what is on disk.
-    pub fn droppable_before(&self) -> u64 {
-        self.state.lock().needed()
     }
 
     /// From now on output is dropped rather than waited with, where only [`Bounds::block`] asks

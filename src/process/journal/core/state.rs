@@ -20,7 +20,7 @@ pub(super) struct State<E> {
     pub(super) disk: (u64, u64),
     /// Whether more goes to disk.
     pub(super) spills: bool,
-    /// How far any reader has come.
+    /// How far the output has been read without a hole.
     pub(super) seen: u64,
     pub(super) readers: BTreeMap<u64, Reader>,
     pub(super) next_reader: u64,
@@ -35,6 +35,8 @@ pub(super) struct State<E> {
 #[derive(Debug)]
 pub(super) struct Reader {
     pub(super) cursor: u64,
+    /// Whether what it has been given counts as read.
+    pub(super) counts: bool,
     /// Where its output ends, once that is known.
     pub(super) limit: Option<u64>,
     /// Since when it has held up an append without taking anything.
@@ -98,7 +100,7 @@ impl<E: Clone> State<E> {
             }
             return (Append::Full(full), woken);
         }
-        if self.spills && self.log.cost().saturating_add(added) > self.bounds.memory {
+        if self.spills && self.log.cost().saturating_add(added) > self.window(high) {
             let batch = self.oldest();
             if !batch.is_empty() {
                 return (Append::Spill(batch), woken);
@@ -134,9 +136,23 @@ impl<E: Clone> State<E> {
             return;
         }
         let needed = self.needed();
-        let window = if high { self.bounds.memory.min(LEAN_WINDOW) } else { self.bounds.memory };
+        let window = self.window(high);
         while self.log.cost() > window && self.log.first_end().is_some_and(|end| end <= needed) {
             self.log.drop_first();
+        }
+    }
+
+    /// What is kept in memory of what nobody waits for.
+    fn window(&self, high: bool) -> usize {
+        if high { self.bounds.memory.min(LEAN_WINDOW) } else { self.bounds.memory }
+    }
+
+    /// A reader has been given output. What lies between the part that was read before and this is
+    /// still unread.
+    pub(super) fn saw(&mut self, id: u64, from: u64, to: u64) {
+        let counts = self.readers.get(&id).is_some_and(|reader| reader.counts);
+        if counts && from <= self.seen {
+            self.seen = self.seen.max(to);
         }
     }
 
@@ -176,11 +192,13 @@ impl<E: Clone> State<E> {
             let next = if from < on_disk && on_disk < behind { on_disk } else { start };
             let to = next.min(limit);
             reader.cursor = to;
+            // What is gone needs no reader any more.
+            self.saw(id, from, to);
             return Some(Taken::Gap { from, to });
         }
         let piece = self.log.read(from, limit, max)?;
         reader.cursor = piece.end();
-        self.seen = self.seen.max(piece.end());
+        self.saw(id, piece.offset, piece.end());
         Some(Taken::Output(piece))
     }
 

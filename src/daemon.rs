@@ -231,12 +231,13 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
     let options = process::Options { nofile, ..config.processes.clone() };
+    let watches = Hub::new(Arc::clone(&users), Arc::clone(&files));
     let sandbox = Sandbox {
         processes: Manager::with(options, groups(config)),
-        watches: Hub::new(Arc::clone(&users), Arc::clone(&files)),
+        writers: Writers::beside(Arc::clone(&watches)),
+        watches,
         users,
         files,
-        writers: Writers::new(),
         uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
         access: Arc::new(access),

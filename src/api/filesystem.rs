@@ -10,19 +10,24 @@ use std::{
 };
 
 use futures_util::Stream;
-use tonic::{Request, Response, Status};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    files::{archive, change, read, write},
     identity,
     keepalive::{self, Source, Step},
     legacy::View,
     status,
 };
 use crate::{
+    blocking::Pool,
     fs::{
         FsError, dir,
         entry::{self, Entry, EntryKind},
         path,
+        transfer::Writers,
+        uploads::Uploads,
         watch::{WatchEvent, WatchKind, WatchOptions, Watcher},
     },
     guest::users::{User, Users},
@@ -31,27 +36,56 @@ use crate::{
     wire::metadata::ResponseMetadata,
 };
 
+/// The copies, archives and extractions at a time; others wait. Each holds a thread and up to
+/// [`MAX_LEVELS`](crate::fs::MAX_LEVELS) directories, a copy two of each.
+pub const MAX_TREES: usize = 4;
+
 /// The service.
 #[derive(Debug)]
 pub struct Files {
     sandbox: Arc<Sandbox>,
+    uploads: Arc<Uploads>,
+    trees: Arc<Semaphore>,
 }
 
 /// What a call needs besides its message.
-struct Call<T> {
-    user: Arc<User>,
+pub(super) struct Call<T> {
+    pub(super) user: Arc<User>,
     view: View,
     metadata: Option<ResponseMetadata>,
-    message: T,
+    pub(super) message: T,
 }
 
 impl Files {
     /// Serves a sandbox's files.
     pub fn new(sandbox: Arc<Sandbox>) -> Self {
-        Self { sandbox }
+        let (uploads, trees) = (Uploads::new(), Arc::new(Semaphore::new(MAX_TREES)));
+        Self { sandbox, uploads, trees }
     }
 
-    fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+    pub(super) fn pool(&self) -> &Arc<Pool> {
+        &self.sandbox.files
+    }
+
+    pub(super) fn uploads(&self) -> &Arc<Uploads> {
+        &self.uploads
+    }
+
+    pub(super) fn writers(&self) -> Arc<Writers> {
+        Arc::clone(&self.sandbox.writers)
+    }
+
+    pub(super) fn users(&self) -> Arc<Users> {
+        Arc::clone(&self.sandbox.users)
+    }
+
+    /// Waits until work on a whole tree may begin.
+    pub(super) async fn tree_slot(&self) -> Result<OwnedSemaphorePermit, Status> {
+        let slot = Arc::clone(&self.trees).acquire_owned().await;
+        slot.map_err(|_| Status::unavailable("the daemon ends"))
+    }
+
+    pub(super) fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
         Ok(Call {
             user: identity::caller(request.extensions(), &self.sandbox)?,
             view: View::of(&request),
@@ -60,18 +94,28 @@ impl Files {
         })
     }
 
-    fn resolve(&self, path: &str, user: &User) -> Result<PathBuf, Status> {
+    pub(super) fn resolve(&self, path: &str, user: &User) -> Result<PathBuf, Status> {
         path::resolve(path, user, self.sandbox.defaults.get().workdir.as_deref())
             .map_err(|error| status::of_files(&error))
     }
 
     /// Runs file work where it may block.
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
     ) -> Result<T, Status> {
         let users = Arc::clone(&self.sandbox.users);
         let done = self.sandbox.files.run(move || work(&users)).await;
+        done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
+    }
+
+    /// As [`Self::blocking`], for work that has begun: it is not refused because others wait.
+    pub(super) async fn blocking_step<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let users = Arc::clone(&self.sandbox.users);
+        let done = self.sandbox.files.run_next_step(move || work(&users)).await;
         done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
     }
 }
@@ -125,21 +169,23 @@ impl Filesystem for Files {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
         let (depth, view) = (call.message.depth, call.view);
+        let page = dir::Page::new(call.message.page_size, &call.message.page_token)
+            .map_err(|error| status::of_files(&error))?;
         // It closes with the daemon only.
         let slot = Arc::clone(&self.sandbox.listings).acquire_owned().await;
         let slot = slot.map_err(|_| Status::unavailable("the daemon ends"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let _left = SetOnDrop(Arc::clone(&stop));
-        let entries = self
+        let (entries, next_page_token) = self
             .blocking(move |users| {
                 // Held until the work has ended, which may be after its caller has left.
                 let _slot = slot;
-                let entries = dir::list(&path, depth, users, &stop)?;
-                Ok(entries.into_iter().map(|entry| view.entry(info(entry))).collect())
+                let (entries, next) = dir::list_page(&path, depth, users, &stop, &page)?;
+                Ok((entries.into_iter().map(|entry| view.entry(info(entry))).collect(), next))
             })
             .await?;
         call.view.announce(call.metadata.as_ref());
-        Ok(Response::new(pb::ListDirResponse { entries }))
+        Ok(Response::new(pb::ListDirResponse { entries, next_page_token }))
     }
 
     async fn remove(
@@ -227,10 +273,65 @@ impl Filesystem for Files {
         self.sandbox.watches.remove_polled(&id).map_err(|error| status::of_files(&error))?;
         Ok(Response::new(pb::RemoveWatcherResponse {}))
     }
+
+    // Our own.
+
+    type ReadStream = read::ReadStream;
+
+    async fn read(
+        &self,
+        request: Request<pb::ReadRequest>,
+    ) -> Result<Response<read::ReadStream>, Status> {
+        read::read(self, request).await
+    }
+
+    async fn write(
+        &self,
+        request: Request<Streaming<pb::WriteRequest>>,
+    ) -> Result<Response<pb::WriteResponse>, Status> {
+        write::write(self, request).await
+    }
+
+    async fn copy(
+        &self,
+        request: Request<pb::CopyRequest>,
+    ) -> Result<Response<pb::CopyResponse>, Status> {
+        change::copy(self, request).await
+    }
+
+    async fn set_attributes(
+        &self,
+        request: Request<pb::SetAttributesRequest>,
+    ) -> Result<Response<pb::SetAttributesResponse>, Status> {
+        change::set_attributes(self, request).await
+    }
+
+    async fn create_symlink(
+        &self,
+        request: Request<pb::CreateSymlinkRequest>,
+    ) -> Result<Response<pb::CreateSymlinkResponse>, Status> {
+        change::create_symlink(self, request).await
+    }
+
+    type ArchiveStream = archive::ArchiveStream;
+
+    async fn archive(
+        &self,
+        request: Request<pb::ArchiveRequest>,
+    ) -> Result<Response<archive::ArchiveStream>, Status> {
+        archive::archive(self, request).await
+    }
+
+    async fn extract(
+        &self,
+        request: Request<Streaming<pb::ExtractRequest>>,
+    ) -> Result<Response<pb::ExtractResponse>, Status> {
+        archive::extract(self, request).await
+    }
 }
 
 /// Tells work that nobody waits for it any more: a call's future is dropped when its client leaves.
-struct SetOnDrop(Arc<AtomicBool>);
+pub(super) struct SetOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for SetOnDrop {
     fn drop(&mut self) {
@@ -272,7 +373,7 @@ fn change(event: WatchEvent) -> pb::FilesystemEvent {
     pb::FilesystemEvent { name: event.name, r#type: kind.into(), entry: event.entry.map(info) }
 }
 
-fn info(entry: Entry) -> pb::EntryInfo {
+pub(super) fn info(entry: Entry) -> pb::EntryInfo {
     let kind = match entry.kind {
         EntryKind::File => pb::FileType::File,
         EntryKind::Directory => pb::FileType::Directory,

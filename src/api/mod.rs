@@ -1,6 +1,7 @@
 //! The RPC services: protobuf to domain and back. No logic of their own.
 
 mod events;
+mod files;
 pub mod filesystem;
 pub mod health;
 pub mod identity;

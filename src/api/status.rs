@@ -17,6 +17,10 @@ pub(super) fn of_files(error: &FsError) -> Status {
         Kind::FailedPrecondition => Code::FailedPrecondition,
         Kind::Internal => Code::Internal,
         Kind::NoSpace | Kind::ResourceExhausted => Code::ResourceExhausted,
+        Kind::PermissionDenied => Code::PermissionDenied,
+        Kind::OutOfRange => Code::OutOfRange,
+        Kind::DataLoss => Code::DataLoss,
+        Kind::Aborted => Code::Aborted,
     };
     Status::new(code, error.to_string())
 }

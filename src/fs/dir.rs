@@ -3,15 +3,20 @@
 use std::{
     ffi::OsString,
     fs, io,
-    os::unix::fs::MetadataExt,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use nix::errno::Errno;
 
 use super::{
     FsError, PathError, RenameError,
+    beneath::is_name,
     entry::{Entry, EntryKind, Owners, stat, stat_at},
     errno,
     path::{self, WalkError},
@@ -78,16 +83,67 @@ pub fn list(
     users: &Users,
     stop: &AtomicBool,
 ) -> Result<Vec<Entry>, FsError> {
-    list_at_most(path, depth, users, stop, MAX_LIST_ENTRIES)
+    Ok(list_page(path, depth, users, stop, &Page::all())?.0)
 }
 
-fn list_at_most(
+/// A part of a listing.
+#[derive(Debug, Clone)]
+pub struct Page {
+    /// The most entries.
+    size: usize,
+    /// What was listed last, from the top: one name a level. Empty at the beginning.
+    after: Vec<OsString>,
+    /// The most names that are held, of all directories on the way down.
+    names: usize,
+}
+
+impl Page {
+    /// The whole listing.
+    fn all() -> Self {
+        Self { size: usize::MAX, after: Vec::new(), names: MAX_LIST_ENTRIES }
+    }
+
+    /// The first page of `size` entries, or that behind `token`, which the page before gave. A size
+    /// of 0 means all that is left.
+    ///
+    /// # Errors
+    /// [`FsError::PageToken`], and [`FsError::BadField`] for a size above [`MAX_LIST_ENTRIES`].
+    pub fn new(size: u32, token: &str) -> Result<Self, FsError> {
+        let size = match usize::try_from(size).unwrap_or(usize::MAX) {
+            0 => usize::MAX,
+            size if size > MAX_LIST_ENTRIES => {
+                let why = format!("{size} is more than {MAX_LIST_ENTRIES}");
+                return Err(FsError::BadField { field: "page_size", why });
+            }
+            size => size,
+        };
+        let mut after = Vec::new();
+        if !token.is_empty() {
+            let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| FsError::PageToken)?;
+            for name in bytes.split(|byte| *byte == b'/') {
+                let name = OsString::from_vec(name.to_vec());
+                if !is_name(&name) || name.as_bytes().contains(&0) {
+                    return Err(FsError::PageToken);
+                }
+                after.push(name);
+            }
+        }
+        Ok(Self { size, after, ..Self::all() })
+    }
+}
+
+/// One page of a listing, and the token of the next; none when this is the last.
+///
+/// # Errors
+/// As [`list`].
+pub fn list_page(
     path: &Path,
     depth: u32,
     users: &Users,
     stop: &AtomicBool,
-    limit: usize,
-) -> Result<Vec<Entry>, FsError> {
+    page: &Page,
+) -> Result<(Vec<Entry>, String), FsError> {
+    let limit = page.names;
     let check = || match stop.load(Ordering::Relaxed) {
         true => Err(FsError::ListingAbandoned(path.to_owned())),
         false => Ok(()),
@@ -111,21 +167,48 @@ fn list_at_most(
     }
     // The directories that are being listed, each inside the one before it.
     let mut open = vec![(PathBuf::new(), first.into_iter())];
+    // Of the page before, the levels that are still to be gone down.
+    let mut after = page.after.iter();
+    let mut resume = after.next();
+    let mut last = PathBuf::new();
     while let Some((dir, rest)) = open.last_mut() {
         check()?;
         let Some(name) = rest.next() else {
             open.pop();
+            resume = None;
             continue;
         };
+        // Listed already; of what was listed last, what is in it is not.
+        let listed = match resume {
+            Some(last) if name < *last => continue,
+            Some(last) if name == *last => {
+                resume = after.next();
+                true
+            }
+            _ => {
+                resume = None;
+                false
+            }
+        };
+        if !listed && entries.len() >= page.size {
+            let token = URL_SAFE_NO_PAD.encode(last.as_os_str().as_bytes());
+            return Ok((entries, token));
+        }
         let relative = dir.join(name);
         let at = root.join(&relative);
         let entry = match stat_at(&at, &shown_root.join(&relative), &mut owners) {
             Ok(entry) => entry,
-            Err(FsError::FileNotFound(_)) => continue,
+            Err(FsError::FileNotFound(_)) => {
+                resume = None;
+                continue;
+            }
             Err(error) => return Err(error),
         };
         let enter = entry.kind == EntryKind::Directory && !entry.is_symlink && open.len() < depth;
-        entries.push(entry);
+        if !listed {
+            entries.push(entry);
+            last.clone_from(&relative);
+        }
         if enter {
             match names(&at, limit - read) {
                 Ok(found) => {
@@ -140,12 +223,18 @@ fn list_at_most(
                     if matches!(
                         errno::of(&error),
                         Errno::ENOENT | Errno::ENOTDIR | Errno::ESRCH
-                    ) => {}
+                    ) =>
+                {
+                    resume = None;
+                }
                 Err(error) => return Err(unreadable(&at, &error)),
             }
         }
+        if !enter {
+            resume = None;
+        }
     }
-    Ok(entries)
+    Ok((entries, String::new()))
 }
 
 fn resolve_root(path: &Path) -> Result<PathBuf, FsError> {
@@ -221,10 +310,50 @@ mod tests {
         assert_eq!(names.len(), 2001);
         assert!(names.is_sorted());
         assert_eq!(names.last().unwrap(), "\u{fffd}");
-        let users = Users::system();
-        assert_eq!(list_at_most(tmp.path(), 1, &users, &GO_ON, 2001).unwrap().len(), 2001);
-        let error = list_at_most(tmp.path(), 1, &users, &GO_ON, 2000).unwrap_err();
-        assert_eq!(error.kind(), Kind::ResourceExhausted);
+        let at_most = |names| {
+            let page = Page { names, ..Page::all() };
+            list_page(tmp.path(), 1, &Users::system(), &GO_ON, &page)
+        };
+        assert_eq!(at_most(2001).unwrap().0.len(), 2001);
+        assert_eq!(at_most(2000).unwrap_err().kind(), Kind::ResourceExhausted);
+    }
+
+    #[test]
+    fn pages_are_the_listing() {
+        let tmp = tempfile::tempdir().unwrap();
+        for dir in ["a/b/c", "a/x", "b", "d/e"] {
+            fs::create_dir_all(tmp.path().join(dir)).unwrap();
+        }
+        for file in ["a/b.x", "a/b/y", "c", "d/e/f", "d/z"] {
+            fs::write(tmp.path().join(file), "").unwrap();
+        }
+        fs::write(tmp.path().join(OsStr::from_bytes(b"d/\xff")), "").unwrap();
+        for depth in 1..5 {
+            let whole = list(tmp.path(), depth, &Users::system(), &GO_ON).unwrap();
+            for size in 1..14 {
+                let (mut token, mut all) = (String::new(), Vec::new());
+                loop {
+                    let page = Page::new(size, &token).unwrap();
+                    let (entries, next) =
+                        list_page(tmp.path(), depth, &Users::system(), &GO_ON, &page).unwrap();
+                    assert!(entries.len() <= size as usize);
+                    all.extend(entries);
+                    token = next;
+                    if token.is_empty() {
+                        break;
+                    }
+                }
+                assert_eq!(all, whole, "{depth} {size}");
+            }
+        }
+        // What was listed last may be gone.
+        let page = Page::new(2, &URL_SAFE_NO_PAD.encode("a/b/gone")).unwrap();
+        let (entries, _) = list_page(tmp.path(), 9, &Users::system(), &GO_ON, &page).unwrap();
+        assert_eq!(entries.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(), ["y", "b.x"]);
+        for token in ["%", &URL_SAFE_NO_PAD.encode("../x"), &URL_SAFE_NO_PAD.encode("a//b")] {
+            assert!(matches!(Page::new(1, token), Err(FsError::PageToken)));
+        }
+        Page::new(1_000_001, "").unwrap_err();
     }
 
     #[test]

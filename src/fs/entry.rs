@@ -64,6 +64,15 @@ pub fn stat(path: &Path, users: &Users) -> Result<Entry, FsError> {
     stat_at(path, path, &mut Owners::new(users))
 }
 
+/// What is told about what `path` leads to, under that path: never of a link.
+///
+/// # Errors
+/// As [`stat`].
+pub fn stat_behind(path: &Path, users: &Users) -> Result<Entry, FsError> {
+    let real = path::eval_symlinks(path).unwrap_or_else(|_| path.to_owned());
+    stat_at(&real, path, &mut Owners::new(users))
+}
+
 /// The file at `at`, told as `shown`.
 pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Result<Entry, FsError> {
     let meta = fs::symlink_metadata(at).map_err(|error| {

@@ -7,27 +7,12 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::errno;
+use super::{compose::ComposeError, errno};
 use crate::{blocking::Busy, quote};
 
-/// What the two API layers need to know of an error: they map it to a gRPC code or HTTP status.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// The request cannot be right.
-    InvalidArgument,
-    /// What the request names does not exist.
-    NotFound,
-    /// What the request would make exists.
-    AlreadyExists,
-    /// The state of the file system does not allow it.
-    FailedPrecondition,
-    /// The kernel refused.
-    Internal,
-    /// No room on the disk (HTTP 507).
-    NoSpace,
-    /// A bound of this daemon was reached.
-    ResourceExhausted,
-}
+mod kind;
+
+pub use kind::Kind;
 
 /// A failed system call on a path, printed as Go prints it: `lstat /x: no such file or directory`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +30,8 @@ impl PathError {
         Self { op, path: path.to_owned(), errno }
     }
 
-    pub(super) fn io(op: &'static str, path: &Path, error: &io::Error) -> Self {
+    /// From an error of the standard library.
+    pub fn io(op: &'static str, path: &Path, error: &io::Error) -> Self {
         Self::new(op, path, errno::of(error))
     }
 }
@@ -159,9 +145,115 @@ pub enum FsError {
     /// The root directory is not removed.
     #[error("error removing file or directory: {}: refusing to remove the root directory", quote::path(.0))]
     RemoveRoot(PathBuf),
+    /// A mount is not removed: everything in it would be, and then itself could not.
+    #[error("error removing file or directory: {}: refusing to remove a mount point", quote::path(.0))]
+    RemoveMount(PathBuf),
     /// The removal failed.
     #[error("error removing file or directory: {0}")]
     Remove(PathError),
+    /// What to go on with was not given by a listing.
+    #[error("page_token: this listing gave no such token")]
+    PageToken,
+
+    /// A call of our own failed.
+    #[error("error {doing}: {error}")]
+    Doing {
+        /// What was being done.
+        doing: &'static str,
+        /// The call that failed.
+        error: PathError,
+    },
+    /// What is to be made exists.
+    #[error("path already exists: {}", quote::path(.0))]
+    Exists(PathBuf),
+    /// The file is not in the state that the caller knows.
+    #[error("path '{}' is not as if_match says: {now}", quote::path(.path))]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        now: String,
+    },
+    /// Neither a user nor a group of this name, nor a number.
+    #[error("{field}: unknown {field} '{}'", quote::text(.name))]
+    UnknownOwner {
+        /// The field of the request.
+        field: &'static str,
+        /// Its value.
+        name: String,
+    },
+    /// A field of a request that cannot be right.
+    #[error("{field}: {why}")]
+    BadField {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A tree has more levels than this daemon descends.
+    #[error("{}: more than {limit} levels of directories", quote::path(.path))]
+    TooDeep {
+        /// The directory that was too deep.
+        path: PathBuf,
+        /// The bound.
+        limit: usize,
+    },
+    /// A device or socket cannot be copied or unpacked.
+    #[error("{}: a device or socket; only copied with `preserve`", quote::path(.0))]
+    Special(PathBuf),
+    /// Nobody waits for the work any more.
+    #[error("{}: the caller has left", quote::path(.0))]
+    Abandoned(PathBuf),
+    /// A directory cannot be copied into itself.
+    #[error("cannot copy {} into itself, {}", quote::path(.0), quote::path(.1))]
+    IntoItself(PathBuf, PathBuf),
+
+    /// A part of an upload lies behind what has come.
+    #[error("chunk.offset: {offset} is beyond the {received} bytes that have come")]
+    Gap {
+        /// The place of the part.
+        offset: u64,
+        /// The bytes that have come.
+        received: u64,
+    },
+    /// An upload does not have the announced size.
+    #[error("commit.size: {received} bytes have come, not {expected}")]
+    WrongSize {
+        /// As announced.
+        expected: u64,
+        /// As it is.
+        received: u64,
+    },
+    /// An upload does not have the announced checksum.
+    #[error("commit.sha256: what has come has another: {0}")]
+    WrongChecksum(String),
+    /// The upload is in use.
+    #[error("upload_id: upload '{0}' is under way in another call")]
+    UploadInUse(String),
+    /// The upload is another one's.
+    #[error("upload_id: upload '{0}' is of another path or user")]
+    UploadOfAnother(String),
+    /// As many uploads as this daemon keeps.
+    #[error("upload_id: {0} uploads are kept already; commit or continue one of them")]
+    TooManyUploads(usize),
+
+    /// An entry of an archive would lie outside of where it is unpacked.
+    #[error("error extracting: entry '{}' leads out of the target", quote::path(.0))]
+    Escapes(PathBuf),
+    /// What was sent is no archive.
+    #[error("error extracting: {0}")]
+    BadArchive(String),
+    /// An archive could not be sent.
+    #[error("error archiving {}: {why}", quote::path(.path))]
+    Archive {
+        /// The file that was being archived.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The sources of a composed file and the file itself; the words are upstream's.
+    #[error("{0}")]
+    Compose(ComposeError),
 
     /// There is no such file to read.
     #[error("path '{}' does not exist", quote::path(.0))]
@@ -266,59 +358,4 @@ pub enum FsError {
 
 fn attempted(bytes: Option<u64>) -> String {
     bytes.map_or_else(String::new, |n| format!("attempted to write {n} bytes: "))
-}
-
-impl FsError {
-    /// The class of the error.
-    pub fn kind(&self) -> Kind {
-        match self {
-            Self::ExpandHome(_)
-            | Self::NulByte(_)
-            | Self::PathTooLong(_)
-            | Self::ExistsAsFile(_)
-            | Self::NotADirectory(_)
-            | Self::RemoveRoot(_)
-            | Self::ReadOfDirectory(_)
-            | Self::NotRegular(_)
-            | Self::WriteOfDirectory(_)
-            | Self::InvalidMetadata(_)
-            | Self::WatchNotDirectory(_)
-            | Self::WatchNetwork(_) => Kind::InvalidArgument,
-            Self::FileNotFound(_)
-            | Self::SourceNotFound(_)
-            | Self::PathNotFound(_)
-            | Self::NotThere(_)
-            | Self::WatchNotFound { .. }
-            | Self::WatcherNotFound(_) => Kind::NotFound,
-            Self::DirectoryExists(_) => Kind::AlreadyExists,
-            Self::SymlinkLoop(_) => Kind::FailedPrecondition,
-            Self::NoInodes(_) | Self::NoSpace(_) | Self::NoSpaceForMetadata(_) => Kind::NoSpace,
-            Self::TooManyEntries { .. }
-            | Self::TooManyDirectories { .. }
-            | Self::Blocking(Busy::Full(_) | Busy::NoThread(_))
-            | Self::TooManyWatchers(_) => Kind::ResourceExhausted,
-            Self::PathIsFile(_)
-            | Self::StatDirectory(_)
-            | Self::CreateDirectory(_)
-            | Self::ChownDirectory(_)
-            | Self::EnsureDirectories(_)
-            | Self::FileInfo(_)
-            | Self::Rename(_)
-            | Self::ResolveSymlink(_)
-            | Self::ReadDirectory { .. }
-            | Self::ListingAbandoned(_)
-            | Self::Blocking(Busy::Panicked)
-            | Self::Remove(_)
-            | Self::CheckPath { .. }
-            | Self::OpenForReading { .. }
-            | Self::ChangeOwner(_)
-            | Self::OpenForWriting(_)
-            | Self::WriteFile(_)
-            | Self::WriteMetadata(_)
-            | Self::WatchStat { .. }
-            | Self::WatchMount(_)
-            | Self::WatchStart(_)
-            | Self::WatchAdd { .. } => Kind::Internal,
-        }
-    }
 }

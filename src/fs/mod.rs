@@ -9,17 +9,32 @@
 //! * [`path`]: from a client's path to an absolute one, and the directories above it.
 //! * [`entry`]: what is told about one file; [`metadata`]: the attributes clients attach to it.
 //! * [`dir`]: make, move, list, remove.
-//! * [`transfer`]: reading and writing whole files.
+//! * [`read`]: reading files; [`transfer`]: writing whole ones.
 //! * [`watch`]: what changes below a directory.
 
+pub mod archive;
+pub mod attributes;
+mod beneath;
+pub mod compose;
+pub mod copy;
 pub mod dir;
 pub mod entry;
 pub mod errno;
 mod error;
 pub mod metadata;
 pub mod path;
+pub mod read;
 mod remove;
+pub mod staged;
 pub mod transfer;
+mod tree;
+mod unnamed;
+pub mod uploads;
 pub mod watch;
 
+pub use tree::{MAX_LEVELS, MAX_NAMES};
+
 pub use error::{FsError, Kind, PathError, RenameError};
+
+/// Opening a FIFO must not wait for its other end, and a terminal must not become ours.
+const CAREFULLY: i32 = libc::O_NONBLOCK | libc::O_NOCTTY;

@@ -94,7 +94,7 @@ pub(super) fn dir_of(path: &Path) -> PathBuf {
 }
 
 /// Go's base name: the last part, without trailing slashes; `/` for the root.
-pub(super) fn base_name(path: &Path) -> &OsStr {
+pub fn base_name(path: &Path) -> &OsStr {
     let whole = without_trailing_slashes(path).as_os_str().as_bytes();
     let start = whole.iter().rposition(|&b| b == b'/').map_or(0, |slash| slash + 1);
     match whole.get(start..) {

@@ -18,7 +18,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open, openat, renameat},
+    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, renameat},
     sys::stat::Mode,
     unistd::{UnlinkatFlags, unlinkat},
 };
@@ -27,6 +27,7 @@ use super::{
     FsError, PathError, errno,
     path::{base_name, dir_of, without_trailing_slashes},
 };
+use crate::sys::mounts;
 
 /// The directories that one removal holds open.
 pub const MAX_OPEN_LEVELS: usize = 64;
@@ -38,7 +39,7 @@ const MOVED_UP: &str = ".envd-remove-";
 /// Removes a file, a link or a whole directory; what does not exist is as good as removed.
 ///
 /// # Errors
-/// [`FsError::RemoveRoot`], or [`FsError::Remove`] with the first call that failed.
+/// [`FsError::RemoveRoot`], [`FsError::RemoveMount`], or [`FsError::Remove`] with the first call that failed.
 pub fn remove(path: &Path) -> Result<(), FsError> {
     let invalid = || FsError::Remove(PathError::new("RemoveAll", path, Errno::EINVAL));
     let target = without_trailing_slashes(path);
@@ -54,6 +55,10 @@ pub fn remove(path: &Path) -> Result<(), FsError> {
         }
         // `x/.` and `x/..` cannot be removed, and nothing inside them shall be before that is found.
         Ok(_) if matches!(base_name(target).as_bytes(), b"." | b"..") => return Err(invalid()),
+        // Before anything in it is gone. What cannot be told is left to the kernel.
+        Ok(_) if mounts::is_mount_point(target).unwrap_or(false) => {
+            return Err(FsError::RemoveMount(path.to_owned()));
+        }
         Ok(meta) if meta.is_dir() && !Path::new("/proc/self/fd").exists() => {
             let removed = fs::remove_dir_all(target);
             return removed.map_err(|e| FsError::Remove(PathError::io("unlinkat", path, &e)));
@@ -120,8 +125,7 @@ fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError
                 .map_err(|e| failed("renameat", path, &levels, Some(&name), e))?;
             continue;
         }
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match openat(&level.fd, name.as_os_str(), flags, Mode::empty()) {
+        match enter(&level.fd, &name) {
             Ok(fd) => levels.push(Level { fd, name, names: Vec::new() }),
             Err(Errno::ENOENT) => {}
             // It was no directory after all: its removal was refused.
@@ -130,6 +134,22 @@ fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError
             }
             Err(e) => return Err(failed("openat", path, &levels, Some(&name), e)),
         }
+    }
+}
+
+/// Opens a directory to remove what is in it, but none that is a mount: `EBUSY`, as for the mount
+/// itself, and before it is emptied.
+fn enter(dir: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let resolve = ResolveFlag::RESOLVE_NO_XDEV | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    match openat2(dir, name, OpenHow::new().flags(flags).resolve(resolve)) {
+        Err(Errno::EXDEV) => Err(Errno::EBUSY),
+        // As openat(2) says it.
+        Err(Errno::ELOOP) => Err(Errno::ENOTDIR),
+        Err(Errno::ENOSYS | Errno::EPERM | Errno::EAGAIN) => {
+            openat(dir, name, flags, Mode::empty())
+        }
+        other => other,
     }
 }
 

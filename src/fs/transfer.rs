@@ -1,4 +1,4 @@
-//! Whole files in and out.
+//! Whole files in.
 //!
 //! A client that goes away must not leave half a file, and must not have destroyed the old one:
 //!
@@ -6,9 +6,12 @@
 //!   assert what a watcher sees of that: CREATE, CHMOD, WRITE. It is unlinked again when the
 //!   upload is abandoned.
 //! * An **existing** file is not touched before the whole body is here; the body waits in memory,
-//!   and beyond [`MAX_BODY_IN_MEMORY`] in a file without a name. Then it is copied into the same
-//!   inode, so that mode, hard links, links to it and open descriptors stay as they are. Whether
-//!   there is room for it is looked at before anything is lost.
+//!   and beyond [`MAX_BODY_IN_MEMORY`] in a file without a name. Then that becomes a file with the
+//!   old one's mode and attributes and is renamed over it, so that whoever reads has the old content
+//!   or the new, whole. Where that would not be the same thing, the body is copied into the old
+//!   file: when it has other names (hard links), is a mount point, is being written by others too,
+//!   or lies in a directory that a client watches, to whom E2B's daemon tells a WRITE. Whether there
+//!   is room for it is looked at before anything is lost.
 //!
 //! Several uploads may write one file at a time. Their contents never mix: whoever finishes last
 //! has their whole content there. [`Writers`] knows the files that are being written:
@@ -23,7 +26,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Seek, Write},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -31,10 +34,14 @@ use std::{
 use nix::{errno::Errno, sys::statvfs::fstatvfs};
 use parking_lot::Mutex;
 
-use super::{FsError, PathError, errno, metadata, path};
+use super::{
+    CAREFULLY, FsError, PathError, errno, metadata, path,
+    staged::{self, sync_dir},
+};
 use crate::guest::users::User;
 
 mod body;
+mod exchange;
 mod writers;
 
 pub use super::metadata::{set_metadata, validate_metadata};
@@ -42,45 +49,6 @@ pub use body::MAX_BODY_IN_MEMORY;
 use body::{Body, append, copy_of};
 pub use writers::Writers;
 use writers::{Live, Membership, leads_to};
-
-/// Opening a FIFO must not wait for its other end, and a terminal must not become ours.
-const CAREFULLY: i32 = libc::O_NONBLOCK | libc::O_NOCTTY;
-
-/// Opens a regular file for reading.
-///
-/// # Errors
-/// [`FsError::NotThere`], [`FsError::ReadOfDirectory`], [`FsError::NotRegular`] for devices, FIFOs
-/// and sockets, or the call that failed.
-pub fn open_read(path: &Path) -> Result<(File, Metadata), FsError> {
-    // Before it is opened: opening a device can do things.
-    let meta = fs::metadata(path).map_err(|error| {
-        let error = PathError::io("stat", path, &error);
-        match error.errno {
-            Errno::ENOENT => FsError::NotThere(path.to_owned()),
-            _ => FsError::CheckPath { error },
-        }
-    })?;
-    readable(path, &meta)?;
-    let failed = |error: io::Error| match errno::of(&error) {
-        Errno::ENOENT => FsError::NotThere(path.to_owned()),
-        _ => FsError::OpenForReading { error: PathError::io("open", path, &error) },
-    };
-    let file = OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path).map_err(failed)?;
-    let meta = file.metadata().map_err(failed)?;
-    // Again: it may be another file by now.
-    readable(path, &meta)?;
-    Ok((file, meta))
-}
-
-fn readable(path: &Path, meta: &Metadata) -> Result<(), FsError> {
-    if meta.is_dir() {
-        Err(FsError::ReadOfDirectory(path.to_owned()))
-    } else if !meta.is_file() {
-        Err(FsError::NotRegular(path.to_owned()))
-    } else {
-        Ok(())
-    }
-}
 
 /// What is told of a file that was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,6 +70,7 @@ pub struct Writer {
     real: PathBuf,
     owner: (u32, u32),
     expected: Option<u64>,
+    fsync: bool,
     file: Arc<File>,
     sink: Sink,
     /// Behind what it counts, so that it is dropped after it.
@@ -137,8 +106,16 @@ impl Writer {
                 Ok(file) => {
                     let (file, sink) = new_file(writers, path, &real, file)?;
                     let path = path.to_owned();
-                    let writer =
-                        Self { path, real, owner, expected: None, file, sink, _live: live };
+                    let writer = Self {
+                        path,
+                        real,
+                        owner,
+                        expected: None,
+                        fsync: false,
+                        file,
+                        sink,
+                        _live: live,
+                    };
                     if matches!(writer.sink, Sink::New(_)) {
                         writer.change_owner()?;
                     }
@@ -156,6 +133,7 @@ impl Writer {
                             real,
                             owner,
                             expected: None,
+                            fsync: false,
                             file,
                             sink,
                             _live: live,
@@ -177,6 +155,11 @@ impl Writer {
     /// Tells how many bytes the client announced, for the message when they do not fit.
     pub fn expect_bytes(&mut self, bytes: u64) {
         self.expected = (bytes > 0).then_some(bytes);
+    }
+
+    /// Makes [`Self::finish`] wait until content and name are on the disk.
+    pub fn fsync(&mut self) {
+        self.fsync = true;
     }
 
     /// Takes the next bytes of the body.
@@ -226,10 +209,25 @@ impl Writer {
             shared.saved = Some(saved.map_err(|error| self.write_failed(&error))?);
             shared.creator = None;
         }
-        if let Some(body) = body {
-            self.replace_content(body)?;
+        let body = self.follow(body)?;
+        let replaced = match &body {
+            Some(body) if shared.as_ref().is_some_and(|shared| shared.writers == 1) => {
+                self.exchange(body, metadata)?
+            }
+            _ => false,
+        };
+        if !replaced {
+            if let Some(body) = body {
+                self.replace_content(body)?;
+            }
+            metadata::replace(&self.file, &self.path, metadata)?;
+            if self.fsync && !matches!(self.sink, Sink::Device) {
+                self.file.sync_all().map_err(|error| self.write_failed(&error))?;
+            }
         }
-        metadata::replace(&self.file, &self.path, metadata)?;
+        if self.fsync && matches!(self.sink, Sink::New(_) | Sink::Existing(..)) {
+            sync_dir(&self.real).map_err(|error| self.write_failed(&error))?;
+        }
         if let Some(shared) = shared.as_mut() {
             shared.finished = true;
             shared.fresh = None;
@@ -278,10 +276,7 @@ impl Writer {
     }
 
     fn change_owner(&self) -> Result<(), FsError> {
-        let (uid, gid) = self.owner;
-        fchown(&*self.file, Some(uid), Some(gid))
-            .or_else(|error| path::tolerate_own(error, uid, || self.file.metadata()))
-            .map_err(|error| FsError::ChangeOwner(PathError::io("chown", &self.path, &error)))
+        staged::change_owner(&self.file, &self.path, self.owner)
     }
 
     fn write_failed(&self, error: &io::Error) -> FsError {
@@ -379,7 +374,7 @@ fn open_failed(path: &Path, error: &io::Error) -> FsError {
 }
 
 /// The bytes that the file can grow to, with its old content gone; none where that is unknown.
-fn room_for(file: &File, old: &Metadata) -> Option<u64> {
+pub(super) fn room_for(file: &File, old: &Metadata) -> Option<u64> {
     let space = fstatvfs(file).ok().filter(|space| space.blocks() > 0)?;
     // The reserve of the file system is root's.
     let root = nix::unistd::geteuid().is_root();
@@ -397,6 +392,7 @@ mod tests {
         body::{spool, spool_unlinked},
         *,
     };
+    use crate::fs::read;
 
     fn user() -> User {
         let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
@@ -573,36 +569,14 @@ mod tests {
         assert!(slash.is_dir());
         let not_regular = format!("path '{shown}/fifo' is not a regular file");
         assert_eq!(put(&fifo, b"x").unwrap_err().to_string(), not_regular);
-        assert_eq!(open_read(&fifo).unwrap_err().to_string(), not_regular);
+        assert_eq!(read::open(&fifo).unwrap_err().to_string(), not_regular);
         put(Path::new("/dev/null"), b"x").unwrap();
-        assert!(matches!(open_read(Path::new("/dev/zero")), Err(FsError::NotRegular(_))));
 
         let error = put(&fifo.join("x"), b"").unwrap_err();
         assert_eq!(
             error.to_string(),
             format!("error ensuring directories: path is a file: {shown}/fifo")
         );
-    }
-
-    #[test]
-    fn read_errors_are_upstreams() {
-        let tmp = tempfile::tempdir().unwrap();
-        let shown = tmp.path().display();
-        fs::write(tmp.path().join("f"), "abc").unwrap();
-        assert_eq!(open_read(&tmp.path().join("f")).unwrap().1.len(), 3);
-        for (path, wanted) in [
-            ("no", format!("path '{shown}/no' does not exist")),
-            (".", format!("path '{shown}/.' is a directory")),
-            (
-                "f/x",
-                format!(
-                    "error checking if path exists '{shown}/f/x': stat {shown}/f/x: not a directory"
-                ),
-            ),
-        ] {
-            let path = PathBuf::from(format!("{shown}/{path}"));
-            assert_eq!(open_read(&path).unwrap_err().to_string(), wanted);
-        }
     }
 
     #[test]

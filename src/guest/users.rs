@@ -167,6 +167,12 @@ impl Users {
         known.unwrap_or_else(|| gid.to_string().into())
     }
 
+    /// The id of a group, by its name.
+    pub fn gid_of(&self, name: &str) -> Option<u32> {
+        let tables = self.tables();
+        tables.group_names.iter().find(|(_, known)| known.as_ref() == name).map(|(gid, _)| *gid)
+    }
+
     fn unlisted(&self) -> User {
         let gid = nix::unistd::getegid().as_raw();
         User {

@@ -12,10 +12,12 @@
 mod child;
 mod clone;
 pub mod errno;
+pub mod mounts;
 pub mod net;
 pub mod pidfd;
 pub mod pty;
 pub mod ready;
+pub mod reflink;
 pub mod signals;
 pub mod spawn;
 mod stack;

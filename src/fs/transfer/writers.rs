@@ -5,22 +5,25 @@ use std::{
     fs::{self, File, Metadata},
     io,
     os::unix::fs::MetadataExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::body::Body;
+use crate::fs::watch::Hub;
 
 /// Device and inode.
-pub(super) type Key = (u64, u64);
+pub(in crate::fs) type Key = (u64, u64);
 
 /// The files that are being written. It holds one entry a file, and that only while there is a
 /// [`Writer`] of it.
 #[derive(Debug, Default)]
 pub struct Writers {
     pub(super) state: Mutex<Known>,
+    /// Who may watch a file that is replaced; nobody in tests.
+    watches: Option<Arc<Hub>>,
 }
 
 #[derive(Debug, Default)]
@@ -33,7 +36,7 @@ pub(super) struct Known {
 /// What the writers of one file share. Its lock is held while the file is written, which may block:
 /// the lock of [`Writers`] is not.
 #[derive(Debug, Default)]
-pub(super) struct Shared {
+pub(in crate::fs) struct Shared {
     pub(super) writers: usize,
     /// Some have finished.
     pub(super) finished: bool,
@@ -51,12 +54,23 @@ impl Writers {
         Arc::default()
     }
 
+    /// As [`Self::new`], where `watches` has watchers to whom a file that is replaced by another
+    /// would not look as E2B's clients expect it.
+    pub fn beside(watches: Arc<Hub>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), watches: Some(watches) })
+    }
+
+    /// Whether changes in a directory are told to a client.
+    pub(super) fn is_watched(&self, dir: &Path) -> bool {
+        self.watches.as_ref().is_some_and(|watches| watches.covers(dir))
+    }
+
     /// How many files are being written.
     pub fn live(&self) -> usize {
         self.state.lock().live
     }
 
-    pub(super) fn join(self: &Arc<Self>, key: Key) -> Membership {
+    pub(in crate::fs) fn join(self: &Arc<Self>, key: Key) -> Membership {
         let shared = {
             let mut state = self.state.lock();
             let (members, shared) = state.files.entry(key).or_default();
@@ -88,10 +102,17 @@ impl Drop for Live {
 /// A writer's share in its file. Dropped, it unlinks a new file that nobody has finished, if it is
 /// the last.
 #[derive(Debug)]
-pub(super) struct Membership {
+pub(in crate::fs) struct Membership {
     pub(super) writers: Arc<Writers>,
-    key: Key,
+    pub(super) key: Key,
     pub(super) shared: Arc<Mutex<Shared>>,
+}
+
+impl Membership {
+    /// Keeps the others from the file, and waits for who has it.
+    pub(in crate::fs) fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock()
+    }
 }
 
 impl Drop for Membership {

@@ -9,6 +9,7 @@
 //! told; a recursive one tells a CREATE for everything in a directory that appears, once; nothing
 //! that happens in the file system ends it, only its owner does.
 
+mod covered;
 mod events;
 mod known;
 mod queue;
@@ -30,13 +31,14 @@ use nix::{errno::Errno, sys::statfs::statfs};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+use self::{
+    covered::{Cover, Covered},
+    queue::Queue,
+    thread::{Command, Shared},
+};
 pub use self::{
     events::MAX_EVENTS_AT_ONCE, known::MAX_KNOWN_NAMES, queue::MAX_QUEUED_EVENTS,
     tree::MAX_WATCHED_DIRS,
-};
-use self::{
-    queue::Queue,
-    thread::{Command, Shared},
 };
 use super::{FsError, PathError, entry::Entry};
 use crate::{blocking::Pool, guest::users::Users};
@@ -90,6 +92,7 @@ pub struct WatchEvent {
 #[derive(Debug)]
 pub struct Hub {
     shared: Arc<Shared>,
+    covered: Arc<Covered>,
     polled: Mutex<HashMap<String, Watcher>>,
     files: Arc<Pool>,
 }
@@ -100,6 +103,7 @@ pub struct Watcher {
     id: u64,
     shared: Arc<Shared>,
     queue: Arc<Queue>,
+    _cover: Cover,
 }
 
 impl Watcher {
@@ -118,7 +122,13 @@ impl Drop for Watcher {
 impl Hub {
     /// A hub without watchers: nothing runs yet. Paths are looked at on `files`.
     pub fn new(users: Arc<Users>, files: Arc<Pool>) -> Arc<Self> {
-        Arc::new(Self { shared: Arc::new(Shared::new(users)), polled: Mutex::default(), files })
+        let (shared, covered) = (Arc::new(Shared::new(users)), Arc::default());
+        Arc::new(Self { shared, covered, polled: Mutex::default(), files })
+    }
+
+    /// Whether a change in `dir` is told to a watcher. It may block.
+    pub fn covers(&self, dir: &Path) -> bool {
+        self.covered.has(dir)
     }
 
     /// Watches a directory. When this returns, the watch is set.
@@ -133,7 +143,9 @@ impl Hub {
         let queue = Arc::new(Queue::default());
         // Before the command is sent: if this future is dropped, the watch goes with it.
         let id = self.shared.next_id();
-        let watcher = Watcher { id, shared: Arc::clone(&self.shared), queue: Arc::clone(&queue) };
+        let cover = self.covered.add(id, &path, options.recursive);
+        let (shared, told) = (Arc::clone(&self.shared), Arc::clone(&queue));
+        let watcher = Watcher { id, shared, queue: told, _cover: cover };
         let (done, added) = oneshot::channel();
         self.shared.send_or_start(Command::Add { id, path, options, queue, done })?;
         match added.await {

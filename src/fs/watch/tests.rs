@@ -29,8 +29,8 @@ fn hub() -> Arc<Hub> {
     Hub::new(Arc::new(Users::system()), Pool::for_files())
 }
 
-fn upload(path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
-    let mut writer = Writer::create(&Writers::new(), path, &user()).unwrap();
+fn upload(hub: &Arc<Hub>, path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
+    let mut writer = Writer::create(&Writers::beside(Arc::clone(hub)), path, &user()).unwrap();
     writer.write(content).unwrap();
     writer.finish(metadata).unwrap();
 }
@@ -82,14 +82,14 @@ impl Fixture {
 async fn an_upload_is_told_as_clients_assert_it() {
     let f = Fixture::new(WatchOptions::default()).await;
     let none = BTreeMap::new();
-    upload(&f.path("root/new"), b"hello", &none);
+    upload(&f.hub, &f.path("root/new"), b"hello", &none);
     f.expect(&[(Create, "new"), (Chmod, "new"), (Write, "new")]).await;
-    upload(&f.path("root/new"), b"hello", &none);
+    upload(&f.hub, &f.path("root/new"), b"hello", &none);
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
     // A body that waits on the disk: its file without a name is not told.
-    upload(&f.path("root/new"), &vec![7; 3 << 20], &none);
+    upload(&f.hub, &f.path("root/new"), &vec![7; 3 << 20], &none);
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
-    upload(&f.path("root/new"), b"", &BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    upload(&f.hub, &f.path("root/new"), b"", &BTreeMap::from([("a".to_owned(), "b".to_owned())]));
     f.expect(&[(Chmod, "new"), (Write, "new"), (Chmod, "new")]).await;
     super::super::dir::make_dir(&f.path("root/d"), &user(), &Users::system()).unwrap();
     f.expect(&[(Create, "d"), (Chmod, "d")]).await;

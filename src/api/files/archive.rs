@@ -1,0 +1,194 @@
+//! `Archive` and `Extract`: trees as tar archives in streams of messages.
+//!
+//! tar is written and read by a thread of the pool that goes as fast as its client: a few messages
+//! lie between the two. [`MAX_TREES`](crate::api::filesystem::MAX_TREES) bounds the threads.
+
+use std::{
+    io::{self, Read, Write},
+    pin::{Pin, pin},
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{Stream, stream};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{next_message, no_start, second_start};
+use crate::{
+    api::{
+        filesystem::{Files, SetOnDrop},
+        status,
+    },
+    fs::{
+        FsError,
+        archive::{self, Compression},
+    },
+    proto::filesystem::{self as pb, extract_request::Event},
+};
+
+/// The bytes of one message of an archive.
+const CHUNK: usize = 128 << 10;
+/// The messages between a thread and its client.
+const MESSAGES: usize = 4;
+
+pub(in crate::api) type ArchiveStream =
+    Pin<Box<dyn Stream<Item = Result<pb::ArchiveResponse, Status>> + Send>>;
+
+pub(in crate::api) async fn archive(
+    files: &Files,
+    request: Request<pb::ArchiveRequest>,
+) -> Result<Response<ArchiveStream>, Status> {
+    let call = files.call(request)?;
+    let path = files.resolve(&call.message.path, &call.user)?;
+    let compression = compression(call.message.compression()).unwrap_or(Compression::None);
+    let slot = files.tree_slot().await?;
+    let (sender, mut chunks) = mpsc::channel(MESSAGES);
+    let stop = Arc::new(AtomicBool::new(false));
+    let left = SetOnDrop(Arc::clone(&stop));
+    let users = files.users();
+    files.pool().run_later(move || {
+        let _slot = slot;
+        let mut out = Chunks { sender, held: BytesMut::new() };
+        let done = archive::archive(&path, compression, &users, &mut out, &stop);
+        let last = match done {
+            Ok(()) => Ok(None),
+            Err(error) => Err(status::of_files(&error)),
+        };
+        // Nobody is there who would miss it.
+        let _ = out.sender.blocking_send(last);
+    });
+    let first = chunks.recv().await.unwrap_or_else(broken)?;
+    let rest = stream::try_unfold((chunks, first, left), async |(mut chunks, now, left)| {
+        let Some(data) = now else { return Ok(None) };
+        let next = chunks.recv().await.unwrap_or_else(broken)?;
+        Ok(Some((pb::ArchiveResponse { data }, (chunks, next, left))))
+    });
+    Ok(Response::new(Box::pin(rest)))
+}
+
+/// The thread has ended without saying so.
+fn broken() -> Result<Option<Bytes>, Status> {
+    Err(Status::internal("the archive breaks off; the daemon's log says why"))
+}
+
+/// The compression that a request names; none where it names none.
+fn compression(compression: pb::Compression) -> Option<Compression> {
+    match compression {
+        pb::Compression::Unspecified => None,
+        pb::Compression::None => Some(Compression::None),
+        pb::Compression::Gzip => Some(Compression::Gzip),
+        pb::Compression::Zstd => Some(Compression::Zstd),
+    }
+}
+
+/// What a thread writes, for the client: data, then none at the end, or an error.
+struct Chunks {
+    sender: mpsc::Sender<Result<Option<Bytes>, Status>>,
+    held: BytesMut,
+}
+
+impl Chunks {
+    fn send(&mut self) -> io::Result<()> {
+        let chunk = self.held.split().freeze();
+        let sent = self.sender.blocking_send(Ok(Some(chunk)));
+        sent.map_err(|_| io::Error::other("the caller has left"))
+    }
+}
+
+impl Write for Chunks {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.get(..CHUNK - self.held.len()).unwrap_or(bytes);
+        self.held.extend_from_slice(taken);
+        if self.held.len() == CHUNK {
+            self.send()?;
+        }
+        Ok(taken.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.held.is_empty() { Ok(()) } else { self.send() }
+    }
+}
+
+pub(in crate::api) async fn extract(
+    files: &Files,
+    request: Request<Streaming<pb::ExtractRequest>>,
+) -> Result<Response<pb::ExtractResponse>, Status> {
+    let call = files.call(request)?;
+    let mut requests = call.message;
+    let Some(pb::ExtractRequest { event: Some(Event::Start(start)) }) =
+        next_message(&mut requests).await?
+    else {
+        return Err(no_start());
+    };
+    let path = files.resolve(&start.path, &call.user)?;
+    let compression = compression(start.compression());
+    let (user, preserve) = (call.user, start.preserve);
+    let slot = files.tree_slot().await?;
+    let (sender, chunks) = mpsc::channel(MESSAGES);
+    let mut work = pin!(files.pool().run(move || {
+        let _slot = slot;
+        let input = Input { chunks, now: Bytes::new(), ended: false };
+        archive::extract(&path, &user, input, compression, preserve)
+    }));
+    let done = tokio::select! {
+        biased;
+        done = &mut work => done,
+        fed = feed(&mut requests, &sender) => match fed {
+            // The thread sees that its input breaks off.
+            Err(status) => return Err(status),
+            Ok(()) => work.await,
+        },
+    };
+    let done = done.unwrap_or_else(|busy| Err(FsError::from(busy)));
+    let done = done.map_err(|error| status::of_files(&error))?;
+    Ok(Response::new(pb::ExtractResponse { entries: done.entries, bytes: done.bytes }))
+}
+
+/// Passes on what the client sends.
+async fn feed(
+    requests: &mut Streaming<pb::ExtractRequest>,
+    sender: &mpsc::Sender<Option<Bytes>>,
+) -> Result<(), Status> {
+    loop {
+        let chunk = match next_message(requests).await? {
+            None => None,
+            Some(pb::ExtractRequest { event: Some(Event::Data(data)) }) => Some(data),
+            Some(pb::ExtractRequest { event: Some(Event::Start(_)) }) => {
+                return Err(second_start());
+            }
+            Some(pb::ExtractRequest { event: None }) => {
+                let text = "event: a message has neither start nor data";
+                return Err(Status::invalid_argument(text));
+            }
+        };
+        let last = chunk.is_none();
+        // A thread that has ended says why by itself.
+        if sender.send(chunk).await.is_err() || last {
+            return Ok(());
+        }
+    }
+}
+
+/// What a client sends, for the thread.
+struct Input {
+    chunks: mpsc::Receiver<Option<Bytes>>,
+    now: Bytes,
+    ended: bool,
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.now.is_empty() && !self.ended {
+            match self.chunks.blocking_recv() {
+                Some(Some(chunk)) => self.now = chunk,
+                Some(None) => self.ended = true,
+                None => return Err(io::Error::other("the stream breaks off")),
+            }
+        }
+        let length = self.now.len().min(buffer.len());
+        self.now.copy_to_slice(buffer.get_mut(..length).unwrap_or_default());
+        Ok(length)
+    }
+}

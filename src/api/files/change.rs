@@ -1,0 +1,81 @@
+//! `Copy`, `SetAttributes`, `CreateSymlink`.
+
+use std::sync::{Arc, atomic::AtomicBool};
+
+use tonic::{Request, Response, Status};
+
+use crate::{
+    api::filesystem::{Files, SetOnDrop, info},
+    fs::{
+        attributes::{self, Attributes},
+        copy::{self, CopyOptions},
+        entry,
+    },
+    proto::filesystem as pb,
+};
+
+pub(in crate::api) async fn copy(
+    files: &Files,
+    request: Request<pb::CopyRequest>,
+) -> Result<Response<pb::CopyResponse>, Status> {
+    let call = files.call(request)?;
+    let source = files.resolve(&call.message.source, &call.user)?;
+    let destination = files.resolve(&call.message.destination, &call.user)?;
+    let options =
+        CopyOptions { preserve: call.message.preserve, create_only: call.message.create_only };
+    let slot = files.tree_slot().await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let _left = SetOnDrop(Arc::clone(&stop));
+    let user = call.user;
+    let (copied, entry) = files
+        .blocking(move |users| {
+            let _slot = slot;
+            let copied = copy::copy(&source, &destination, &user, options, &stop)?;
+            Ok((copied, entry::stat(&destination, users)?))
+        })
+        .await?;
+    let entry = Some(info(entry));
+    Ok(Response::new(pb::CopyResponse { entry, entries: copied.entries, bytes: copied.bytes }))
+}
+
+pub(in crate::api) async fn set_attributes(
+    files: &Files,
+    request: Request<pb::SetAttributesRequest>,
+) -> Result<Response<pb::SetAttributesResponse>, Status> {
+    let call = files.call(request)?;
+    let wanted = call.message;
+    let path = files.resolve(&wanted.path, &call.user)?;
+    let time = |time: Option<pbjson_types::Timestamp>| time.map(|time| (time.seconds, time.nanos));
+    let attributes = Attributes {
+        no_follow: wanted.no_follow,
+        mode: wanted.mode,
+        owner: wanted.owner,
+        group: wanted.group,
+        modified: time(wanted.modified_time),
+        accessed: time(wanted.accessed_time),
+    };
+    let entry = files
+        .blocking(move |users| {
+            attributes::set(&path, &attributes, users)?;
+            entry::stat(&path, users)
+        })
+        .await?;
+    Ok(Response::new(pb::SetAttributesResponse { entry: Some(info(entry)) }))
+}
+
+pub(in crate::api) async fn create_symlink(
+    files: &Files,
+    request: Request<pb::CreateSymlinkRequest>,
+) -> Result<Response<pb::CreateSymlinkResponse>, Status> {
+    let call = files.call(request)?;
+    let wanted = call.message;
+    let path = files.resolve(&wanted.path, &call.user)?;
+    let user = call.user;
+    let entry = files
+        .blocking(move |users| {
+            attributes::create_symlink(&path, &wanted.target, wanted.replace, &user)?;
+            entry::stat(&path, users)
+        })
+        .await?;
+    Ok(Response::new(pb::CreateSymlinkResponse { entry: Some(info(entry)) }))
+}

@@ -1,0 +1,328 @@
+//! Directories as tar archives, and back ([`extract`]), while the bytes come and go: nothing is kept
+//! on the disk or as a whole in memory.
+//!
+//! Archives are made over descriptors ([`Walk`]), so nothing outside of the directory is ever read,
+//! whatever is renamed meanwhile. They hold files, directories, links, FIFOs and the attributes
+//! `user.*`; sockets are left out. A file that shrinks while it is read is filled up with zeros, as
+//! tar does, since its length has been told already.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use flate2::write::GzEncoder;
+use nix::{
+    fcntl::{OFlag, open, openat, readlinkat},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+use tar::{Builder, EntryType, Header};
+use xattr::FileExt;
+
+use super::{
+    CAREFULLY, FsError, PathError,
+    path::{base_name, dir_of},
+    tree::{Found, Step, Walk},
+};
+use crate::guest::users::Users;
+
+mod unpack;
+
+pub use unpack::{Extracted, MAX_ENTRY_HEAD, MAX_ZSTD_WINDOW, extract};
+
+/// What is being done, for messages.
+const ARCHIVING: &str = "archiving";
+/// The bytes of an archive that become one frame of Zstandard. Frames stand for themselves, so this
+/// is also what is held in memory.
+const ZSTD_FRAME: usize = 512 << 10;
+/// What an attribute is called in an archive, as GNU tar and bsdtar do.
+const XATTR: &str = "SCHILY.xattr.";
+
+/// How an archive is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// gzip.
+    Gzip,
+    /// Zstandard.
+    Zstd,
+}
+
+/// Writes an archive of the directory at `path`, or of the one file there, to `out`.
+///
+/// # Errors
+/// [`FsError::TooDeep`], [`FsError::NotRegular`], [`FsError::Archive`], [`FsError::Abandoned`] once
+/// `stop` is set, or the call that failed.
+pub fn archive(
+    path: &Path,
+    compression: Compression,
+    users: &Users,
+    out: impl Write,
+    stop: &AtomicBool,
+) -> Result<(), FsError> {
+    let out = match compression {
+        Compression::None => Coder::None(out),
+        Compression::Gzip => {
+            Coder::Gzip(Box::new(GzEncoder::new(out, flate2::Compression::fast())))
+        }
+        Compression::Zstd => Coder::Zstd(Frames { out, held: Vec::new() }),
+    };
+    let mut archive = Archive { path, users, stop, builder: Builder::new(out) };
+    archive.everything()?;
+    let failed = |error| archive_failed(path, &error);
+    archive.builder.into_inner().and_then(Coder::finish).map_err(failed)
+}
+
+fn archive_failed(path: &Path, error: &io::Error) -> FsError {
+    FsError::Archive { path: path.to_owned(), why: error.to_string() }
+}
+
+struct Archive<'a, W: Write> {
+    path: &'a Path,
+    users: &'a Users,
+    stop: &'a AtomicBool,
+    builder: Builder<Coder<W>>,
+}
+
+impl<W: Write> Archive<'_, W> {
+    fn everything(&mut self) -> Result<(), FsError> {
+        let failed = |op, path: &Path, errno| {
+            let error = PathError::new(op, path, errno);
+            FsError::Doing { doing: ARCHIVING, error }
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        match open(self.path, flags, Mode::empty()) {
+            Ok(dir) => {
+                let mut walk = Walk::new(dir, self.path, ARCHIVING)?;
+                while let Some(step) = walk.next()? {
+                    if self.stop.load(Ordering::Relaxed) {
+                        return Err(FsError::Abandoned(self.path.to_owned()));
+                    }
+                    let Some(dir) = walk.dir() else { break };
+                    match step {
+                        Step::Enter(found) => self.entry(dir, &found, Some(dir))?,
+                        Step::Leaf(found) => self.entry(dir, &found, None)?,
+                        Step::Leave(_) => {}
+                    }
+                }
+                Ok(())
+            }
+            Err(nix::errno::Errno::ENOTDIR) => {
+                let real = super::staged::follow(self.path)?;
+                let above = dir_of(&real);
+                let dir = open(&above, flags, Mode::empty())
+                    .map_err(|errno| failed("open", &above, errno))?;
+                let name = base_name(&real).to_owned();
+                let stat =
+                    fstatat(&dir, name.as_os_str(), nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)
+                        .map_err(|errno| failed("lstat", &real, errno))?;
+                let found = Found { relative: name.clone().into(), name, stat };
+                if found.kind() != SFlag::S_IFREG {
+                    return Err(FsError::NotRegular(self.path.to_owned()));
+                }
+                self.entry(dir.as_fd(), &found, None)
+            }
+            Err(errno) => Err(failed("open", self.path, errno)),
+        }
+    }
+
+    /// Adds one entry; `itself` is the entry where it is an open directory.
+    fn entry(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        found: &Found,
+        itself: Option<BorrowedFd<'_>>,
+    ) -> Result<(), FsError> {
+        let path = self.path.join(&found.relative);
+        let failed = |op| {
+            let path = path.clone();
+            move |errno| FsError::Doing {
+                doing: ARCHIVING,
+                error: PathError::new(op, &path, errno),
+            }
+        };
+        let mut header = self.header(&found.stat);
+        let kind = found.kind();
+        if kind == SFlag::S_IFREG {
+            let flags = OFlag::O_RDONLY
+                | OFlag::O_NOFOLLOW
+                | OFlag::O_CLOEXEC
+                | OFlag::from_bits_truncate(CAREFULLY);
+            let file = match openat(dir, found.name.as_os_str(), flags, Mode::empty()) {
+                Ok(file) => File::from(file),
+                Err(nix::errno::Errno::ENOENT) => return Ok(()),
+                Err(errno) => return Err(failed("open")(errno)),
+            };
+            let stat = fstat(&file).map_err(failed("stat"))?;
+            if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+                return Ok(());
+            }
+            let size = u64::try_from(stat.st_size).unwrap_or(0);
+            self.attributes(&file, &path)?;
+            header.set_size(size);
+            header.set_entry_type(EntryType::Regular);
+            let content = Exactly { file, left: size, stop: self.stop };
+            return self
+                .builder
+                .append_data(&mut header, &found.relative, content)
+                .map_err(|error| archive_failed(&path, &error));
+        }
+        let added = match kind {
+            SFlag::S_IFDIR => {
+                if let Some(fd) = itself {
+                    let own = fd.try_clone_to_owned().map(File::from);
+                    self.attributes(&own.map_err(|error| archive_failed(&path, &error))?, &path)?;
+                }
+                header.set_entry_type(EntryType::Directory);
+                self.builder.append_data(&mut header, &found.relative, io::empty())
+            }
+            SFlag::S_IFLNK => {
+                let target = match readlinkat(dir, found.name.as_os_str()) {
+                    Ok(target) => target,
+                    Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINVAL) => return Ok(()),
+                    Err(errno) => return Err(failed("readlink")(errno)),
+                };
+                header.set_entry_type(EntryType::Symlink);
+                self.builder.append_link(&mut header, &found.relative, target)
+            }
+            SFlag::S_IFIFO => {
+                header.set_entry_type(EntryType::Fifo);
+                self.builder.append_data(&mut header, &found.relative, io::empty())
+            }
+            SFlag::S_IFCHR | SFlag::S_IFBLK => {
+                header.set_entry_type(match kind {
+                    SFlag::S_IFCHR => EntryType::Char,
+                    _ => EntryType::Block,
+                });
+                let (major, minor) =
+                    (libc::major(found.stat.st_rdev), libc::minor(found.stat.st_rdev));
+                header
+                    .set_device_major(major)
+                    .and_then(|()| header.set_device_minor(minor))
+                    .and_then(|()| {
+                        self.builder.append_data(&mut header, &found.relative, io::empty())
+                    })
+            }
+            // A socket: nobody could listen on a copy.
+            _ => Ok(()),
+        };
+        added.map_err(|error| archive_failed(&path, &error))
+    }
+
+    fn header(&self, stat: &FileStat) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_size(0);
+        header.set_mode(stat.st_mode & 0o7777);
+        header.set_uid(stat.st_uid.into());
+        header.set_gid(stat.st_gid.into());
+        header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
+        // A name that does not fit is left to the number.
+        let _ = header.set_username(&self.users.user_name(stat.st_uid));
+        let _ = header.set_groupname(&self.users.group_name(stat.st_gid));
+        header
+    }
+
+    /// Adds the attributes that go before the entry.
+    fn attributes(&mut self, file: &File, path: &Path) -> Result<(), FsError> {
+        let names = file.list_xattr().into_iter().flatten();
+        let records: Vec<(String, Vec<u8>)> = names
+            .filter_map(|name| {
+                let key = name.to_str().filter(|name| name.starts_with("user."))?;
+                let value = file.get_xattr(&name).ok()??;
+                Some((format!("{XATTR}{key}"), value))
+            })
+            .collect();
+        if records.is_empty() {
+            return Ok(());
+        }
+        let records = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
+        self.builder.append_pax_extensions(records).map_err(|error| archive_failed(path, &error))
+    }
+}
+
+/// A file as long as was told, whatever becomes of it.
+struct Exactly<'a> {
+    file: File,
+    left: u64,
+    stop: &'a AtomicBool,
+}
+
+impl Read for Exactly<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(io::Error::other("the caller has left"));
+        }
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {
+            return Ok(0);
+        };
+        let mut read = self.file.read(buffer)?;
+        if read == 0 {
+            buffer.fill(0);
+            read = most;
+        }
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
+
+enum Coder<W: Write> {
+    None(W),
+    Gzip(Box<GzEncoder<W>>),
+    Zstd(Frames<W>),
+}
+
+impl<W: Write> Coder<W> {
+    fn finish(self) -> io::Result<()> {
+        match self {
+            Self::None(mut out) => out.flush(),
+            Self::Gzip(encoder) => encoder.finish()?.flush(),
+            Self::Zstd(mut frames) => {
+                frames.end_frame()?;
+                frames.out.flush()
+            }
+        }
+    }
+}
+
+impl<W: Write> Write for Coder<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::None(out) => out.write(bytes),
+            Self::Gzip(encoder) => encoder.write(bytes),
+            Self::Zstd(frames) => frames.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One frame of Zstandard after the other: every decoder takes them as one text.
+struct Frames<W> {
+    out: W,
+    held: Vec<u8>,
+}
+
+impl<W: Write> Frames<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.get(..ZSTD_FRAME - self.held.len()).unwrap_or(bytes);
+        self.held.extend_from_slice(taken);
+        if self.held.len() == ZSTD_FRAME {
+            self.end_frame()?;
+        }
+        Ok(taken.len())
+    }
+
+    fn end_frame(&mut self) -> io::Result<()> {
+        let packed = compress_to_vec(self.held.as_slice(), CompressionLevel::Fastest);
+        self.held.clear();
+        self.out.write_all(&packed)
+    }
+}

@@ -1,0 +1,412 @@
+//! Unpacking an archive below a directory, and nowhere else.
+//!
+//! Every entry is made relative to a descriptor of the directory that holds it, which was resolved
+//! [beneath](Root) the target: an archive cannot get out by `..`, by an absolute name, or through a
+//! link that it made before; nor can somebody who renames directories meanwhile. Absolute names lose
+//! their slash, as tar does it. What is in the way of a file is replaced, and never written through.
+
+use std::{
+    cell::Cell,
+    ffi::{OsStr, OsString},
+    fs::{File, Permissions},
+    io::{self, BufReader, Read, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::PermissionsExt,
+        },
+    },
+    path::{Component, Path, PathBuf},
+    rc::Rc,
+};
+
+use flate2::bufread::MultiGzDecoder;
+use nix::{
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, openat},
+    sys::{
+        stat::{Mode, SFlag, UtimensatFlags, futimens, makedev, mknodat, utimensat},
+        time::TimeSpec,
+    },
+    unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat},
+};
+use tar::{Entry, EntryType};
+use xattr::FileExt;
+
+use super::{Compression, XATTR};
+use crate::{
+    fs::{
+        FsError, PathError,
+        beneath::{Root, is_name},
+        errno,
+        metadata::MAX_TOTAL_BYTES,
+        path::{PATH_MAX, ensure_dirs},
+        staged::change_owner,
+    },
+    guest::users::User,
+};
+
+mod input;
+
+use input::{Bounded, Zstd, guess};
+
+pub use input::MAX_ZSTD_WINDOW;
+
+/// What is being done, for messages.
+const EXTRACTING: &str = "extracting";
+/// The most bytes from one entry's content to the next: names and attributes, which are held in
+/// memory.
+pub const MAX_ENTRY_HEAD: u64 = 1 << 20;
+/// The bytes of content that are written at a time.
+const PIECE: usize = 64 << 10;
+/// The most bytes behind the end of an archive that are looked at: padding and checksums.
+const MAX_REST: u64 = 1 << 20;
+
+/// What was unpacked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extracted {
+    /// Files, links and directories.
+    pub entries: u64,
+    /// Their content.
+    pub bytes: u64,
+}
+
+/// Unpacks an archive into the directory at `path`, made where it is missing, for `user`. With
+/// `preserve` owners and setuid bits are the archive's. Without `compression` the first bytes tell.
+///
+/// # Errors
+/// [`FsError::Escapes`], [`FsError::BadArchive`], [`FsError::Special`], [`FsError::Exists`] where a
+/// directory is in the way, or the call that failed. What was unpacked before stays.
+pub fn extract(
+    path: &Path,
+    user: &User,
+    input: impl Read,
+    compression: Option<Compression>,
+    preserve: bool,
+) -> Result<Extracted, FsError> {
+    let owner = (user.uid, user.gid);
+    ensure_dirs(path, owner)?;
+    let root = Root::open(path).map_err(|errno| FsError::Doing {
+        doing: EXTRACTING,
+        error: PathError::new("open", path, errno),
+    })?;
+    let mut input = BufReader::with_capacity(PIECE, input);
+    let compression = match compression {
+        Some(compression) => compression,
+        None => guess(&mut input).map_err(|error| bad(&error))?,
+    };
+    let mut unpacking = Unpacking { path, root, owner, preserve, done: Extracted::default() };
+    match compression {
+        Compression::None => unpacking.everything(input)?,
+        Compression::Gzip => unpacking.everything(MultiGzDecoder::new(input))?,
+        Compression::Zstd => unpacking.everything(Zstd::Between(Some(input)))?,
+    }
+    Ok(unpacking.done)
+}
+
+fn bad(error: &io::Error) -> FsError {
+    FsError::BadArchive(error.to_string())
+}
+
+struct Unpacking<'a> {
+    /// The target, for messages.
+    path: &'a Path,
+    root: Root,
+    owner: (u32, u32),
+    preserve: bool,
+    done: Extracted,
+}
+
+impl Unpacking<'_> {
+    fn everything(&mut self, input: impl Read) -> Result<(), FsError> {
+        let allowance = Rc::new(Cell::new(MAX_ENTRY_HEAD));
+        let bounded = Bounded { input, allowance: Rc::clone(&allowance) };
+        let mut archive = tar::Archive::new(bounded);
+        let mut entries = archive.entries().map_err(|error| bad(&error))?;
+        loop {
+            allowance.set(MAX_ENTRY_HEAD);
+            let Some(entry) = entries.next() else { break };
+            let mut entry = entry.map_err(|error| bad(&error))?;
+            allowance.set(u64::MAX);
+            self.entry(&mut entry)?;
+            // Whatever it is, what belongs to it does not count for the next.
+            io::copy(&mut entry, &mut io::sink()).map_err(|error| bad(&error))?;
+        }
+        // A compressed archive tells at its end whether it was whole.
+        allowance.set(u64::MAX);
+        let rest = archive.into_inner();
+        io::copy(&mut rest.take(MAX_REST), &mut io::sink()).map_err(|error| bad(&error))?;
+        Ok(())
+    }
+
+    fn failed(&self, op: &'static str, relative: &Path, errno: Errno) -> FsError {
+        if errno == Errno::EXDEV && matches!(op, "open" | "mkdir") {
+            return FsError::Escapes(relative.to_owned());
+        }
+        let error = PathError::new(op, &self.path.join(relative), errno);
+        FsError::Doing { doing: EXTRACTING, error }
+    }
+
+    /// Opens the directory that holds an entry, for the user where it has to be made.
+    fn parent<'p>(&self, relative: &'p Path) -> Result<(OwnedFd, &'p OsStr), FsError> {
+        let owner = self.owner;
+        let made = |dir: &OwnedFd, name: &OsStr| own(dir, name, owner);
+        let (dir, name) = self
+            .root
+            .parent_of(relative, made)
+            .map_err(|errno| self.failed("open", relative, errno))?;
+        match is_name(name) {
+            true => Ok((dir, name)),
+            false => Err(FsError::Escapes(relative.to_owned())),
+        }
+    }
+
+    fn entry<R: Read>(&mut self, entry: &mut Entry<'_, R>) -> Result<(), FsError> {
+        let kind = entry.header().entry_type();
+        if kind.is_pax_global_extensions() {
+            return Ok(());
+        }
+        let relative = inside(&entry.path_bytes())?;
+        if relative.as_os_str().is_empty() {
+            // The target itself, `./`.
+            return Ok(());
+        }
+        let mode = entry.header().mode().map_err(|error| bad(&error))?;
+        let bits = if self.preserve { 0o7777 } else { 0o1777 };
+        let mode = mode & bits;
+        match kind {
+            EntryType::Directory => self.directory(&relative, mode, entry)?,
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                self.file(&relative, mode, entry)?;
+            }
+            EntryType::Link => self.hard_link(&relative, entry)?,
+            EntryType::Symlink => {
+                let target = entry.link_name_bytes().unwrap_or_default().into_owned();
+                if target.is_empty() || target.contains(&0) || target.len() >= PATH_MAX {
+                    let shown = relative.display();
+                    return Err(FsError::BadArchive(format!("link {shown} has no target")));
+                }
+                let (dir, name) = self.parent(&relative)?;
+                self.replacing(&relative, &dir, name, "symlink", || {
+                    symlinkat(OsStr::from_bytes(&target), &dir, name)
+                })?;
+                self.dress(&dir, name, &relative, entry)?;
+            }
+            EntryType::Fifo | EntryType::Char | EntryType::Block => {
+                self.node(kind, &relative, mode, entry)?;
+            }
+            other => {
+                let shown = relative.display();
+                let why = format!("entry {shown} is of an unknown type, {:?}", other.as_byte());
+                return Err(FsError::BadArchive(why));
+            }
+        }
+        self.done.entries += 1;
+        Ok(())
+    }
+
+    fn directory<R: Read>(
+        &self,
+        relative: &Path,
+        mode: u32,
+        entry: &mut Entry<'_, R>,
+    ) -> Result<(), FsError> {
+        let owner = self.owner;
+        let mut made = |dir: &OwnedFd, name: &OsStr| own(dir, name, owner);
+        self.root
+            .make_dirs(relative, &mut made)
+            .map_err(|errno| self.failed("mkdir", relative, errno))?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let dir = self.root.open_at(relative, flags, Mode::empty());
+        let dir = File::from(dir.map_err(|errno| self.failed("open", relative, errno))?);
+        change_owner(&dir, &self.path.join(relative), self.owner_of(entry))?;
+        // Without root, what comes below could not be written.
+        let mode = if nix::unistd::geteuid().is_root() { mode } else { mode | 0o700 };
+        self.set_mode(&dir, relative, mode)?;
+        self.attributes(&dir, relative, entry)
+    }
+
+    fn file<R: Read>(
+        &mut self,
+        relative: &Path,
+        mode: u32,
+        entry: &mut Entry<'_, R>,
+    ) -> Result<(), FsError> {
+        let (dir, name) = self.parent(relative)?;
+        let flags =
+            OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let private = Mode::S_IRUSR | Mode::S_IWUSR;
+        let file =
+            self.replacing(relative, &dir, name, "create", || openat(&dir, name, flags, private))?;
+        let mut file = File::from(file);
+        let mut piece = vec![0; PIECE];
+        loop {
+            let read = entry.read(&mut piece).map_err(|error| bad(&error))?;
+            let Some(read) = piece.get(..read).filter(|read| !read.is_empty()) else {
+                break;
+            };
+            file.write_all(read)
+                .map_err(|error| self.failed("write", relative, errno::of(&error)))?;
+            self.done.bytes += read.len() as u64;
+        }
+        change_owner(&file, &self.path.join(relative), self.owner_of(entry))?;
+        self.set_mode(&file, relative, mode)?;
+        self.attributes(&file, relative, entry)?;
+        let modified = mtime(entry);
+        futimens(&file, &modified, &modified)
+            .map_err(|errno| self.failed("utimes", relative, errno))
+    }
+
+    fn hard_link<R: Read>(&self, relative: &Path, entry: &mut Entry<'_, R>) -> Result<(), FsError> {
+        let target = inside(&entry.link_name_bytes().unwrap_or_default())?;
+        let (from, old) = self.parent(&target)?;
+        let (dir, name) = self.parent(relative)?;
+        if target == relative {
+            return Ok(());
+        }
+        self.replacing(relative, &dir, name, "link", || {
+            linkat(&from, old, &dir, name, AtFlags::empty())
+        })
+    }
+
+    fn node<R: Read>(
+        &self,
+        kind: EntryType,
+        relative: &Path,
+        mode: u32,
+        entry: &mut Entry<'_, R>,
+    ) -> Result<(), FsError> {
+        let kind = match kind {
+            EntryType::Fifo => SFlag::S_IFIFO,
+            _ if !self.preserve => return Err(FsError::Special(relative.to_owned())),
+            EntryType::Char => SFlag::S_IFCHR,
+            _ => SFlag::S_IFBLK,
+        };
+        let number = |number: io::Result<Option<u32>>| {
+            number.map(|number| number.unwrap_or(0).into()).map_err(|error| bad(&error))
+        };
+        let header = entry.header();
+        let device = match kind {
+            SFlag::S_IFIFO => 0,
+            _ => makedev(number(header.device_major())?, number(header.device_minor())?),
+        };
+        let (dir, name) = self.parent(relative)?;
+        let mode = Mode::from_bits_truncate(mode);
+        self.replacing(relative, &dir, name, "mknod", || mknodat(&dir, name, kind, mode, device))?;
+        self.dress(&dir, name, relative, entry)
+    }
+
+    /// Makes something that must not exist yet, in the place of what does.
+    fn replacing<T>(
+        &self,
+        relative: &Path,
+        dir: &OwnedFd,
+        name: &OsStr,
+        op: &'static str,
+        make: impl Fn() -> nix::Result<T>,
+    ) -> Result<T, FsError> {
+        match make() {
+            Err(Errno::EEXIST) => {}
+            other => return other.map_err(|errno| self.failed(op, relative, errno)),
+        }
+        match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(Errno::EISDIR) => return Err(FsError::Exists(self.path.join(relative))),
+            Err(errno) => return Err(self.failed("unlink", relative, errno)),
+        }
+        make().map_err(|errno| self.failed(op, relative, errno))
+    }
+
+    /// Owner and time of what is no file or directory.
+    fn dress<R: Read>(
+        &self,
+        dir: &OwnedFd,
+        name: &OsStr,
+        relative: &Path,
+        entry: &Entry<'_, R>,
+    ) -> Result<(), FsError> {
+        own(dir, name, self.owner_of(entry))
+            .map_err(|errno| self.failed("chown", relative, errno))?;
+        let modified = mtime(entry);
+        utimensat(dir, name, &modified, &modified, UtimensatFlags::NoFollowSymlink)
+            .map_err(|errno| self.failed("utimes", relative, errno))
+    }
+
+    fn owner_of<R: Read>(&self, entry: &Entry<'_, R>) -> (u32, u32) {
+        let number = |number: io::Result<u64>, own| {
+            let number = number.ok().and_then(|number| u32::try_from(number).ok());
+            number.filter(|_| self.preserve).unwrap_or(own)
+        };
+        let header = entry.header();
+        (number(header.uid(), self.owner.0), number(header.gid(), self.owner.1))
+    }
+
+    fn set_mode(&self, file: &File, relative: &Path, mode: u32) -> Result<(), FsError> {
+        file.set_permissions(Permissions::from_mode(mode))
+            .map_err(|error| self.failed("chmod", relative, errno::of(&error)))
+    }
+
+    /// The attributes `user.*` that the archive has for an entry. Where the file system has none
+    /// they are lost.
+    fn attributes<R: Read>(
+        &self,
+        file: &File,
+        relative: &Path,
+        entry: &mut Entry<'_, R>,
+    ) -> Result<(), FsError> {
+        let Some(extensions) = entry.pax_extensions().map_err(|error| bad(&error))? else {
+            return Ok(());
+        };
+        for extension in extensions {
+            let extension = extension.map_err(|error| bad(&error))?;
+            let name = extension.key().ok().and_then(|key| key.strip_prefix(XATTR));
+            let value = extension.value_bytes();
+            let Some(name) = name.filter(|name| name.starts_with("user.")) else {
+                continue;
+            };
+            if value.len() > MAX_TOTAL_BYTES {
+                let why = format!("attribute {name} of {} is too long", relative.display());
+                return Err(FsError::BadArchive(why));
+            }
+            match file.set_xattr(name, value) {
+                Err(error) if errno::of(&error) == Errno::EOPNOTSUPP => {}
+                other => {
+                    other.map_err(|error| self.failed("setxattr", relative, errno::of(&error)))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives what a directory holds to its owner; without root it is so already.
+fn own(dir: &OwnedFd, name: &OsStr, owner: (u32, u32)) -> nix::Result<()> {
+    let (uid, gid) = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
+    match fchownat(dir, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Err(Errno::EPERM) if !nix::unistd::geteuid().is_root() => Ok(()),
+        other => other,
+    }
+}
+
+fn mtime<R: Read>(entry: &Entry<'_, R>) -> TimeSpec {
+    let seconds = entry.header().mtime().ok().and_then(|time| i64::try_from(time).ok());
+    TimeSpec::new(seconds.unwrap_or(0), 0)
+}
+
+/// The path of an entry, relative to the target: without slashes in front, and without `.`.
+fn inside(bytes: &[u8]) -> Result<PathBuf, FsError> {
+    let path = PathBuf::from(OsString::from_vec(bytes.to_vec()));
+    let mut relative = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) if !name.as_bytes().contains(&0) => relative.push(name),
+            Component::CurDir | Component::RootDir => {}
+            _ => return Err(FsError::Escapes(path)),
+        }
+    }
+    match relative.as_os_str().len() < PATH_MAX {
+        true => Ok(relative),
+        false => Err(FsError::PathTooLong(relative.to_string_lossy().into_owned())),
+    }
+}

@@ -1,47 +1,62 @@
-//! `GET /files`: the content of one file, always as it is.
+//! `GET /files`: the content of one file, whole or in parts.
 //!
 //! Upstream compresses nearly every download, because nearly every client says that it accepts
-//! gzip; on a link that is a socket away that only costs time. Here a download is sent
-//! uncompressed, with its length.
+//! gzip. Here a file is compressed where that pays: text, from [`MIN_GZIP`] bytes, at gzip's
+//! fastest level, and never a part of a file or the answer to a condition. Everything else goes
+//! out as it is, with its length. A client that refuses anything but gzip gets gzip.
+//!
+//! What is read is copied once into the memory of the connection; hyper has no way to let the
+//! kernel send a file by itself (sendfile), so large pieces are what makes it fast.
 
-use std::{fs::File, io::Read, path::Path, sync::Arc};
+use std::{
+    collections::VecDeque,
+    fs::Metadata,
+    hash::{BuildHasher, Hasher, RandomState},
+    io::{self, Write},
+    path::Path,
+    sync::Arc,
+    time::SystemTime,
+};
 
 use axum::{
     Extension,
     extract::State,
     response::{IntoResponse, Response},
 };
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use flate2::{Compression, write::GzEncoder};
 use futures_util::stream;
-use http::{HeaderMap, HeaderValue, header};
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use tokio::sync::SemaphorePermit;
 
 use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, resolve, user};
 use crate::{
     access::Operation,
     blocking::Pool,
-    fs::transfer,
+    fs::read::{self, LARGE_PIECE, PIECE, Reader},
     wire::{Body, gate::Granted},
 };
+use conditions::{Outcome, Validators};
+use range::Range;
 
-/// Bytes read at a time. Each download that its client does not read holds one such chunk and one
-/// that is being sent, and there may be as many downloads as calls.
-const CHUNK: usize = 64 << 10;
+mod conditions;
+pub mod encoding;
+mod kind;
+pub mod range;
 
-/// Characters of RFC 8187's `attr-char` that may stay as they are in `filename*`.
-const EXTENDED: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'!')
-    .remove(b'#')
-    .remove(b'$')
-    .remove(b'&')
-    .remove(b'+')
-    .remove(b'-')
-    .remove(b'.')
-    .remove(b'^')
-    .remove(b'_')
-    .remove(b'`')
-    .remove(b'|')
-    .remove(b'~');
+/// The shortest file that is compressed: shorter ones fit in a few packets anyway.
+pub const MIN_GZIP: u64 = 64 << 10;
+
+/// With one of these the answer is about the file as it is, and is not compressed.
+const CONDITIONAL: [HeaderName; 6] = [
+    header::RANGE,
+    header::IF_RANGE,
+    header::IF_MATCH,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+    header::IF_UNMODIFIED_SINCE,
+];
 
 pub(super) async fn download(
     State(sandbox): Shared,
@@ -53,158 +68,263 @@ pub(super) async fn download(
     check_signature(&sandbox, Operation::Read, &query, &headers, granted.as_deref())?;
     let user = user(&sandbox, &query)?;
     let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
+    let answer = blocking(&sandbox.files, move || Answer::to(&path, &headers)).await?;
+    let body = match answer.content {
+        Some(content) => stream_of(Arc::clone(&sandbox.files), content, answer.first),
+        None => Body::from(answer.first),
+    };
+    Ok((answer.status, answer.headers, body).into_response())
+}
 
-    let (reader, first, length, name) = blocking(&sandbox.files, move || {
-        let (file, metadata) = transfer::open_read(&path)?;
-        let mut reader = Reader { file, left: metadata.len() };
-        if reader.left == 0 {
-            // A file of /proc says that it is empty and is not.
-            reader.left = u64::MAX;
+/// A response, and what its body still has to come from.
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    /// Read already: a file that fits is answered in one job.
+    first: Bytes,
+    content: Option<Content>,
+}
+
+impl Answer {
+    fn to(path: &Path, request: &HeaderMap) -> Result<Self, Refusal> {
+        let (file, meta) = read::open(path)?;
+        let not_acceptable = |text: String| Refusal(StatusCode::NOT_ACCEPTABLE, text);
+        let accepted =
+            encoding::accepted(request).map_err(|error| not_acceptable(error.to_string()))?;
+        let conditional = CONDITIONAL.iter().any(|name| request.contains_key(name));
+        if conditional && !accepted.identity {
+            return Err(not_acceptable(
+                "identity encoding not acceptable for Range or conditional request".to_owned(),
+            ));
         }
-        let first = reader.next().map_err(|error| {
-            Refusal(
-                http::StatusCode::INTERNAL_SERVER_ERROR,
-                format!("error reading file '{}': {error}", path.display()),
-            )
-        })?;
-        let length = match metadata.len() {
-            0 if !first.is_empty() => None,
-            length => Some(length),
+        let failed = |error: io::Error| {
+            let shown = crate::quote::path(path);
+            let text = format!("error reading file '{shown}': {error}");
+            Refusal(StatusCode::INTERNAL_SERVER_ERROR, text)
         };
-        Ok((reader, first, length, path))
-    })
-    .await?;
+        let size = meta.len();
+        // A file of /proc says that it is empty and is not.
+        let length = if size == 0 { u64::MAX } else { size };
+        let mut reader = Reader::new(file, 0, length).map_err(failed)?;
+        let permit = (size > PIECE as u64).then(read::roomy).flatten();
+        let piece = if permit.is_some() { LARGE_PIECE } else { PIECE };
+        if permit.is_some() {
+            // The kernel then reads further ahead; that it may not is no reason to fail.
+            let _ = posix_fadvise(reader.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+        }
 
-    let mut headers = HeaderMap::new();
-    headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
-    headers.insert(header::CONTENT_TYPE, content_type(&name, &first));
-    if let Ok(value) = HeaderValue::try_from(disposition(&name)) {
-        headers.insert(header::CONTENT_DISPOSITION, value);
+        let first = reader.next(piece).map_err(failed)?;
+        let plain = size > 0 || first.is_empty();
+        let mut headers = HeaderMap::new();
+        headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+        let kind = kind::content_type(path, &first);
+        headers.insert(header::CONTENT_TYPE, kind.clone());
+        if let Ok(value) = HeaderValue::try_from(kind::disposition(path)) {
+            headers.insert(header::CONTENT_DISPOSITION, value);
+        }
+        let mut answer =
+            Self { status: StatusCode::OK, headers, first: Bytes::new(), content: None };
+
+        let pays = size >= MIN_GZIP && kind::compresses(&kind);
+        let gzip = !accepted.identity || (accepted.gzip && pays && !conditional);
+        let mut content =
+            Content { reader, parts: VecDeque::new(), piece, gzip: None, _permit: permit };
+        if gzip {
+            answer.headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+            encoder.write_all(&first).map_err(failed)?;
+            content.gzip = Some(encoder);
+            answer.first = content.next().map_err(failed)?;
+            answer.content = Some(content);
+            return Ok(answer);
+        }
+        if !plain {
+            // Neither its length nor its times mean anything.
+            answer.first = first.into();
+            answer.content = Some(content);
+            return Ok(answer);
+        }
+        answer.plain(request, &meta, &kind, first, content).map_err(failed)?;
+        Ok(answer)
     }
-    if let Some(length) = length {
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
-    }
-    Ok((headers, body(&sandbox.files, reader, first)).into_response())
-}
 
-/// A file, read in chunks to the length that it had when it was opened.
-struct Reader {
-    file: File,
-    left: u64,
-}
-
-impl Reader {
-    /// The next bytes; empty at the end.
-    fn next(&mut self) -> std::io::Result<Bytes> {
-        let wanted = usize::try_from(self.left).unwrap_or(CHUNK).min(CHUNK);
-        let mut chunk = BytesMut::zeroed(wanted);
-        let mut filled = 0;
-        while let Some(rest) = chunk.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.file.read(rest) {
-                Ok(0) => break,
-                Ok(bytes) => filled += bytes,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    /// The answer with the file as it is: all of it, some of it, or that nothing has changed.
+    fn plain(
+        &mut self,
+        request: &HeaderMap,
+        meta: &Metadata,
+        kind: &HeaderValue,
+        first: Vec<u8>,
+        mut content: Content,
+    ) -> io::Result<()> {
+        let size = meta.len();
+        let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let file = Validators { tag: format!("\"{}\"", read::tag(meta)), modified };
+        self.set(header::ETAG, &file.tag);
+        self.set(header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+        self.set(header::ACCEPT_RANGES, "bytes");
+        match conditions::check(request, &file) {
+            Outcome::Send => {}
+            Outcome::NotModified => {
+                self.status = StatusCode::NOT_MODIFIED;
+                self.headers.remove(header::CONTENT_TYPE);
+                return Ok(());
+            }
+            Outcome::Failed => {
+                self.status = StatusCode::PRECONDITION_FAILED;
+                self.headers.remove(header::CONTENT_TYPE);
+                return Ok(());
             }
         }
-        chunk.truncate(filled);
-        self.left = self.left.saturating_sub(filled as u64);
-        Ok(chunk.freeze())
+        let wanted = request.get(header::RANGE).map(|value| value.to_str().unwrap_or_default());
+        let wanted = wanted.filter(|_| conditions::range_counts(request, &file));
+        let ranges = match wanted.map(|text| range::parse(text, size)).transpose() {
+            Ok(ranges) => ranges.flatten(),
+            Err(error) => {
+                self.refuse_range(error, size);
+                return Ok(());
+            }
+        };
+        let Some(ranges) = ranges else {
+            self.set(header::CONTENT_LENGTH, &size.to_string());
+            self.first = first.into();
+            self.content = Some(content);
+            return Ok(());
+        };
+        self.status = StatusCode::PARTIAL_CONTENT;
+        if let [range] = ranges[..] {
+            self.set(header::CONTENT_RANGE, &range.content_range(size));
+            self.set(header::CONTENT_LENGTH, &range.length.to_string());
+            content.parts.push_back(Part::File(range));
+        } else {
+            let (boundary, parts, length) = multipart(&ranges, kind, size);
+            let kind = format!("multipart/byteranges; boundary={boundary}");
+            self.set(header::CONTENT_TYPE, &kind);
+            self.set(header::CONTENT_LENGTH, &length.to_string());
+            content.parts = parts;
+        }
+        content.reader.go_to(0, 0)?;
+        self.first = content.next()?;
+        self.content = Some(content);
+        Ok(())
+    }
+
+    /// 416, as Go writes it.
+    fn refuse_range(&mut self, error: range::RangeError, size: u64) {
+        self.status = StatusCode::RANGE_NOT_SATISFIABLE;
+        for name in [header::ETAG, header::LAST_MODIFIED, header::CONTENT_DISPOSITION] {
+            self.headers.remove(name);
+        }
+        if error == range::RangeError::NoOverlap {
+            self.set(header::CONTENT_RANGE, &format!("bytes */{size}"));
+        }
+        self.set(header::CONTENT_TYPE, "text/plain; charset=utf-8");
+        self.set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+        let text = format!("{error}\n");
+        self.set(header::CONTENT_LENGTH, &text.len().to_string());
+        self.first = text.into();
+    }
+
+    fn set(&mut self, name: HeaderName, value: &str) {
+        if let Ok(value) = HeaderValue::try_from(value) {
+            self.headers.insert(name, value);
+        }
     }
 }
 
-/// The first chunk, then the rest as the client takes it.
-fn body(files: &Arc<Pool>, reader: Reader, first: Bytes) -> Body {
-    if reader.left == 0 || first.is_empty() {
+/// The parts of a `multipart/byteranges` body (RFC 9110, 14.6), with its boundary and length.
+fn multipart(ranges: &[Range], kind: &HeaderValue, size: u64) -> (String, VecDeque<Part>, u64) {
+    // Keyed anew by the standard library each time, from the kernel's random numbers.
+    let random = || RandomState::new().build_hasher().finish();
+    let boundary = format!("{:016x}{:016x}", random(), random());
+    let kind = kind.to_str().unwrap_or_default();
+    let mut parts = VecDeque::new();
+    let mut length = 0;
+    for range in ranges {
+        let start = if parts.is_empty() { "" } else { "\r\n" };
+        let head = format!(
+            "{start}--{boundary}\r\nContent-Range: {}\r\nContent-Type: {kind}\r\n\r\n",
+            range.content_range(size)
+        );
+        length += head.len() as u64 + range.length;
+        parts.push_back(Part::Text(head.into()));
+        parts.push_back(Part::File(*range));
+    }
+    let end = format!("\r\n--{boundary}--\r\n");
+    length += end.len() as u64;
+    parts.push_back(Part::Text(end.into()));
+    (boundary, parts, length)
+}
+
+/// What a body is made of, a piece at a time.
+struct Content {
+    reader: Reader,
+    /// What comes behind what the reader reads now.
+    parts: VecDeque<Part>,
+    piece: usize,
+    /// Compresses what is read; none once the end has been.
+    gzip: Option<GzEncoder<Vec<u8>>>,
+    _permit: Option<SemaphorePermit<'static>>,
+}
+
+enum Part {
+    Text(Bytes),
+    File(Range),
+}
+
+impl Content {
+    /// The next bytes; none at the end.
+    fn next(&mut self) -> io::Result<Bytes> {
+        loop {
+            let read = self.reader.next(self.piece)?;
+            if let Some(encoder) = &mut self.gzip {
+                if read.is_empty() {
+                    encoder.try_finish()?;
+                    let last = std::mem::take(encoder.get_mut());
+                    self.gzip = None;
+                    return Ok(last.into());
+                }
+                encoder.write_all(&read)?;
+                let packed = std::mem::take(encoder.get_mut());
+                if !packed.is_empty() {
+                    return Ok(packed.into());
+                }
+                continue;
+            }
+            if !read.is_empty() {
+                return Ok(read.into());
+            }
+            match self.parts.pop_front() {
+                None => return Ok(Bytes::new()),
+                Some(Part::Text(text)) => return Ok(text),
+                Some(Part::File(range)) => self.reader.go_to(range.start, range.length)?,
+            }
+        }
+    }
+
+    fn ended(&self) -> bool {
+        self.reader.left() == 0 && self.parts.is_empty() && self.gzip.is_none()
+    }
+}
+
+/// The first piece, then the rest as the client takes it.
+fn stream_of(files: Arc<Pool>, content: Content, first: Bytes) -> Body {
+    if content.ended() || first.is_empty() {
         return Body::from(first);
     }
-    let files = Arc::clone(files);
-    let rest = stream::try_unfold(reader, move |mut reader| {
+    let rest = stream::try_unfold(content, move |mut content| {
         let files = Arc::clone(&files);
         async move {
             // Calls are bounded by the wire, and one that has begun shall come to its end.
             let read = files.run_next_step(move || {
-                let chunk = reader.next();
-                (reader, chunk)
+                let piece = content.next();
+                (content, piece)
             });
-            let (reader, chunk) = read.await.map_err(std::io::Error::other)?;
-            let chunk = chunk?;
-            Ok::<_, std::io::Error>((!chunk.is_empty()).then_some((chunk, reader)))
+            let (content, piece) = read.await.map_err(io::Error::other)?;
+            let piece = piece?;
+            Ok::<_, io::Error>((!piece.is_empty()).then_some((piece, content)))
         }
     });
     let first = stream::once(async { Ok(first) });
     Body::from_stream(futures_util::StreamExt::chain(first, rest))
-}
-
-/// By the name's extension, else text if the beginning looks like it.
-fn content_type(path: &Path, first: &[u8]) -> HeaderValue {
-    if let Some(mime) = mime_guess::from_path(path).first() {
-        let charset = if mime.type_() == "text" { "; charset=utf-8" } else { "" };
-        if let Ok(value) = HeaderValue::try_from(format!("{}{charset}", mime.essence_str())) {
-            return value;
-        }
-    }
-    let start = first.get(..512).unwrap_or(first);
-    // A character cut at the end is still text.
-    let text = match std::str::from_utf8(start) {
-        Ok(_) => true,
-        Err(error) => error.error_len().is_none(),
-    };
-    let control = |byte: &u8| *byte < 0x20 && !matches!(*byte, b'\t' | b'\n' | b'\r' | 0x0c | 0x1b);
-    match text && !start.iter().any(control) {
-        true => HeaderValue::from_static("text/plain; charset=utf-8"),
-        false => HeaderValue::from_static("application/octet-stream"),
-    }
-}
-
-/// `inline` with the base name, as RFC 6266 writes it.
-fn disposition(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-    if !name.is_empty() && name.bytes().all(token) {
-        format!("inline; filename={name}")
-    } else if name.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
-        let quoted = name.replace('\\', "\\\\").replace('"', "\\\"");
-        format!("inline; filename=\"{quoted}\"")
-    } else {
-        format!("inline; filename*=utf-8''{}", utf8_percent_encode(&name, EXTENDED))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_in_the_disposition() {
-        for (name, expected) in [
-            ("/a/b.txt", "inline; filename=b.txt"),
-            ("/a b", "inline; filename=\"a b\""),
-            ("/a\"b", "inline; filename=\"a\\\"b\""),
-            ("/ä", "inline; filename*=utf-8''%C3%A4"),
-            ("/a\nb", "inline; filename*=utf-8''a%0Ab"),
-        ] {
-            assert_eq!(disposition(Path::new(name)), expected);
-        }
-    }
-
-    #[test]
-    fn a_chunk_is_small_enough_for_many_downloads() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(200_000).unwrap();
-        let mut reader = Reader { file, left: 200_000 };
-        let sizes: Vec<_> = std::iter::from_fn(|| Some(reader.next().unwrap().len()))
-            .take_while(|size| *size > 0)
-            .collect();
-        assert_eq!(sizes, [65_536, 65_536, 65_536, 3_392]);
-    }
-
-    #[test]
-    fn types_by_name_then_by_content() {
-        let of = |name: &str, content: &[u8]| content_type(Path::new(name), content);
-        assert_eq!(of("/a.json", b"{}"), "application/json");
-        assert_eq!(of("/a.html", b""), "text/html; charset=utf-8");
-        assert_eq!(of("/a", "text ä".as_bytes()), "text/plain; charset=utf-8");
-        assert_eq!(of("/a", b"\x7fELF\x00\x01"), "application/octet-stream");
-    }
 }

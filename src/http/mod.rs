@@ -2,7 +2,8 @@
 //!
 //! Errors have upstream's shape, `{"code":N,"message":"..."}`.
 
-mod download;
+mod compose;
+pub mod download;
 mod envs;
 mod health;
 pub mod init;
@@ -41,6 +42,7 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Router {
         .route("/health", get(health::health))
         .route("/livez", get(health::livez))
         .route("/files", get(download::download).post(upload::upload))
+        .route("/files/compose", post(compose::compose))
         .route("/init", post(init::init))
         .route("/envs", get(envs::envs))
         .route("/metrics", get(metrics::json))
@@ -57,12 +59,15 @@ pub async fn not_found() -> Response {
 }
 
 /// The query of `/files`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct FilesQuery {
     path: Option<String>,
     username: Option<String>,
     signature: Option<String>,
     signature_expiration: Option<String>,
+    /// Of our own: whether an upload is answered once it is on the disk.
+    #[serde(default)]
+    fsync: bool,
 }
 
 type FilesParams = Result<Query<FilesQuery>, QueryRejection>;

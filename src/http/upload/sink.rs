@@ -48,10 +48,14 @@ impl Sink {
     ) -> Result<Self, Refusal> {
         let (user, slot) = (Arc::clone(&target.user), Arc::clone(&target.slot));
         let writers = Arc::clone(&target.sandbox.writers);
+        let fsync = target.query.fsync;
         let open = blocking(&target.sandbox.files, move || {
             let mut writer = Writer::create(&writers, &path, &user)?;
             if let Some(length) = length.filter(|length| *length > 0) {
                 writer.expect_bytes(length);
+            }
+            if fsync {
+                writer.fsync();
             }
             let output = Output { writer, failed: None };
             let coder = match gzip {

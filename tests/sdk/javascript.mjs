@@ -186,6 +186,18 @@ async function filesAreWrittenAndRead(sandbox, directory) {
   }
   assert.equal(hash.digest('hex'), sha256(data))
 
+  // Text of this length comes compressed to those who accept it.
+  const lines = 'one line of many ✓\n'.repeat(100_000)
+  await sandbox.files.write(`${directory}/lines.txt`, lines, { gzip: true })
+  assert.equal(await sandbox.files.read(`${directory}/lines.txt`), lines)
+  const blob = await sandbox.files.read(`${directory}/lines.txt`, { format: 'blob', gzip: true })
+  assert.equal(await blob.text(), lines)
+  const parts = []
+  for await (const part of await sandbox.files.read(`${directory}/lines.txt`, { format: 'stream' })) {
+    parts.push(part)
+  }
+  assert.equal(Buffer.concat(parts).toString(), lines)
+
   const written = await sandbox.files.writeFiles([
     { path: `${directory}/batch/text`, data: 'text' },
     { path: `${directory}/batch/deep/bytes`, data: new Blob(['bytes']) },

@@ -198,12 +198,23 @@ async def files_are_written_and_read(sandbox, directory):
     parts = [part async for part in await sandbox.files.read(f"{directory}/octets", "stream")]
     assert b"".join(parts) == data
 
+    lines = "one line of many\n" * 100_000
+    await sandbox.files.write(f"{directory}/lines.txt", lines)
+    assert await sandbox.files.read(f"{directory}/lines.txt") == lines
+    parts = [part async for part in await sandbox.files.read(f"{directory}/lines.txt", "stream")]
+    assert b"".join(parts) == lines.encode()
+
     async def stream():
         for _ in range(64):
             yield b"x" * 65536
 
     await sandbox.files.write(f"{directory}/streamed", stream())
     assert (await sandbox.files.get_info(f"{directory}/streamed")).size == 64 * 65536
+    info = await sandbox.files.write(
+        f"{directory}/streamed", stream(), metadata={"stage": "final"}, gzip=True
+    )
+    assert info.metadata == {"stage": "final"}
+    assert await sandbox.files.read(f"{directory}/streamed") == "x" * 64 * 65536
 
     written = await sandbox.files.write_files(
         [

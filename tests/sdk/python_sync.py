@@ -257,6 +257,14 @@ def files_are_written_and_read(sandbox, directory):
     expected = sandbox.commands.run(f"sha256sum < {directory}/random").stdout.split()[0]
     assert hashlib.sha256(data).hexdigest() == expected
 
+    # Text of this length comes compressed to those who accept it.
+    lines = "one line of many ✓\n" * 100_000
+    sandbox.files.write(f"{directory}/lines.txt", lines, gzip=True)
+    for options in [{}, {"gzip": True}]:
+        assert sandbox.files.read(f"{directory}/lines.txt", **options) == lines
+        stream = sandbox.files.read(f"{directory}/lines.txt", format="stream", **options)
+        assert b"".join(stream) == lines.encode()
+
     for name, options in [
         ("octets", {"use_octet_stream": True}),
         ("gzipped", {"gzip": True}),

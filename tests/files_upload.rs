@@ -1,0 +1,474 @@
+//! Uploads: `POST /files`.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::{MetadataExt, symlink},
+    path::{Path, PathBuf},
+};
+
+use common::{
+    Daemon, able, able_as_root, eventually,
+    house::{BODY_IN_MEMORY, CUTS, Cut, House, gzip, rest_error, set_mode, written},
+    noise,
+    raw::{Answer, Raw},
+};
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use reqwest::multipart;
+use serde_json::json;
+
+// Uploads.
+
+#[tokio::test]
+async fn a_body_becomes_a_file() {
+    let house = House::new();
+    let bytes = noise(3 << 20);
+    for (name, content) in
+        [("a/b/new", &bytes[..]), ("a/b/new", b"short"), ("a/b/new", &bytes), ("a/b/empty", b"")]
+    {
+        let path = house.at(name);
+        let answer = written(house.upload(&path, &[], content).await).await;
+        let base = Path::new(name).file_name().unwrap().to_str();
+        assert_eq!(answer, json!([{ "name": base, "path": path, "type": "file" }]));
+        assert!(fs::read(&path).unwrap() == content, "{name}");
+    }
+    assert_eq!(fs::metadata(house.at("a")).unwrap().mode() & 0o7777, 0o755);
+    assert_eq!(fs::metadata(house.at("a/b/new")).unwrap().mode() & 0o777 & !0o644, 0);
+}
+
+#[tokio::test]
+async fn a_file_that_exists_stays_the_file_that_it_is() {
+    let house = House::new();
+    let path = house.put("file", "old and longer");
+    set_mode(&path, 0o751);
+    fs::hard_link(&path, house.at("hard")).unwrap();
+    symlink("file", house.at("soft")).unwrap();
+    let before = fs::metadata(&path).unwrap();
+    let big = noise(BODY_IN_MEMORY + 1);
+    for (target, content) in [(&path, &b"new"[..]), (&house.at("soft"), &big)] {
+        written(house.upload(target, &[], content).await).await;
+        assert!(fs::read(house.at("hard")).unwrap() == content);
+    }
+    let after = fs::metadata(&path).unwrap();
+    assert_eq!((after.ino(), after.mode()), (before.ino(), before.mode()));
+    assert!(fs::symlink_metadata(house.at("soft")).unwrap().is_symlink());
+    // A link to nowhere leads to a new file.
+    symlink("made", house.at("dangling")).unwrap();
+    written(house.upload(&house.at("dangling"), &[], "x").await).await;
+    assert_eq!(fs::read(house.at("made")).unwrap(), b"x");
+}
+
+#[tokio::test]
+async fn uploads_belong_to_their_user() {
+    if !able_as_root() {
+        return;
+    }
+    let house = House::new();
+    let uid = nix::unistd::User::from_name("nobody").unwrap().unwrap().uid.as_raw();
+    let old = house.put("old", "");
+    for (path, names) in [(house.at("a/b/new"), &["a", "a/b", "a/b/new"][..]), (old, &["old"])] {
+        let url = house.files(&[("path", &path), ("username", "nobody")]);
+        let request = house.http.post(url).header("content-type", "application/octet-stream");
+        written(request.body("x").send().await.unwrap()).await;
+        for name in names {
+            assert_eq!(fs::metadata(house.at(name)).unwrap().uid(), uid, "{name}");
+        }
+    }
+    assert_eq!(fs::metadata(house.dir()).unwrap().uid(), 0, "what was there stays its owner's");
+}
+
+#[tokio::test]
+async fn compressed_bodies_are_decompressed() {
+    let house = House::new();
+    let bytes = noise(2 << 20);
+    let path = house.at("file");
+    let packed = gzip(&bytes);
+    written(house.upload(&path, &[("content-encoding", "gzip")], packed.clone()).await).await;
+    assert!(fs::read(&path).unwrap() == bytes);
+    written(house.upload(&path, &[("content-encoding", "identity")], "plain").await).await;
+    assert_eq!(fs::read(&path).unwrap(), b"plain");
+
+    let text = rest_error(house.upload(&path, &[("content-encoding", "br")], "x").await, 400).await;
+    let expected =
+        "error decompressing request body: unsupported Content-Encoding: br, supported: [gzip]";
+    assert_eq!(text, expected);
+    for broken in [&b"no gzip at all"[..], &packed[..packed.len() / 2]] {
+        let response = house.upload(&path, &[("content-encoding", "gzip")], broken).await;
+        assert!(response.status().as_u16() >= 400);
+    }
+    assert_eq!(fs::read(&path).unwrap(), b"plain", "what did not arrive has harmed nothing");
+
+    let boundary = "the-boundary";
+    let form = format!(
+        "--{boundary}\r\ncontent-disposition: form-data; name=\"file\"; filename=\"{}\"\r\n\r\n",
+        house.at("in-form")
+    );
+    let form = [form.as_bytes(), &bytes, format!("\r\n--{boundary}--\r\n").as_bytes()].concat();
+    let request = house.http.post(house.files(&[]));
+    let request = request
+        .header("content-type", format!("multipart/form-data; boundary={boundary}"))
+        .header("content-encoding", "gzip");
+    let response = common::soon("a form", request.body(gzip(&form)).send()).await.unwrap();
+    assert_eq!(written(response).await[0]["path"], house.at("in-form"));
+    assert!(fs::read(house.at("in-form")).unwrap() == bytes);
+}
+
+fn part(content: impl Into<Vec<u8>>, name: &str) -> multipart::Part {
+    multipart::Part::bytes(content.into()).file_name(name.to_owned())
+}
+
+#[tokio::test]
+async fn a_form_uploads_files_under_their_full_names() {
+    let house = House::new();
+    let bytes = noise(2 << 20);
+    let form = multipart::Form::new()
+        .text("comment", "not a file")
+        .part("file", part(&bytes[..], &house.at("x/one")))
+        .part("other", part("not a file either", &house.at("other")))
+        .part("file", part("two", &house.at("x/y/t w o")));
+    let answer = written(house.upload_form(&[], form).await).await;
+    assert_eq!(
+        answer,
+        json!([
+            { "name": "one", "path": house.at("x/one"), "type": "file" },
+            { "name": "t w o", "path": house.at("x/y/t w o"), "type": "file" },
+        ])
+    );
+    assert!(fs::read(house.at("x/one")).unwrap() == bytes);
+    assert_eq!(fs::read(house.at("x/y/t w o")).unwrap(), b"two");
+    assert_eq!(house.names(), ["x"]);
+
+    // The query's path wins over the name.
+    let form = multipart::Form::new().part("file", part("named", "/no/such/name"));
+    let answer = written(house.upload_form(&[("path", &house.at("chosen"))], form).await).await;
+    assert_eq!(answer[0]["path"], house.at("chosen"));
+    assert_eq!(fs::read(house.at("chosen")).unwrap(), b"named");
+
+    let form = multipart::Form::new().text("comment", "alone");
+    assert_eq!(written(house.upload_form(&[], form).await).await, json!([]));
+}
+
+#[tokio::test]
+async fn forms_that_are_refused() {
+    let house = House::new();
+    let path = house.at("same");
+    let form = multipart::Form::new()
+        .part("file", part("first", &path))
+        .part("file", part("second", &path));
+    let text = rest_error(house.upload_form(&[], form).await, 400).await;
+    let expected = format!(
+        "you cannot upload multiple files to the same path '{path}' in one upload request, only \
+         the first specified file was uploaded"
+    );
+    assert_eq!(text, expected);
+    assert_eq!(fs::read(&path).unwrap(), b"first");
+
+    let form = multipart::Form::new().part("file", multipart::Part::bytes(b"x".to_vec()));
+    let text = rest_error(house.upload_form(&[], form).await, 400).await;
+    let expected = "error getting multipart custom part file name: filename not found in \
+                    Content-Disposition header";
+    assert_eq!(text, expected);
+    for content_type in ["multipart/form-data", "multipart/form-data; boundary=b"] {
+        let request = house.http.post(house.files(&[])).header("content-type", content_type);
+        let response = request.body("no form").send().await.unwrap();
+        rest_error(response, 500).await;
+    }
+}
+
+#[tokio::test]
+async fn uploads_that_are_refused() {
+    let house = House::new();
+    let path = house.at("file");
+    let post = async |parameters: &[(&str, &str)], content_type: Option<&str>| {
+        let mut request = house.http.post(house.files(parameters)).body("x");
+        if let Some(content_type) = content_type {
+            request = request.header("content-type", content_type);
+        }
+        request.send().await.unwrap()
+    };
+    let octets = Some("application/octet-stream");
+    for content_type in [Some("text/plain"), None] {
+        let text = rest_error(post(&[("path", &path)], content_type).await, 400).await;
+        let shown = content_type.unwrap_or_default();
+        let expected = format!(
+            "unsupported content type: {shown}, expected multipart/form-data or \
+             application/octet-stream"
+        );
+        assert_eq!(text, expected);
+    }
+    for parameters in [&[][..], &[("path", "")]] {
+        let text = rest_error(post(parameters, octets).await, 400).await;
+        assert_eq!(text, "path query parameter is required for raw body upload");
+    }
+    let text = rest_error(post(&[("path", &house.at(""))], octets).await, 400).await;
+    assert_eq!(text, format!("path is a directory: {}", house.at("")));
+    assert_eq!(house.names(), [""; 0]);
+    let fifo = house.at("fifo");
+    mkfifo(fifo.as_str(), Mode::from_bits_truncate(0o666)).unwrap();
+    rest_error(post(&[("path", &fifo)], octets).await, 400).await;
+    let below = format!("{}/x", house.put("plain", ""));
+    let text = rest_error(post(&[("path", &below)], octets).await, 500).await;
+    assert!(text.starts_with("error ensuring directories: path is a file: "), "{text}");
+}
+
+#[tokio::test]
+async fn metadata_of_an_upload_is_kept_and_replaced() {
+    let house = House::new();
+    if !house.keeps_metadata() {
+        return;
+    }
+    let path = house.at("file");
+    let headers = [("X-Metadata-Purpose", "a test"), ("x-metadata-b", "2"), ("x-metadata-", "no")];
+    let expected = BTreeMap::from([("purpose", "a test"), ("b", "2")]);
+    let answer = written(house.upload(&path, &headers, "x").await).await;
+    assert_eq!(answer[0]["metadata"], json!(expected));
+    let told: BTreeMap<_, _> = house.stat(&path).await.unwrap().metadata.into_iter().collect();
+    assert_eq!(json!(told), json!(expected));
+    assert_eq!(xattr::get(&path, "user.e2b.b").unwrap().as_deref(), Some(&b"2"[..]));
+
+    // The next upload's is all that stays, and a bad one is refused before anything is written.
+    let long = "v".repeat(5000);
+    for value in ["\u{e4}", &long] {
+        let response = house.upload(&path, &[("x-metadata-c", value)], "bad").await;
+        let text = rest_error(response, 400).await;
+        assert!(text.starts_with("invalid metadata: "), "{text}");
+    }
+    let key = format!("x-metadata-{}", "k".repeat(247));
+    rest_error(house.upload(&path, &[(&key, "v")], "bad").await, 400).await;
+    assert_eq!(fs::read(&path).unwrap(), b"x");
+    written(house.upload(&path, &[("x-metadata-b", "3")], "y").await).await;
+    let told: BTreeMap<_, _> = house.stat(&path).await.unwrap().metadata.into_iter().collect();
+    assert_eq!(json!(told), json!({ "b": "3" }));
+    written(house.upload(&path, &[], "z").await).await;
+    assert!(house.stat(&path).await.unwrap().metadata.is_empty());
+
+    let (one, two) = (house.at("one"), house.at("two"));
+    let form = multipart::Form::new().part("file", part("1", &one)).part("file", part("2", &two));
+    let request = house.http.post(house.files(&[])).header("x-metadata-form", "yes");
+    let answer = written(request.multipart(form).send().await.unwrap()).await;
+    for entry in answer.as_array().unwrap() {
+        assert_eq!(entry["metadata"], json!({ "form": "yes" }));
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_leaves_the_old_file() {
+    let house = House::new();
+    for cut in CUTS {
+        for length in [1000, BODY_IN_MEMORY + 100_000] {
+            let path = house.put("old", "old");
+            let raw = cut.send(&house, &path, &noise(length)).await;
+            eventually("the file is open", || {
+                (house.opened(|opened| opened == Path::new(&path)) > 0).then_some(())
+            });
+            if length > BODY_IN_MEMORY {
+                // It waits in a file without a name.
+                let spool = |opened: &Path| {
+                    opened.starts_with(house.dir())
+                        && opened.to_string_lossy().ends_with("(deleted)")
+                };
+                eventually("the body is spooled", || (house.opened(spool) > 0).then_some(()));
+            }
+            assert_eq!(fs::read(&path).unwrap(), b"old", "{cut:?} {length}: before the end");
+            drop(raw);
+            eventually("the upload is given up", || {
+                (house.opened(|opened| opened.starts_with(house.dir())) == 0).then_some(())
+            });
+            assert_eq!(fs::read(&path).unwrap(), b"old", "{cut:?} {length}");
+            assert_eq!(house.names(), ["old"], "{cut:?} {length}");
+        }
+    }
+    house.is_well().await;
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_leaves_no_half_file() {
+    let house = House::new();
+    for cut in CUTS {
+        for length in [100_000, BODY_IN_MEMORY + 100_000] {
+            let path = house.at("new");
+            let raw = cut.send(&house, &path, &noise(length)).await;
+            // A form's last bytes could be its boundary, and are held back.
+            eventually("it is being written", || {
+                let size = fs::metadata(&path).map_or(0, |meta| meta.len());
+                (size > length as u64 / 2).then_some(())
+            });
+            drop(raw);
+            eventually("it is gone", || (!Path::new(&path).exists()).then_some(()));
+            assert_eq!(house.names(), [""; 0], "{cut:?} {length}");
+        }
+    }
+    house.is_well().await;
+}
+
+#[tokio::test]
+async fn sixty_four_mebibytes_there_and_back_in_bounded_memory() {
+    let house = House::new();
+    let bytes = noise(64 << 20);
+    let path = house.at("big");
+    // To a new file, and into one that exists.
+    for _ in 0..2 {
+        written(house.upload(&path, &[], bytes.clone()).await).await;
+        let mut response = house.download(&path).await;
+        assert_eq!(response.headers()["content-length"], bytes.len().to_string());
+        let mut at = 0;
+        while let Some(chunk) = common::soon("a chunk", response.chunk()).await.unwrap() {
+            assert!(bytes[at..at + chunk.len()] == chunk, "changed behind {at}");
+            at += chunk.len();
+        }
+        assert_eq!(at, bytes.len());
+    }
+    let peak = house.daemon.memory("VmHWM");
+    assert!(peak < 48 << 10, "the daemon grew to {peak} KiB");
+}
+
+#[tokio::test]
+async fn a_big_form_in_bounded_memory() {
+    let house = House::new();
+    let path = house.at("big");
+    let head = format!(
+        "--b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"{path}\"\r\n\r\n"
+    );
+    let form = |content: &[u8]| [head.as_bytes(), content, b"\r\n--b--\r\n"].concat();
+    // What compresses well is small on the wire and as big as it is here.
+    for (content, packed) in [(noise(64 << 20), false), (vec![0; 64 << 20], true)] {
+        let mut request = house.http.post(house.files(&[]));
+        request = request.header("content-type", "multipart/form-data; boundary=b");
+        let mut body = form(&content);
+        if packed {
+            body = gzip(&body);
+            request = request.header("content-encoding", "gzip");
+        }
+        let response = common::soon("a form", request.body(body).send()).await.unwrap();
+        assert_eq!(written(response).await[0]["path"], path);
+        assert!(fs::read(&path).unwrap() == content);
+        let peak = house.daemon.memory("VmHWM");
+        assert!(peak < 48 << 10, "the daemon grew to {peak} KiB");
+    }
+}
+
+// What one client cannot take from the others.
+
+/// As `MAX_UPLOADS`.
+const UPLOADS: usize = 64;
+
+#[tokio::test]
+async fn uploads_that_stall_leave_the_threads_to_others() {
+    let house = House::new();
+    let mut stalled = Vec::new();
+    for number in 0..UPLOADS {
+        let cut = CUTS[number % CUTS.len()];
+        stalled.push(cut.send(&house, &house.at(&number.to_string()), &noise(1000)).await);
+    }
+    eventually("all are open", || {
+        (house.opened(|opened| opened.starts_with(house.dir())) == UPLOADS).then_some(())
+    });
+    let refused = house.upload(&house.at("one more"), &[], "x").await;
+    assert_eq!(rest_error(refused, 503).await, "too many uploads: 64 are under way");
+    house.is_well().await;
+    assert_eq!(house.list(house.dir().to_str().unwrap(), 1).await.unwrap().len(), UPLOADS);
+    // Those who leave make room.
+    drop(stalled);
+    common::in_time("the others have gone", async || {
+        (house.upload(&house.at("late"), &[], "x").await.status() == 200).then_some(())
+    })
+    .await;
+    eventually("nothing else is left", || (house.names() == ["late"]).then_some(()));
+}
+
+#[tokio::test]
+async fn without_new_threads_calls_are_answered() {
+    let house = House::new();
+    // No room for another stack, which is what a thread needs first.
+    let room = (house.daemon.memory("VmSize") + 1024) * 1024;
+    let limited = std::process::Command::new("prlimit")
+        .args(["--pid", &house.daemon.pid().to_string(), &format!("--as={room}")])
+        .status();
+    if !able("prlimit", limited.is_ok_and(|status| status.success())) {
+        return;
+    }
+    for _ in 0..10 {
+        let calls = (0..20).map(|_| house.stat("/"));
+        for answer in futures_util::future::join_all(calls).await {
+            assert_eq!(answer.unwrap().path, "/");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upload_survives_that_of_another_who_gives_up() {
+    let house = House::new();
+    for cut in CUTS {
+        let path = house.at("file");
+        let first = cut.send(&house, &path, &noise(100_000)).await;
+        eventually("it is being written", || {
+            fs::metadata(&path).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+        });
+        written(house.upload(&path, &[], "whole").await).await;
+        drop(first);
+        eventually("the other is given up", || {
+            (house.opened(|opened| opened.starts_with(house.dir())) == 0).then_some(())
+        });
+        assert_eq!(fs::read(&path).unwrap(), b"whole", "{cut:?}");
+        fs::remove_file(path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_last_of_two_uploads_is_there_and_whole() {
+    let house = House::new();
+    for length in [100_000, BODY_IN_MEMORY + 100_000] {
+        let path = house.at("file");
+        let mut body = noise(length);
+        let mut first = Cut::Length.send(&house, &path, &body).await;
+        eventually("it is being written", || {
+            fs::metadata(&path).is_ok_and(|meta| meta.len() == length as u64).then_some(())
+        });
+        written(house.upload(&path, &[], noise(2 * length).split_off(length)).await).await;
+        first.send("x").await;
+        body.push(b'x');
+        assert_eq!(first.answer().await.status, 200);
+        assert!(fs::read(&path).unwrap() == body, "{length}");
+        fs::remove_file(path).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_end_of_the_daemon_leaves_no_half_file() {
+    for cut in CUTS {
+        let mut house = House { daemon: Daemon::start(&["--shutdown-grace", "0"]), ..House::new() };
+        let (new, old) = (house.at("new"), house.put("old", "old"));
+        let _uploads = [
+            cut.send(&house, &new, &noise(100_000)).await,
+            cut.send(&house, &old, &noise(100_000)).await,
+        ];
+        eventually("it is being written", || {
+            fs::metadata(&new).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+        });
+        house.daemon.signal(nix::sys::signal::Signal::SIGTERM);
+        assert!(house.daemon.wait().success());
+        assert_eq!(house.names(), ["old"], "{cut:?}");
+        assert_eq!(fs::read(&old).unwrap(), b"old", "{cut:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_expected_100_comes_when_the_body_is_wanted() {
+    let house = House::new();
+    let path = house.at("file");
+    let mut raw = Raw::open(&house.daemon).await;
+    let head = format!(
+        "POST /files?path={path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\n\
+         content-type: application/octet-stream\r\ncontent-length: 5\r\n\r\n"
+    );
+    raw.send(&head).await;
+    assert_eq!(raw.head().await.0, 100);
+    raw.send("hello").await;
+    let Answer { status, body, .. } = raw.answer().await;
+    assert_eq!(status, 200, "{body:?}");
+    assert_eq!(fs::read(PathBuf::from(path)).unwrap(), b"hello");
+}

@@ -1,0 +1,159 @@
+//! Routes, methods, who is let in, and what browsers may read.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{basic, house::House, me};
+use reqwest::{Method, Response, StatusCode};
+
+#[tokio::test]
+async fn health_is_told_and_not_cached() {
+    let house = House::new();
+    let response = house.call(Method::GET, "/health", &[]).await;
+    assert_eq!(response.status(), 204);
+    assert_eq!(response.headers()["cache-control"], "no-store");
+    assert_eq!(response.bytes().await.unwrap(), "");
+}
+
+// Routes and headers.
+
+#[tokio::test]
+async fn routes_that_are_none() {
+    let house = House::new();
+    for (method, path) in [
+        (Method::GET, "/"),
+        (Method::GET, "/nothing"),
+        (Method::GET, "/health/"),
+        (Method::POST, "/filesystem.Filesystem"),
+        (Method::POST, "/filesystem.Filesystem/"),
+        (Method::POST, "/filesystem.Filesystem/Nothing"),
+        (Method::POST, "/no.Service/Stat"),
+    ] {
+        let content = [("content-type", "application/json")];
+        let response = house.call(method.clone(), path, &content).await;
+        assert_eq!(response.status(), 404, "{method} {path}");
+        assert_eq!(response.headers()["content-type"], "text/plain; charset=utf-8", "{path}");
+        assert_eq!(response.text().await.unwrap(), "404 page not found\n", "{path}");
+    }
+    for (method, path, allowed) in [
+        (Method::POST, "/health", &["GET"][..]),
+        (Method::DELETE, "/files", &["GET", "POST"]),
+        (Method::PUT, "/files", &["GET", "POST"]),
+        (Method::GET, "/filesystem.Filesystem/Stat", &["POST"]),
+        (Method::PUT, "/process.Process/Start", &["POST"]),
+    ] {
+        let response = house.call(method.clone(), path, &[]).await;
+        assert_eq!(response.status(), 405, "{method} {path}");
+        let allow: Vec<_> = response.headers().get_all("allow").iter().collect();
+        let allow = format!("{allow:?}");
+        assert!(allowed.iter().all(|method| allow.contains(method)), "{path}: {allow}");
+        assert_eq!(response.bytes().await.unwrap(), "", "{path}");
+    }
+    let text = [("content-type", "text/plain")];
+    let response = house.call(Method::POST, "/filesystem.Filesystem/Stat", &text).await;
+    assert_eq!(response.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
+    let accepted = response.headers()["accept-post"].to_str().unwrap();
+    let accepted: Vec<_> = accepted.split(", ").collect();
+    assert!(accepted.is_sorted() && accepted.contains(&"application/json"), "{accepted:?}");
+}
+
+#[tokio::test]
+async fn an_unknown_user_is_refused_everywhere() {
+    let house = House::new();
+    let header = [("authorization", basic("nobody-at-all"))];
+    let header = header.each_ref().map(|(name, value)| (*name, value.as_str()));
+    for (method, path) in [
+        (Method::GET, "/health"),
+        (Method::GET, "/files?path=/etc/passwd"),
+        (Method::POST, "/files?path=/tmp/never"),
+        (Method::GET, "/nothing"),
+    ] {
+        let response = house.call(method, path, &header).await;
+        assert_eq!(response.status(), 401, "{path}");
+        assert_eq!(response.headers()["content-type"], "application/json", "{path}");
+        let text = response.text().await.unwrap();
+        let expected =
+            r#"{"code":"unauthenticated","message":"invalid username: 'nobody-at-all'"}"#;
+        assert_eq!(text, expected, "{path}");
+    }
+    let known = [("authorization", basic(&me().name))];
+    let known = known.each_ref().map(|(name, value)| (*name, value.as_str()));
+    assert_eq!(house.call(Method::GET, "/health", &known).await.status(), 204);
+}
+
+fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
+    response.headers().get(name).map(|value| value.to_str().unwrap())
+}
+
+#[tokio::test]
+async fn preflights_of_browsers() {
+    let house = House::new();
+    let vary = "Origin, Access-Control-Request-Method, Access-Control-Request-Headers";
+    let names = "x-access-token,Content-Type, X-Odd";
+    for path in ["/health", "/files", "/filesystem.Filesystem/Stat", "/nothing"] {
+        let headers = [
+            ("origin", "https://example.com"),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", names),
+            // A preflight is answered before anybody asks who it is.
+            ("authorization", "Basic bm9ib2R5LWF0LWFsbDo="),
+        ];
+        let response = house.call(Method::OPTIONS, path, &headers).await;
+        assert_eq!(response.status(), 204, "{path}");
+        for (name, value) in [
+            ("vary", vary),
+            ("access-control-allow-origin", "*"),
+            ("access-control-allow-methods", "POST"),
+            ("access-control-allow-headers", names),
+            ("access-control-max-age", "7200"),
+        ] {
+            assert_eq!(header(&response, name), Some(value), "{path}");
+        }
+        assert_eq!(header(&response, "access-control-allow-credentials"), None);
+        assert_eq!(response.bytes().await.unwrap(), "");
+    }
+    let page = ("origin", "https://example.com");
+    for headers in [
+        &[("access-control-request-method", "POST")][..],
+        &[page, ("access-control-request-method", "TRACE")],
+        &[page, ("access-control-request-method", "post")],
+    ] {
+        let response = house.call(Method::OPTIONS, "/files", headers).await;
+        assert_eq!(response.status(), 204, "{headers:?}");
+        assert_eq!(header(&response, "vary"), Some(vary));
+        assert_eq!(header(&response, "access-control-allow-origin"), None, "{headers:?}");
+        assert_eq!(header(&response, "access-control-allow-methods"), None, "{headers:?}");
+        assert_eq!(header(&response, "access-control-max-age"), None, "{headers:?}");
+    }
+    let headers = [page, ("access-control-request-method", "GET")];
+    let response = house.call(Method::OPTIONS, "/files", &headers).await;
+    assert_eq!(header(&response, "access-control-allow-methods"), Some("GET"));
+    assert_eq!(header(&response, "access-control-allow-headers"), None, "none was asked for");
+}
+
+#[tokio::test]
+async fn answers_that_a_page_may_read() {
+    let house = House::new();
+    let exposed = "Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin, Location, Cache-Control, \
+                   X-Content-Type-Options";
+    let page = ("origin", "https://example.com");
+    let unknown = ("authorization", "Basic bm9ib2R5LWF0LWFsbDo=");
+    for (method, path, headers, status) in [
+        (Method::GET, "/health", &[page][..], 204),
+        (Method::GET, "/nothing", &[page], 404),
+        (Method::DELETE, "/files", &[page], 405),
+        (Method::GET, "/health", &[page, unknown], 401),
+        (Method::GET, "/files?path=/no/such", &[page], 404),
+    ] {
+        let response = house.call(method, path, headers).await;
+        assert_eq!(response.status(), status, "{path}");
+        assert_eq!(header(&response, "access-control-allow-origin"), Some("*"), "{path}");
+        assert_eq!(header(&response, "access-control-expose-headers"), Some(exposed), "{path}");
+        assert_eq!(header(&response, "vary"), Some("Origin"), "{path}");
+    }
+    let response = house.call(Method::GET, "/health", &[]).await;
+    assert_eq!(header(&response, "vary"), Some("Origin"));
+    assert_eq!(header(&response, "access-control-allow-origin"), None);
+    assert_eq!(header(&response, "access-control-expose-headers"), None);
+}

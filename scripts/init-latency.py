@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """How long POST /init and GET /health take while processes stream.
 
-    scripts/init-latency.py [--processes 64] [--calls 500] [--nice 0] [--flat-out] [path of envd]
+    scripts/init-latency.py [--processes 64] [--calls 500] [--nice 0] [--flat-out | --burn]
+                            [path of envd]
 
 Starts an envd of its own on a free port of the loopback, has it run processes whose output is read
 by one client, and measures calls on fresh connections, one after the other: first while they stream,
-then on another envd while nothing runs. Paced processes write 4 KiB ten times a second each; with --flat-out
-they write as fast as they can, which takes all the CPU there is.
+then on another envd while nothing runs. Paced processes write 4 KiB ten times a second each; with
+--flat-out they write as fast as they can. With --burn they write nothing and take all the CPU there
+is, as a hostile program would.
 
 Prints the distribution of each in milliseconds. It judges nothing: a machine with something else to
 do gives other figures, so compare those of one run.
@@ -27,6 +29,8 @@ import time
 
 PACED = "exec 3<> <(:); while :; do printf '%4096s' x; read -t 0.1 -u 3; done"
 FLAT_OUT = "exec yes"
+# For half a minute at most, whatever becomes of this program.
+BURN = "echo; exec timeout 30 yes >/dev/null"
 
 
 def start(envd, nice):
@@ -47,7 +51,9 @@ def start(envd, nice):
 def stream(port, script):
     """A connection on which the output of a process comes."""
     process = {"cmd": "/bin/bash", "args": ["-c", script], "cwd": "/"}
-    body = json.dumps({"process": process, "stdin": False}).encode()
+    # They end with their connections.
+    start = {"process": process, "stdin": False, "stopOnDisconnect": True}
+    body = json.dumps(start).encode()
     body = struct.pack(">BI", 0, len(body)) + body
     head = (
         "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n"
@@ -103,11 +109,12 @@ def main():
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--nice", type=int, default=0, help="of envd; its systemd unit has -20")
     parser.add_argument("--flat-out", action="store_true")
+    parser.add_argument("--burn", action="store_true")
     parser.add_argument("envd", nargs="?", default="target/debug/envd")
     args = parser.parse_args()
     daemon, port = start(args.envd, args.nice)
     try:
-        script = FLAT_OUT if args.flat_out else PACED
+        script = FLAT_OUT if args.flat_out else BURN if args.burn else PACED
         # Before there is a token, which the streams would have to send.
         connections = [stream(port, script) for _ in range(args.processes)]
         # A process of its own: threads of Python would wait for each other.
@@ -118,18 +125,20 @@ def main():
         if args.nice < 0:
             os.nice(args.nice)  # Or the client waits for a CPU, and not envd.
         deadline = time.monotonic() + 30
-        while counted.value < args.processes * 4096 and time.monotonic() < deadline:
+        enough = args.processes * (100 if args.burn else 4096)
+        while counted.value < enough and time.monotonic() < deadline:
             time.sleep(0.05)
         begun, before = time.monotonic(), counted.value
-        measure(f"{args.processes} processes stream", port, args.calls)
+        doing = "burn" if args.burn else "stream"
+        measure(f"{args.processes} processes {doing}", port, args.calls)
         rate = (counted.value - before) / (time.monotonic() - begun) / 1e6
         print(f"meanwhile the client read {rate:.1f} MB/s")
         stop.set()
         reader.join()
         for connection in connections:
             connection.close()
+        time.sleep(1)
     finally:
-        # The commands are in sessions of their own: they end with their pipes.
         daemon.terminate()
         daemon.wait(timeout=30)
     daemon, port = start(args.envd, args.nice)

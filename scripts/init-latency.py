@@ -35,7 +35,13 @@ BURN = "echo; exec timeout 30 yes >/dev/null"
 
 def start(envd, nice):
     flags = ["--listen", "tcp://127.0.0.1:0", "-isnotfc", "--no-clock"]
-    daemon = subprocess.Popen(["nice", "-n", str(nice), envd, *flags], stderr=subprocess.PIPE, text=True)
+    daemon = subprocess.Popen(
+        ["nice", "-n", str(nice), envd, *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    prefer(daemon.pid, nice)
     port = None
     for line in daemon.stderr:
         found = re.search(r"tcp://127\.0\.0\.1:(\d+)", line)
@@ -46,6 +52,15 @@ def start(envd, nice):
     # Its log must not fill the pipe.
     threading.Thread(target=lambda: [None for _ in daemon.stderr], daemon=True).start()
     return daemon, port
+
+
+def prefer(pid, nice):
+    """Where the kernel shares the CPU out by session (sched(7), autogroup), nice means little."""
+    try:
+        with open(f"/proc/{pid}/autogroup", "w") as file:
+            file.write(str(nice))
+    except OSError:
+        pass
 
 
 def stream(port, script):
@@ -123,7 +138,9 @@ def main():
         reader = fork.Process(target=read_all, args=(connections, counted, stop))
         reader.start()
         if args.nice < 0:
-            os.nice(args.nice)  # Or the client waits for a CPU, and not envd.
+            # Or the client waits for a CPU, and not for envd.
+            os.nice(args.nice)
+            prefer("self", args.nice)
         deadline = time.monotonic() + 30
         enough = args.processes * (100 if args.burn else 4096)
         while counted.value < enough and time.monotonic() < deadline:

@@ -181,13 +181,44 @@ async fn bodies() {
 #[tokio::test]
 async fn a_body_that_is_too_large_or_cut_is_refused() {
     let daemon = Daemon::start(&[]);
-    let (status, text) = init(&daemon, vec![b' '; (8 << 20) + 1]).await;
+    let (status, text) = init(&daemon, vec![b' '; (4 << 20) + 1]).await;
     assert_eq!((status, text.as_str()), (400, ""));
+    let large = format!("{{\"unknown\":\"{}\"}}", "x".repeat(1 << 20));
+    assert_eq!(init(&daemon, large).await.0, 204);
     let mut raw = Raw::open(&daemon).await;
     raw.send("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"accessToken\":\"t\"")
         .await;
     drop(raw);
     assert_eq!(told(&daemon, json!({})).await.0, 204);
+}
+
+#[tokio::test]
+async fn bodies_of_strangers_wait_in_bounded_memory() {
+    let daemon = Daemon::start(&[]);
+    let head = |length: usize| {
+        format!("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n")
+    };
+    // Eight large ones that do not come to their end; the ninth is refused, a small one is not.
+    let mut stuck = Vec::new();
+    for _ in 0..8 {
+        let mut raw = Raw::open(&daemon).await;
+        raw.send(head(3 << 20)).await;
+        raw.send(vec![b' '; 1 << 20]).await;
+        stuck.push(raw);
+    }
+    in_time("all places for large ones are taken", async || {
+        let (status, _) = init(&daemon, vec![b' '; 1 << 20]).await;
+        (status == 503).then_some(())
+    })
+    .await;
+    assert_eq!(told(&daemon, json!({})).await.0, 204);
+    drop(stuck);
+    in_time("their places are free again", async || {
+        (init(&daemon, [vec![b' '; 1 << 20], b"{}".to_vec()].concat()).await.0 == 204).then_some(())
+    })
+    .await;
+    let peak = daemon.memory("VmHWM");
+    assert!(peak < 96 << 10, "the daemon grew to {peak} KiB");
 }
 
 #[tokio::test]

@@ -7,12 +7,13 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use axum::extract::{Request, State};
+use futures_util::StreamExt;
 use http::{HeaderValue, Response, StatusCode, header};
-use http_body_util::{BodyExt, Limited};
 use serde::{
     Deserialize, Deserializer,
     de::{self, IgnoredAny, MapAccess, Visitor},
 };
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use super::Shared;
@@ -25,9 +26,16 @@ use crate::{
 };
 
 /// The most bytes of a request: certificates and variables.
-const MAX_BODY: usize = 8 << 20;
+const MAX_BODY: usize = 4 << 20;
+/// The most bytes of an ordinary one. Of larger ones there are few at a time: anybody may send them,
+/// and they wait in memory.
+const ORDINARY_BODY: usize = 64 << 10;
 /// How long it may take to come.
-const BODY_PATIENCE: Duration = Duration::from_secs(30);
+const BODY_PATIENCE: Duration = Duration::from_secs(10);
+
+// What strangers can make wait in memory.
+const _: () =
+    assert!(setup::MAX_REQUESTS * ORDINARY_BODY + setup::MAX_LARGE * MAX_BODY <= 64 << 20);
 /// The header with envd's version, by which hosts decide what it can do.
 const VERSION_HEADER: &str = "x-envd-version";
 
@@ -54,11 +62,28 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
     let bad = || (StatusCode::BAD_REQUEST, String::new());
     // The header with the token means nothing here; only the token in the body does.
     let granted = request.extensions().get() == Some(&Granted::ByPeer);
-    let body = Limited::new(request.into_body(), MAX_BODY).collect();
-    let body = match tokio::time::timeout(BODY_PATIENCE, body).await {
-        Ok(Ok(body)) => Zeroizing::new(Vec::from(body.to_bytes())),
-        Ok(Err(_)) | Err(_) => return Err(bad()),
+    let busy =
+        |_| (StatusCode::SERVICE_UNAVAILABLE, "too many calls of /init at a time".to_owned());
+    // Held to the end: what waits for its turn is in memory, too.
+    let _place = sandbox.setup.requests.try_acquire().map_err(busy)?;
+    let mut large = None;
+    let reading = async {
+        let mut chunks = request.into_body().into_data_stream();
+        let mut body = Zeroizing::new(Vec::new());
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|_| bad())?;
+            let length = body.len() + chunk.len();
+            if length > MAX_BODY {
+                return Err(bad());
+            }
+            if length > ORDINARY_BODY && large.is_none() {
+                large = Some(sandbox.setup.large.try_acquire().map_err(busy)?);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
     };
+    let body = timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| Err(bad()))?;
     let parsed = match body.is_empty() {
         true => InitBody::default(),
         false => parse(&body).map_err(|error| {

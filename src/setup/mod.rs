@@ -61,6 +61,10 @@ const METADATA_SEARCH: Duration = Duration::from_secs(60);
 const METADATA_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long volumes may take to be mounted (upstream's).
 const VOLUMES_PATIENCE: Duration = Duration::from_secs(10);
+/// The requests at a time, waiting for their turn included; more are refused.
+pub const MAX_REQUESTS: usize = 512;
+/// Of those, the ones that are larger than usual.
+pub const MAX_LARGE: usize = 8;
 /// Threads that mount: a server that does not answer holds one until the kernel gives up.
 const MOUNT_THREADS: usize = 2;
 
@@ -156,6 +160,10 @@ pub struct Setup {
     ledger: Arc<Mutex<Ledger>>,
     mounts: Arc<Pool>,
     searching: AtomicBool,
+    /// Places for requests: [`MAX_REQUESTS`].
+    pub requests: Semaphore,
+    /// Places for large ones: [`MAX_LARGE`].
+    pub large: Semaphore,
 }
 
 impl Setup {
@@ -168,6 +176,8 @@ impl Setup {
             ledger: Arc::default(),
             mounts: Pool::new("mount", 0, MOUNT_THREADS),
             searching: AtomicBool::new(false),
+            requests: Semaphore::new(MAX_REQUESTS),
+            large: Semaphore::new(MAX_LARGE),
         }
     }
 

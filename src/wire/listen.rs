@@ -77,7 +77,7 @@ pub enum Place {
         /// The port; 0 lets the system choose.
         port: u16,
         /// Its certificate and key.
-        files: tls::Files,
+        files: Box<tls::Files>,
     },
     /// A socket in the file system.
     Unix {
@@ -134,7 +134,8 @@ impl FromStr for Address {
                 match (scheme, cert, key) {
                     ("tcp", ..) => Place::Tcp { host, port },
                     (_, Some(cert), Some(key)) => {
-                        Place::Tls { host, port, files: tls::Files { cert, key, client_ca } }
+                        let files = Box::new(tls::Files { cert, key, client_ca });
+                        Place::Tls { host, port, files }
                     }
                     _ => return Err(wrong("TLS needs ?cert=PATH&key=PATH")),
                 }

@@ -74,7 +74,7 @@ fn answer(mut stream: TcpStream, document: Option<&Value>, asked: &AtomicUsize) 
         assert!(head.starts_with("get / "), "{head}");
         assert!(head.contains("x-metadata-token: the-token"), "{head}");
         assert!(head.contains("accept: application/json"), "{head}");
-        document.map_or("?".to_owned(), Value::to_string)
+        document.map_or_else(|| "?".to_owned(), Value::to_string)
     };
     let length = body.len();
     let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");

@@ -18,7 +18,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, readlinkat, renameat2},
+    fcntl::{AtFlags, OFlag, openat, readlinkat},
     sys::{
         stat::{FileStat, Mode, SFlag, UtimensatFlags, futimens, mkdirat, mknodat, utimensat},
         time::TimeSpec,
@@ -34,7 +34,7 @@ use super::{
     tree::{Found, Step, Walk},
     unnamed::{Unnamed, with_new_name},
 };
-use crate::guest::users::User;
+use crate::{guest::users::User, sys::rename::rename_new};
 
 mod content;
 
@@ -166,8 +166,7 @@ impl<'a> Apart<'a> {
     fn publish(mut self, only_new: bool) -> Result<(), FsError> {
         let moved = match only_new {
             true => {
-                let flags = RenameFlags::RENAME_NOREPLACE;
-                match renameat2(AT_FDCWD, &self.path, AT_FDCWD, self.to, flags) {
+                match rename_new(&self.path, self.to) {
                     // A file system that knows no flags. What exists was looked for before, and a
                     // directory replaces nothing but an empty one.
                     Err(Errno::EINVAL | Errno::ENOSYS) => fs::rename(&self.path, self.to),

@@ -18,11 +18,12 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2},
+    fcntl::{AT_FDCWD, AtFlags},
     unistd::linkat,
 };
 
 use super::errno;
+use crate::sys::rename::rename_new;
 
 /// What the names of files that wait for theirs begin with.
 pub(super) const PREFIX: &str = ".envd-new-";
@@ -87,7 +88,7 @@ impl Unnamed {
     pub(super) fn publish(&mut self, to: &Path) -> io::Result<()> {
         match &self.named.0 {
             Some(path) => {
-                match renameat2(AT_FDCWD, path, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+                match rename_new(path, to) {
                     Ok(()) => self.named.0 = None,
                     // A file system that knows no flags: a second link cannot replace anything.
                     Err(Errno::EINVAL | Errno::ENOSYS) => fs::hard_link(path, to)?,

@@ -18,6 +18,7 @@ pub mod pidfd;
 pub mod pty;
 pub mod ready;
 pub mod reflink;
+pub mod rename;
 pub mod signals;
 pub mod spawn;
 mod stack;

@@ -43,19 +43,27 @@ pub(in crate::process) struct Verdict {
 }
 
 impl Leaf {
-    /// Makes the group and sets its limits. Blocks for a moment.
+    /// Makes the group, by the first of the names that is not taken, and sets its limits. Blocks
+    /// for a moment.
     pub(super) fn make(
         workload: &Workload,
-        name: &str,
+        mut names: impl FnMut() -> String,
         limits: &Limits,
     ) -> Result<Self, Unavailable> {
-        let dir = workload.dir.join(name);
-        let unavailable = |what: &str, error: &io::Error| Unavailable {
+        let unavailable = |what: &str, dir: &Path, error: &io::Error| Unavailable {
             field: limits.settings().first().map_or("limits", |setting| setting.field).to_owned(),
             why: format!("{what} {}: {}", dir.display(), errno::text_of(error)),
         };
-        fs::create_dir(&dir).map_err(|error| unavailable("making", &error))?;
-        let opened = File::open(&dir).map_err(|error| unavailable("opening", &error));
+        // There are not more taken ones than directories.
+        let dir = loop {
+            let dir = workload.dir.join(names());
+            match fs::create_dir(&dir) {
+                Ok(()) => break dir,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(unavailable("making", &dir, &error)),
+            }
+        };
+        let opened = File::open(&dir).map_err(|error| unavailable("opening", &dir, &error));
         let made = opened.and_then(|fd| {
             let leaf = Self {
                 dir: dir.clone(),

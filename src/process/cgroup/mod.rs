@@ -143,9 +143,12 @@ impl Groups {
             Stdio::Pipes { .. } => &ready.user,
             Stdio::Pty { .. } => &ready.ptys,
         };
-        let number = ready.made.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{}-{number}", std::process::id());
-        match Leaf::make(workload, &name, limits) {
+        // A daemon before this one may have had its pid, and processes that live on.
+        let names = || {
+            let number = ready.made.fetch_add(1, Ordering::Relaxed);
+            format!("{}-{number}", std::process::id())
+        };
+        match Leaf::make(workload, names, limits) {
             Ok(leaf) => Ok(Some(leaf)),
             Err(unavailable) if asked_for.is_some() => Err(unavailable),
             Err(unavailable) => {
@@ -273,6 +276,35 @@ mod tests {
         assert_eq!(maker("12-3"), Some(12));
         for other in ["12", "a-1", "12-x", "12-3-4", "-", "docker-1"] {
             assert_eq!(maker(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_leaf_that_outlived_a_daemon_of_this_pid_is_passed_over() {
+        let base = tempfile::tempdir().unwrap();
+        let workload = |name: &str| {
+            let dir = base.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            Workload { dir, controllers: Vec::new() }
+        };
+        let (user, ptys) = (workload("user"), workload("ptys"));
+        let own = |number: u64| user.dir.join(format!("{}-{number}", std::process::id()));
+        for number in [0, 1, 3] {
+            fs::create_dir(own(number)).unwrap();
+        }
+        let made = [own(2), own(4)];
+        let ready = Ready {
+            base: base.path().to_owned(),
+            user,
+            ptys,
+            made: AtomicU64::new(0),
+            lingering: Arc::new(Semaphore::new(1)),
+            missed: Mutex::default(),
+        };
+        let groups = Groups { ready: Ok(ready) };
+        for dir in made {
+            let leaf = groups.leaf(Stdio::Pipes { stdin: false }, &Limits::default()).unwrap();
+            assert!(leaf.is_some() && dir.exists(), "{}", dir.display());
         }
     }
 

@@ -1,6 +1,9 @@
 //! The child: its control group, its limits, its user, and in words why there is none.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
 
 use nix::unistd::{geteuid, getgroups, getresgid, getresuid};
 
@@ -52,22 +55,23 @@ pub(super) fn spawn(
         Ok(child) => return Ok((child, leaf)),
         Err(error) => error,
     };
-    if let Some(leaf) = &leaf
-        && let Err(error) = leaf.remove()
-    {
-        tracing::warn!(%error, "the control group of a process that did not start stays");
-    }
     // As where a group cannot be made: without limits it is missed, no more.
-    match (&leaf, group_refused(&failed)) {
+    let without = match (&leaf, group_refused(&failed)) {
         (Some(_), Some(why)) if spec.limits.settings().is_empty() => {
             tracing::warn!(why, "a process starts without a control group");
             child.cgroup = None;
-            let child = spawn::spawn(&child).map_err(|error| spawn_error(spec, &error))?;
-            Ok((child, None))
+            spawn::spawn(&child).map_err(|error| spawn_error(spec, &error))
         }
         (Some(_), Some(why)) => Err(StartError::limits(spec, &why)),
         _ => Err(spawn_error(spec, &failed)),
+    };
+    if let Some(leaf) = leaf
+        && let Err(error) = leaf.remove()
+    {
+        tracing::warn!(%error, "the control group of a process that did not start stays for now");
+        manager.groups.miss(Arc::new(leaf));
     }
+    without.map(|child| (child, None))
 }
 
 /// Why a child could not be put into its control group, if it was that.

@@ -82,9 +82,8 @@ impl Tree {
 
     /// Sends a signal to the process alone.
     pub(super) fn signal_process(&self, pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
-        pidfd::send_signal(pidfd, signal)?;
         self.note(signal);
-        Ok(())
+        pidfd::send_signal(pidfd, signal)
     }
 
     /// Sends a signal to the process's group.
@@ -97,10 +96,8 @@ impl Tree {
         if *reaped {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
-        pidfd::signal_group(self.pid, signal)?;
-        drop(reaped);
         self.note(signal);
-        Ok(())
+        pidfd::signal_group(self.pid, signal)
     }
 
     /// Blocks: sends a signal to the whole tree. Without a control group it gives those that were
@@ -109,7 +106,6 @@ impl Tree {
     /// # Errors
     /// ESRCH when there is nothing left, EPERM when one of the tree must not be signalled.
     pub(super) fn signal_all(&self, signal: i32) -> io::Result<Vec<Member>> {
-        // Before it arrives: the supervisor must not take it for the kernel's.
         self.note(signal);
         match &self.leaf {
             Some(leaf) => leaf.signal(signal).map(|()| Vec::new()),
@@ -136,6 +132,7 @@ impl Tree {
         Member::of(pid)
     }
 
+    /// Called before a signal is sent: the supervisor must not take its work for the kernel's.
     fn note(&self, signal: i32) {
         if signal == libc::SIGKILL {
             self.killed.store(true, Ordering::Release);

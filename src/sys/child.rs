@@ -33,12 +33,17 @@ use super::spawn::{Rlimit, Spec, Stage};
 /// the daemon itself has none.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Longer names cannot be opened; a candidate beyond it is not even tried. Together with the
-/// kernel's bound on one environment string (128 KiB) this bounds the memory of a search.
+/// Longer names cannot be opened; a candidate beyond it is not even tried. Together with
+/// [`PATH_TOO_LONG`] this bounds the memory of a search.
 const PATH_MAX: usize = libc::PATH_MAX as usize;
 
 /// A longer name is in no directory.
 const NAME_MAX: usize = 255;
+
+/// A search path of this length or longer is not taken apart: with its name it is more than the
+/// kernel accepts of one environment string (MAX_ARG_STRLEN, of 32 pages of 4 KiB), and execve(2)
+/// would say E2BIG to every candidate.
+const PATH_TOO_LONG: usize = 128 * 1024;
 
 /// The last signal number on Linux.
 const LAST_SIGNAL: c_int = 64;
@@ -63,6 +68,8 @@ pub(super) struct Plan {
     strings: Vec<CString>,
     /// The files to try, in order.
     candidates: Vec<*const c_char>,
+    /// What to say when none of them is there.
+    not_found: c_int,
     /// Null-terminated, as the next two.
     argv: Vec<*const c_char>,
     /// `sh FILE args...`, for a script without `#!`; the child sets FILE.
@@ -90,6 +97,7 @@ impl Plan {
         let mut plan = Self {
             strings: Vec::new(),
             candidates: Vec::new(),
+            not_found: libc::ENOENT,
             argv: Vec::new(),
             script_argv: vec![c"sh".as_ptr(), ptr::null()],
             envp: Vec::new(),
@@ -127,6 +135,10 @@ impl Plan {
         // An empty name, or one too long for a directory entry, gets its errno from the kernel.
         if cmd.is_empty() || cmd.contains('/') || cmd.len() > NAME_MAX {
             self.candidates.push(whole);
+            return Ok(());
+        }
+        if path.len() >= PATH_TOO_LONG {
+            self.not_found = libc::E2BIG;
             return Ok(());
         }
         for dir in path.split(':') {
@@ -274,7 +286,7 @@ unsafe fn reset_signals() {
 /// # Safety
 /// Only in the child, with valid pointers in `plan`.
 unsafe fn exec(plan: &mut Plan) -> Result<Infallible, Failure> {
-    let mut found = libc::ENOENT;
+    let mut found = plan.not_found;
     let envp = addr(plan.envp.as_ptr());
     for &file in &plan.candidates {
         // SAFETY: the strings are valid and the arrays null-terminated.
@@ -322,4 +334,38 @@ fn at(stage: Stage, result: Result<c_long, c_int>) -> Result<(), Failure> {
 
 fn addr<T>(pointer: *const T) -> usize {
     pointer.expose_provenance()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsFd, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn a_search_path_that_the_kernel_refuses_is_not_taken_apart() {
+        let null = File::open("/dev/null").unwrap();
+        let cmd = "c".repeat(NAME_MAX);
+        let candidates = |cmd: &str, length: usize| {
+            let env = [("PATH".to_owned(), "a:".repeat(length / 2))];
+            let spec = Spec {
+                cmd,
+                args: &[],
+                env: &env,
+                cwd: Path::new("/"),
+                stdio: [null.as_fd(), null.as_fd(), null.as_fd()],
+                terminal: false,
+                credentials: None,
+                rlimits: &[],
+                cgroup: None,
+            };
+            let report = null.try_clone().unwrap().into();
+            let plan = Plan::new(&spec, [3, 4, 5], report, None).unwrap();
+            (plan.candidates.len(), plan.not_found)
+        };
+        assert_eq!(candidates(&cmd, 4 << 20), (0, libc::E2BIG));
+        assert_eq!(candidates(&cmd, 1000), (501, libc::ENOENT));
+        // What is not looked for does not care.
+        assert_eq!(candidates("/bin/true", 4 << 20), (1, libc::ENOENT));
+    }
 }

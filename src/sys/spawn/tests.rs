@@ -56,6 +56,19 @@ const OPEN_FILES: Rlimit = Rlimit { resource: 7, soft: 123, hard: 456 };
 const MODES: [Mode; 2] = [Mode::Vfork, Mode::Fork];
 
 #[test]
+fn a_search_path_beyond_the_kernels_bound_is_too_long_an_argument_list() {
+    for mode in MODES {
+        let env = env(&"a:".repeat(2 << 20));
+        let ran = run(mode, &Spec { env: &env, ..base() });
+        let error = ran.child.unwrap_err();
+        assert!(
+            matches!(error, SpawnError::Child { stage: Stage::Exec, errno: libc::E2BIG, .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn the_child_is_an_ordinary_citizen_of_its_own_session() {
     let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap();
     for mode in MODES {

@@ -82,9 +82,17 @@ impl StartSpec {
 
     /// Roughly, what it takes in memory, without the environment as it was given to the process.
     pub(super) fn size(&self) -> usize {
-        let env = self.requested_env.iter().map(|(name, value)| name.len() + value.len());
-        let args = self.args.iter().map(String::len);
-        size_of::<Self>() + self.cmd.len() + args.sum::<usize>() + env.sum::<usize>()
+        const STRING: usize = size_of::<String>();
+        let env =
+            self.requested_env.iter().map(|(name, value)| 2 * STRING + name.len() + value.len());
+        let args = self.args.iter().map(|arg| STRING + arg.len());
+        let names = [&self.tag, &self.id, &self.requested_cwd].into_iter().flatten();
+        size_of::<Self>()
+            + self.cmd.len()
+            + self.cwd.as_os_str().len()
+            + args.sum::<usize>()
+            + env.sum::<usize>()
+            + names.map(String::len).sum::<usize>()
     }
 
     /// The command and its arguments in one line, as messages quote it.
@@ -149,6 +157,26 @@ mod tests {
             .to_vec();
         let env = spec.environment("/here".to_owned());
         assert_eq!(env, [("A", "2"), ("PWD", "/here")].map(|(n, v)| (n.to_owned(), v.to_owned())));
+    }
+
+    #[test]
+    fn the_size_counts_all_that_a_client_can_make_large() {
+        let empty = spec("", &[]);
+        let grown = |change: &dyn Fn(&mut super::StartSpec)| {
+            let mut spec = empty.clone();
+            change(&mut spec);
+            spec.size() - empty.size()
+        };
+        let long = || "x".repeat(1000);
+        assert!(grown(&|spec| spec.cmd = long()) >= 1000);
+        assert!(grown(&|spec| spec.tag = Some(long())) >= 1000);
+        assert!(grown(&|spec| spec.id = Some(long())) >= 1000);
+        assert!(grown(&|spec| spec.requested_cwd = Some(long())) >= 1000);
+        assert!(grown(&|spec| spec.cwd = long().into()) >= 999);
+        // Empty strings are not free either.
+        assert!(grown(&|spec| spec.args = vec![String::new(); 1000]) >= 24_000);
+        let number = |number: u32| (number.to_string(), String::new());
+        assert!(grown(&|spec| spec.requested_env = (0..1000).map(number).collect()) >= 48_000);
     }
 
     #[test]

@@ -3,8 +3,10 @@
 //! A list of processes is old when it is read. So it is read again until it holds nothing new, and
 //! before a tree is signalled each of its processes is stopped: what is stopped can neither fork nor
 //! exit, and so hides nobody. Then all get the signal, and those that were not stopped before go on
-//! with it. A process is known by its pid and its start time, and is signalled
-//! through a pidfd that was opened before the start time was compared.
+//! with it, the children first: a shell that goes on before its job would take that for stopped.
+//! Signals that ask a process to stop are sent without that, since one that goes on has lost them.
+//! A process is known by its pid and its start time, and is signalled through a pidfd that was
+//! opened before the start time was compared.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,7 +16,11 @@ use std::{
     time::Duration,
 };
 
-use nix::unistd::{SysconfVar, sysconf};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::{Pid, SysconfVar, sysconf},
+};
 
 use super::Usage;
 use crate::sys::pidfd;
@@ -60,7 +66,7 @@ impl Member {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
             opened => opened?,
         };
-        if Self::of(self.pid) != Some(self) {
+        if Stat::read(self.pid)?.map(|stat| stat.member) != Some(self) {
             return Ok(());
         }
         match pidfd::send_signal(pidfd.as_fd(), signal) {
@@ -68,11 +74,37 @@ impl Member {
             result => result,
         }
     }
+
+    /// Lets it go on that was stopped here, also without a descriptor to be had: if its pid is
+    /// another's by now, that one is hardly stopped, and dies of nothing.
+    fn go_on(self) -> io::Result<()> {
+        match self.signal(libc::SIGCONT) {
+            Err(error) if is_ours(&error) => {
+                let sent = kill(Pid::from_raw(self.pid), Signal::SIGCONT);
+                sent.or_else(|errno| if errno == Errno::ESRCH { Ok(()) } else { Err(errno.into()) })
+            }
+            result => result,
+        }
+    }
+}
+
+/// Whether an error tells of what the daemon lacks, and nothing about a process.
+fn is_ours(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 impl Stat {
     fn of(pid: i32) -> Option<Self> {
-        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+        Self::read(pid).ok().flatten()
+    }
+
+    /// `None` when there is no such process.
+    fn read(pid: i32) -> io::Result<Option<Self>> {
+        match fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(line) => Ok(Self::parse(&line)),
+            Err(error) if is_ours(&error) => Err(error),
+            Err(_) => Ok(None),
+        }
     }
 
     /// `PID (NAME) STATE PPID PGRP SESSION ...`, proc_pid_stat(5); the name may hold anything.
@@ -97,7 +129,7 @@ impl Stat {
     fn all() -> io::Result<Vec<Self>> {
         let entries = fs::read_dir("/proc")?;
         let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        Ok(pids.filter_map(Self::of).collect())
+        pids.filter_map(|pid| Self::read(pid).transpose()).collect()
     }
 }
 
@@ -105,23 +137,42 @@ impl Stat {
 ///
 /// # Errors
 /// ESRCH when there are no roots (one that is a zombie is fine), else the last error of those that
-/// could not be signalled.
+/// could not be signalled, or why no more could be looked for.
 pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
+    signal_among(roots, signal, Stat::all)
+}
+
+/// As [`signal`], given what lists all processes.
+fn signal_among(
+    roots: &[Member],
+    signal: i32,
+    mut list: impl FnMut() -> io::Result<Vec<Stat>>,
+) -> io::Result<Vec<Member>> {
     if roots.is_empty() {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
+    let asks_to_stop = matches!(signal, libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU);
     let mut found: Vec<Member> = Vec::new();
     let mut stopped = Vec::new();
     let mut known = HashSet::new();
     let mut refused = None;
     for _ in 0..MAX_ROUNDS {
         let seeds: Vec<Member> = roots.iter().chain(&found).copied().collect();
-        let all = Stat::all()?;
+        let all = match list() {
+            Ok(all) => all,
+            Err(error) => {
+                // Those that were found are stopped, and must not stay so.
+                refused = Some(error);
+                break;
+            }
+        };
         let mut is_over = true;
         for stat in tree(&seeds, &all).into_iter().filter(|stat| known.insert(stat.member)) {
             is_over = false;
             found.push(stat.member);
-            if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
+            if asks_to_stop {
+                refused = stat.member.signal(signal).err().or(refused);
+            } else if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
                 stopped.push(stat.member);
             }
         }
@@ -129,12 +180,15 @@ pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
             break;
         }
     }
-    for member in &found {
-        refused = member.signal(signal).err().or(refused);
+    if !asks_to_stop {
+        // Parents are found before their children.
+        for member in found.iter().rev() {
+            refused = member.signal(signal).err().or(refused);
+        }
     }
     if signal != libc::SIGSTOP && signal != libc::SIGKILL {
-        for member in &stopped {
-            refused = member.signal(libc::SIGCONT).err().or(refused);
+        for member in stopped.iter().rev() {
+            refused = member.go_on().err().or(refused);
         }
     }
     refused.map_or(Ok(found), Err)
@@ -219,6 +273,8 @@ pub(super) fn io(pid: u32) -> (u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     fn stat(pid: i32, parent: i32, session: i32) -> Stat {
@@ -262,6 +318,32 @@ mod tests {
         // A pid that is another's by now is no seed.
         let reused = Member { pid: 10_000_010, started: 2 };
         assert!(tree(&[reused], &all).is_empty());
+    }
+
+    #[test]
+    fn an_error_in_the_middle_leaves_nobody_stopped() {
+        let mut child = Command::new("setsid").args(["sleep", "1000"]).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        // Before, it is in the session of this test.
+        while Stat::of(pid).unwrap().session != pid {
+            std::thread::yield_now();
+        }
+        let root = Member::of(pid).unwrap();
+        let mut rounds = 0;
+        let list = || {
+            rounds += 1;
+            match rounds {
+                1 => Stat::all(),
+                _ => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            }
+        };
+        // What it ignores.
+        let error = signal_among(&[root], libc::SIGWINCH, list).unwrap_err();
+        let state = Stat::of(pid).unwrap().state;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((error.raw_os_error(), rounds), (Some(libc::EMFILE), 2));
+        assert_ne!(state, STOPPED);
     }
 
     #[test]

@@ -294,6 +294,47 @@ async fn a_signal_that_can_be_caught_reaches_each_process_of_a_tree_once() {
 }
 
 #[tokio::test]
+async fn a_signal_to_a_tree_does_not_stop_the_job_of_a_shell() {
+    for (daemon, _base) in both_ways() {
+        let client = client(&daemon);
+        let job = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
+        let script = format!("set -m; trap : USR1; sh -c \"{job}\"; echo code $?");
+        let pty = Some(Pty { size: Some(Size { cols: 80, rows: 24 }) });
+        for round in 0..10 {
+            let mut running = begin(&client, &StartRequest { pty, ..sh(&script) }).await;
+            running.words(1).await;
+            signal(&client, running.pid, 10, SignalScope::Tree).await.unwrap();
+            while running.step().await.unwrap().is_none() {}
+            let text = String::from_utf8_lossy(&running.stdout);
+            assert!(text.contains("code 7"), "round {round}: {text}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tree_can_be_asked_to_stop_and_each_process_answers_as_it_likes() {
+    for (daemon, _base) in both_ways() {
+        let client = client(&daemon);
+        let script = "trap 'echo asked' TSTP; sleep 1000 & echo $!; \
+                      while :; do sleep 0.01; done";
+        let mut running = begin(&client, &sh(script)).await;
+        let child = running.pids(1).await[0];
+        signal(&client, running.pid, 20, SignalScope::Tree).await.unwrap();
+        let stopped = |pid: u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat.rsplit_once(')').unwrap().1.trim_start().starts_with('T')
+        };
+        eventually("one that does nothing about it stops", || stopped(child).then_some(()));
+        // The sleep of the moment may have stopped too, and then the shell waits for it.
+        signal(&client, running.pid, 18, SignalScope::Tree).await.unwrap();
+        running.words(2).await;
+        eventually("it goes on", || (!stopped(child)).then_some(()));
+        signal(&client, running.pid, 9, SignalScope::Tree).await.unwrap();
+        running.end().await;
+    }
+}
+
+#[tokio::test]
 async fn every_signal_can_be_sent_by_its_number() {
     let daemon = Daemon::start(&[]);
     // In JSON only those with names can be written.
@@ -807,9 +848,10 @@ async fn a_thousand_at_once_leave_no_zombie_no_descriptor_and_no_cgroup() {
             ends.filter(|end| std::future::ready(end.status == "signal: killed")).count().await,
             PROCESSES
         );
-        let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
-        if let Ok(children) = fs::read_to_string(children) {
-            assert_eq!(children, "");
+        // A child is its thread's, and those of a pool make them.
+        for task in directories(Path::new(&format!("/proc/{}/task", daemon.pid()))) {
+            let children = fs::read_to_string(task.join("children")).unwrap_or_default();
+            assert_eq!(children, "", "{}", task.display());
         }
         for pid in pids {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();

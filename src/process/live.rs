@@ -195,6 +195,21 @@ impl Process {
         sent.map(|_| ()).map_err(|error| self.not_signalled(signal, &error))
     }
 
+    /// Kills it and all that descends from it. It is not refused because others wait: a process is
+    /// killed so once, or again when it went wrong.
+    ///
+    /// # Errors
+    /// The kernel refuses for one of them, or there is no thread to do it on.
+    pub(super) async fn finish_tree(&self) -> Result<(), SignalError> {
+        let tree = Arc::clone(&self.tree);
+        match self.trees.run_next_step(move || tree.signal_all(libc::SIGKILL)).await? {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
+                Err(self.not_signalled(libc::SIGKILL, &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Kills it and all that descends from it, soon, whether or not anybody waits for that.
     pub fn kill_tree(&self) {
         let (tree, pid) = (Arc::clone(&self.tree), self.pid());

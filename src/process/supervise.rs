@@ -10,7 +10,7 @@ use std::{
 use tokio::{
     io::Interest,
     sync::{OwnedSemaphorePermit, watch},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 
 use super::{
@@ -24,6 +24,13 @@ use crate::sys::pidfd::{self, Exit};
 
 /// A timeout beyond this is none: it would overflow the clock.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// When a tree that could not be killed is to be killed again; twice as long each time.
+const KILL_AGAIN: Duration = Duration::from_secs(1);
+/// The longest time between two attempts.
+const MAX_KILL_AGAIN: Duration = Duration::from_secs(60);
+/// The attempts to kill what is left of a tree whose process has exited.
+const MAX_KILLS_OF_REST: usize = 8;
 
 /// The times after which a process is made to end.
 #[derive(Debug, Clone, Copy)]
@@ -115,7 +122,7 @@ async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited
     let mut limit = time_limit.and_then(|limit| Some((after(limit.timeout)?, limit)));
     let mut cause = None;
     let mut rest: Option<(Instant, Vec<Member>)> = None;
-    let mut killed = false;
+    let (mut killed, mut again) = (false, KILL_AGAIN);
     loop {
         let kill_at = rest.as_ref().map(|(at, _)| *at).filter(|_| !killed);
         tokio::select! {
@@ -137,9 +144,14 @@ async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited
                 }
             }
             Some(()) = until(kill_at) => {
-                killed = true;
-                if let Err(error) = process.signal_tree(libc::SIGKILL).await {
-                    tracing::warn!(pid = process.pid(), %error, "not killed after its time");
+                let Err(error) = process.finish_tree().await else {
+                    killed = true;
+                    continue;
+                };
+                tracing::warn!(pid = process.pid(), %error, "not killed after its time");
+                if let Some((at, _)) = &mut rest {
+                    *at = Instant::now() + again;
+                    again = MAX_KILL_AGAIN.min(again * 2);
                 }
             }
         }
@@ -174,10 +186,17 @@ async fn kill_rest(
     slot: Arc<OwnedSemaphorePermit>,
 ) {
     sleep_until(at).await;
-    let tree = Arc::clone(&process.tree);
-    let killed = manager.trees.run_next_step(move || tree.kill_rest(&found)).await;
-    if let Ok(Err(error)) = killed {
+    let (found, mut again) = (Arc::new(found), KILL_AGAIN);
+    for _ in 0..MAX_KILLS_OF_REST {
+        let (tree, found) = (Arc::clone(&process.tree), Arc::clone(&found));
+        let error = match manager.trees.run_next_step(move || tree.kill_rest(&found)).await {
+            Ok(Ok(())) => break,
+            Ok(Err(error)) => error,
+            Err(busy) => io::Error::other(busy),
+        };
         tracing::warn!(pid = process.pid(), %error, "its descendants were not all killed");
+        sleep(again).await;
+        again = MAX_KILL_AGAIN.min(again * 2);
     }
     drop(slot);
 }

@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use nix::{
@@ -13,7 +13,7 @@ use nix::{
     sys::stat::Mode,
     unistd::{Uid, fchown, pipe2},
 };
-use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit};
+use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
     Manager, Process, StartSpec, Stdio, Subscription, Unavailable,
@@ -29,6 +29,9 @@ use crate::{
     quote,
     sys::{errno, pidfd, pty, ready, spawn::Child},
 };
+
+/// How long a start waits for what is only there for PWD and for a better message.
+pub const DIRECTORY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a process was not started.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -149,7 +152,12 @@ pub(super) async fn start(
 ) -> Result<(Arc<Process>, Subscription), StartError> {
     let cwd = spec.cwd.clone();
     // Starts are bounded by their slots; a burst of them waits.
-    let pwd = manager.directories.run_next_step(move || shown_directory(&cwd)).await??;
+    let looking = manager.directories.run_next_step(move || shown_directory(&cwd));
+    let pwd = match timeout(DIRECTORY_PATIENCE, looking).await {
+        Ok(looked) => looked??,
+        // It hangs, or others that do are in the way: the child's own chdir decides.
+        Err(_) => spec.cwd.to_string_lossy().into_owned(),
+    };
     if let Some(field) = spec.field_with_nul() {
         return Err(StartError::Nul { attempt: Attempt::of(&spec), field });
     }

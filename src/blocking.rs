@@ -20,11 +20,14 @@ use tokio::sync::oneshot;
 pub const MIN_FILE_THREADS: usize = 4;
 /// The most threads for files.
 pub const MAX_FILE_THREADS: usize = 64;
-/// The threads that start processes. Few: one start takes less than a millisecond.
-pub const SPAWN_THREADS: usize = 2;
+/// The threads that start processes, and stay. Few: one start takes less than a millisecond.
+pub const MIN_SPAWN_THREADS: usize = 2;
+/// The most of them: each start of a command that is on a file system that hangs keeps one, since
+/// its parent sleeps until it has executed.
+pub const MAX_SPAWN_THREADS: usize = 64;
 /// The most threads that look at the directories of processes to start, which may be on a file
 /// system that hangs; one of them stays.
-pub const MAX_DIRECTORY_THREADS: usize = 8;
+pub const MAX_DIRECTORY_THREADS: usize = 64;
 /// The most threads that signal and measure trees of processes; one of them stays.
 pub const MAX_TREE_THREADS: usize = 4;
 /// The jobs of one pool that wait for a thread; beyond it, new ones are refused.
@@ -246,6 +249,14 @@ impl Shared {
             let panic = text.unwrap_or_default();
             tracing::error!(pool = self.name, panic, "a job panicked");
         }
+    }
+}
+
+#[cfg(test)]
+impl Pool {
+    /// The jobs that wait for a thread.
+    pub(crate) fn waiting(&self) -> usize {
+        self.shared.state.lock().jobs.len()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The stream of a process's events: what Start and Connect answer.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
 use tonic::Status;
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     process::{
-        self, Event, Found, Subscription,
+        Event, Found, Subscription, Tether,
         journal::{Channel, Ended, Piece},
     },
     proto::process::{
@@ -26,25 +26,7 @@ pub(super) struct Follow {
     /// Whether this is the stream of the call that started the process.
     pub(super) starter: bool,
     /// What to end when the stream ends before the process does.
-    pub(super) stop: Option<Stop>,
-}
-
-/// Kills the tree of a process when it is dropped before the process has ended.
-pub(super) struct Stop(Option<Arc<process::Process>>);
-
-impl Stop {
-    pub(super) fn new(process: &Arc<process::Process>) -> Self {
-        Self(Some(Arc::clone(process)))
-    }
-}
-
-impl Drop for Stop {
-    fn drop(&mut self) {
-        if let Some(process) = self.0.take() {
-            tracing::info!(pid = process.pid(), "its client has gone: the process is killed");
-            process.kill_tree();
-        }
-    }
+    pub(super) tether: Option<Tether>,
 }
 
 impl Source for Follow {
@@ -55,8 +37,8 @@ impl Source for Follow {
             Event::Output(piece) => Step::Message(data(piece)),
             Event::Gap { from, to } => Step::Message(event(PbEvent::Gap(gap(from, to)))),
             Event::End(end) => {
-                if let Some(mut stop) = self.stop.take() {
-                    stop.0 = None;
+                if let Some(tether) = self.tether.take() {
+                    tether.release();
                 }
                 // The starter asked for the time limit, and hears that it was reached, not what
                 // the kill looked like. Others see the ending.

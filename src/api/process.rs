@@ -6,7 +6,7 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    events::{self, Follow, Stop},
+    events::{self, Follow},
     identity, keepalive, limits, outcome, read, status, wait,
 };
 use crate::{
@@ -112,7 +112,7 @@ impl Processes {
             cwd,
             user: user.clone(),
             stdio,
-            tag: request.tag,
+            tag: tag_of(request.tag)?,
             timeout,
             time_limit: limits::time_limit(request.timeout, request.kill_grace)?,
             limits: limits::limits(request.limits)?,
@@ -153,14 +153,14 @@ impl Process for Processes {
         let timeout = timeout::connect(&metadata.into_headers())?.filter(|t| !t.is_zero());
         let stop = message.stop_on_disconnect;
         let spec = self.spec(message, &user, timeout)?;
-        let (found, subscription) =
-            self.sandbox.processes.start(spec).await.map_err(|error| status::of_start(&error))?;
-        tracing::info!(pid = found.record().pid, user = user.name, "process started");
-        let stop = match &found {
-            Found::Live(process) if stop => Some(Stop::new(process)),
-            _ => None,
+        let processes = &self.sandbox.processes;
+        let started = match stop {
+            true => processes.start_tethered(spec).await,
+            false => processes.start(spec).await.map(|(found, output)| (found, output, None)),
         };
-        let follow = Follow { subscription, starter: true, stop };
+        let (found, subscription, tether) = started.map_err(|error| status::of_start(&error))?;
+        tracing::info!(pid = found.record().pid, user = user.name, "process started");
+        let follow = Follow { subscription, starter: true, tether };
         let respond = |event| pb::StartResponse { event: Some(event) };
         Ok(Response::new(Box::pin(events::stream(&found, follow, interval, respond))))
     }
@@ -176,7 +176,7 @@ impl Process for Processes {
         let found = self.find(message.process)?;
         let at = message.from_offset.map_or(Attach::Now, Attach::At);
         let subscription = found.subscribe(at).map_err(|error| status::of_offset(&error))?;
-        let follow = Follow { subscription, starter: false, stop: None };
+        let follow = Follow { subscription, starter: false, tether: None };
         let respond = |event| pb::ConnectResponse { event: Some(event) };
         Ok(Response::new(Box::pin(events::stream(&found, follow, interval, respond))))
     }
@@ -346,6 +346,19 @@ fn identity_of(id: String) -> Result<Option<String>, Status> {
              0-9 . _ : -",
             quote::text(text)
         ))),
+    }
+}
+
+/// The longest tag, in bytes.
+const MAX_TAG: usize = 4096;
+
+fn tag_of(tag: Option<String>) -> Result<Option<String>, Status> {
+    match &tag {
+        Some(text) if text.len() > MAX_TAG => Err(Status::invalid_argument(format!(
+            "the field `tag` has {} bytes, and may have {MAX_TAG}",
+            text.len()
+        ))),
+        _ => Ok(tag),
     }
 }
 

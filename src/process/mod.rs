@@ -39,6 +39,7 @@ pub mod start;
 pub mod supervise;
 #[cfg(test)]
 mod tests;
+pub mod tether;
 mod tree;
 
 pub use cgroup::{Groups, Unavailable};
@@ -52,3 +53,4 @@ pub use record::{Found, Record};
 pub use registry::{Manager, Selector};
 pub use spec::{StartSpec, Stdio};
 pub use start::StartError;
+pub use tether::Tether;

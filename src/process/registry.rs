@@ -13,14 +13,16 @@ use tokio::{
 };
 
 use super::{
-    Groups, Options, Process, StartError, StartSpec, Subscription,
+    Groups, Options, Process, StartError, StartSpec, Subscription, Tether,
     journal::{Attach, Bounds, Disk, Journal, Pressure},
     options::MAX_RETAINED_REQUESTS,
     record::{Finished, Found},
     start,
 };
 use crate::{
-    blocking::{Busy, MAX_DIRECTORY_THREADS, MAX_TREE_THREADS, Pool, SPAWN_THREADS},
+    blocking::{
+        Busy, MAX_DIRECTORY_THREADS, MAX_SPAWN_THREADS, MAX_TREE_THREADS, MIN_SPAWN_THREADS, Pool,
+    },
     sys::pidfd,
 };
 
@@ -89,7 +91,7 @@ impl Manager {
             slots: Arc::new(Semaphore::new(options.max_processes)),
             instance: RandomState::new().build_hasher().finish(),
             pressure: Pressure::new(options.output_total),
-            spawners: Pool::new("spawn", SPAWN_THREADS, SPAWN_THREADS),
+            spawners: Pool::new("spawn", MIN_SPAWN_THREADS, MAX_SPAWN_THREADS),
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
             spillers: Pool::new("journal", 1, MAX_SPILL_THREADS),
             matchers: Pool::new("match", 0, MAX_MATCH_THREADS),
@@ -116,6 +118,29 @@ impl Manager {
         self: &Arc<Self>,
         spec: StartSpec,
     ) -> Result<(Found, Subscription), StartError> {
+        let (found, subscription, _) = self.start_and(spec, false).await?;
+        Ok((found, subscription))
+    }
+
+    /// As [`Manager::start`], but the process does not outlive what is returned here: a start whose
+    /// future is dropped kills the process as soon as there is one. No tether is for a process that
+    /// has ended.
+    ///
+    /// # Errors
+    /// As [`Manager::start`].
+    pub async fn start_tethered(
+        self: &Arc<Self>,
+        spec: StartSpec,
+    ) -> Result<(Found, Subscription, Option<Tether>), StartError> {
+        self.start_and(spec, true).await
+    }
+
+    async fn start_and(
+        self: &Arc<Self>,
+        spec: StartSpec,
+        tethered: bool,
+    ) -> Result<(Found, Subscription, Option<Tether>), StartError> {
+        let tether = move |process: &Arc<Process>| tethered.then(|| Tether::new(process));
         let turn = match &spec.id {
             None => None,
             Some(id) => match self.turn(id, &spec).await? {
@@ -125,7 +150,11 @@ impl Manager {
                         // Nothing is beyond zero.
                         StartError::Task(error.to_string())
                     })?;
-                    return Ok((found, subscription));
+                    let tether = match &found {
+                        Found::Live(process) => tether(process),
+                        Found::Ended(_) => None,
+                    };
+                    return Ok((found, subscription, tether));
                 }
                 Turn::Mine(turn) => Some(turn),
             },
@@ -138,11 +167,13 @@ impl Manager {
         let starting = tokio::spawn(async move {
             let started = start::start(manager, spec, slot).await;
             drop(turn);
-            started
+            // Here, so that it is dropped with the result that nobody waits for any more.
+            started.map(|(process, subscription)| {
+                let tether = tether(&process);
+                (Found::Live(process), subscription, tether)
+            })
         });
-        let (process, subscription) =
-            starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))?;
-        Ok((Found::Live(process), subscription))
+        starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))
     }
 
     /// Waits until no other call starts a process of this identity, and says whether there is one.

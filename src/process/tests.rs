@@ -290,6 +290,59 @@ async fn a_process_outlives_its_subscribers() {
 }
 
 #[tokio::test]
+async fn a_tethered_start_that_nobody_waits_for_leaves_no_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let marker = dir.path().join("marker");
+    let manager = manager();
+    let script = format!("echo > {}; sleep 1000", marker.display());
+    {
+        let mut start = Box::pin(manager.start_tethered(sh(&script)));
+        let waker = std::task::Waker::noop();
+        let polled = start.as_mut().poll(&mut std::task::Context::from_waker(waker));
+        assert!(polled.is_pending());
+    }
+    timeout(Duration::from_secs(60), settled(&manager, || 0)).await.unwrap();
+    // Whether or not it came so far, it is known to have been.
+    let [ended] = &manager.list(true)[..] else { panic!("one process was started") };
+    assert_eq!(ended.ended().unwrap().ending.status, "signal: killed");
+}
+
+#[tokio::test]
+async fn a_kill_after_the_grace_waits_its_turn_however_much_waits() {
+    let manager = manager();
+    let mut spec = sh("trap 'echo asked' TERM; while :; do sleep 0.05; done");
+    let (limit, grace) = (Duration::from_millis(500), Duration::from_secs(2));
+    spec.time_limit = Some(TimeLimit { timeout: limit, grace });
+    let (process, mut subscription) = start(&manager, spec).await;
+    until(&mut subscription, "asked").await;
+    let held: Vec<_> = (0..crate::blocking::MAX_TREE_THREADS)
+        .map(|_| {
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            manager.trees.run_later(move || {
+                let _ = released.recv();
+            });
+            release
+        })
+        .collect();
+    let waits = async |enough: &(dyn Fn(usize) -> bool + Sync)| {
+        while !enough(manager.trees.waiting()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    waits(&|count| count == 0).await;
+    for _ in 0..crate::blocking::MAX_WAITING_JOBS {
+        manager.trees.run_later(|| ());
+    }
+    // The kill is the one above the limit.
+    let more = |count| count > crate::blocking::MAX_WAITING_JOBS;
+    timeout(Duration::from_secs(60), waits(&more)).await.unwrap();
+    drop(held);
+    let seen = follow(subscription).await;
+    assert_eq!(seen.status(), "signal: killed");
+    assert!(manager.live(&Selector::Pid(process.pid())).is_none());
+}
+
+#[tokio::test]
 async fn a_timeout_kills_and_says_so() {
     let mut spec = spec("sleep", &["30"]);
     spec.timeout = Some(Duration::from_millis(50));
@@ -464,8 +517,11 @@ async fn alone() {
         manager.start(bad).await.unwrap_err();
     }
     assert_eq!(settled(&manager, descriptors).await, before);
-    let children = std::fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
-    assert_eq!(children, "");
+    // A child is its thread's, and those of the pool make them.
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let children = task.unwrap().path().join("children");
+        assert_eq!(std::fs::read_to_string(children).unwrap_or_default(), "");
+    }
     assert!(manager.list(false).is_empty());
 }
 

@@ -41,11 +41,11 @@ pub(crate) struct Outcome {
     pub(crate) code: i32,
 }
 
-fn root(address: &str, wire: Wire) -> Client {
+pub(crate) fn root(address: &str, wire: Wire) -> Client {
     Client::at(address, wire).with("authorization", "Basic cm9vdDo=")
 }
 
-fn start(command: &str, args: &[&str]) -> StartRequest {
+pub(crate) fn start(command: &str, args: &[&str]) -> StartRequest {
     let process = ProcessConfig {
         cmd: command.to_owned(),
         args: args.iter().map(ToString::to_string).collect(),
@@ -55,11 +55,14 @@ fn start(command: &str, args: &[&str]) -> StartRequest {
     StartRequest { process: Some(process), stdin: Some(false), ..StartRequest::default() }
 }
 
-fn of(pid: u32) -> Option<ProcessSelector> {
+pub(crate) fn of(pid: u32) -> Option<ProcessSelector> {
     Some(ProcessSelector { selector: Some(Selector::Pid(pid)) })
 }
 
-async fn events(client: &Client, request: &StartRequest) -> (u32, Messages<StartResponse>) {
+pub(crate) async fn events(
+    client: &Client,
+    request: &StartRequest,
+) -> (u32, Messages<StartResponse>) {
     let mut events = client.stream(START, request).await.unwrap();
     match next(&mut events).await {
         Event::Start(start) => (start.pid, events),
@@ -67,7 +70,7 @@ async fn events(client: &Client, request: &StartRequest) -> (u32, Messages<Start
     }
 }
 
-async fn next(events: &mut Messages<StartResponse>) -> Event {
+pub(crate) async fn next(events: &mut Messages<StartResponse>) -> Event {
     events.next().await.unwrap().expect("an end").event.unwrap().event.unwrap()
 }
 
@@ -94,7 +97,7 @@ async fn run(client: &Client, command: &str, args: &[&str]) -> Outcome {
 }
 
 /// A shell line as root that must succeed; gives what it printed.
-async fn sh(address: &str, line: &str) -> String {
+pub(crate) async fn sh(address: &str, line: &str) -> String {
     let outcome = run(&root(address, Wire::Grpc), "sh", &["-c", line]).await;
     assert_eq!(outcome.code, 0, "{line}: {outcome:?}");
     outcome.stdout.trim().to_owned()
@@ -268,7 +271,7 @@ pub(crate) async fn user(address: &str) {
 }
 
 /// The daemon's pid.
-async fn daemon(address: &str, kind: Kind) -> String {
+pub(crate) async fn daemon(address: &str, kind: Kind) -> String {
     let line = match kind {
         Kind::Systemd => "systemctl show -p MainPID --value envd",
         Kind::Openrc => "pgrep -x envd -P $(cat /run/supervise-envd.pid)",

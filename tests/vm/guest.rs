@@ -368,6 +368,11 @@ impl Guest {
         self.dir.path().join("console.log")
     }
 
+    /// What the guest has said on its console.
+    pub(crate) fn console_text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.console()).unwrap()).into_owned()
+    }
+
     /// Prints what the guest, the machine and the backend have said.
     pub(crate) fn print_console(&self) {
         for name in ["console.log", "qemu.err", "backend.log", "backend.err"] {

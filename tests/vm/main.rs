@@ -26,6 +26,7 @@ mod common;
 mod checks;
 mod forward;
 mod guest;
+mod trees;
 
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
 
@@ -114,8 +115,23 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     report.check(&own("the user and sudo"), checks::user(address)).await;
     report.check(&own("the daemon is protected"), checks::protected(address, kind)).await;
     report.check(&own("cgroup v2 with controllers"), checks::cgroups(address)).await;
-    // Behind the hand-over PID 1 is the systemd that was looked at already.
-    if kind != Kind::Handover {
+    let console = guest.console_text();
+    let groups = trees::groups(address, kind, &console);
+    if let Some(said) = report.check(&own("a command has its control group"), groups).await {
+        println!("    {said}");
+    }
+    // One guest for each kind of base; and of PID 1, which reaps: systemd, and envd.
+    if matches!(kind, Kind::Systemd | Kind::Pid1) {
+        let idle = trees::Answers::of(address);
+        let idle = report.check(&own("/health while nothing runs"), idle).await;
+        let hog = trees::memory_hog(address);
+        let hog = report.check(&own("a memory hog inside its limit"), hog).await;
+        let bomb = trees::fork_bomb(address);
+        let bomb = report.check(&own("a fork bomb inside its limit"), bomb).await;
+        for (beside, answers) in [("nothing", idle), ("memory hogs", hog), ("a fork bomb", bomb)] {
+            let Some(answers) = answers else { continue };
+            println!("    {name}: /health beside {beside}: {answers}");
+        }
         report.check(&own("orphans and statuses"), checks::orphans(address)).await;
     }
     let socket = guest.vsock_socket();

@@ -13,6 +13,7 @@ use std::{
     fs, io,
     os::fd::AsFd,
     path::Path,
+    thread,
     time::Duration,
 };
 
@@ -27,6 +28,11 @@ use crate::sys::pidfd;
 
 /// How often the list is read for what was forked meanwhile.
 const MAX_ROUNDS: usize = 64;
+/// How long in all to wait for processes to stop that were told to: one that a file system holds
+/// does not.
+const STOPPING: Duration = Duration::from_millis(100);
+/// How often it is looked whether one has stopped.
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
 /// Ticks a second in /proc where the system does not say: every Linux has this.
 const TICKS: i64 = 100;
 
@@ -72,6 +78,16 @@ impl Member {
         match pidfd::send_signal(pidfd.as_fd(), signal) {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             result => result,
+        }
+    }
+
+    /// Blocks until it has stopped, or is no more, as far as the patience goes.
+    fn until_it_stops(self, patience: &mut Duration) {
+        let runs = |stat: Stat| stat.member == self && !matches!(stat.state, STOPPED | ZOMBIE);
+        while !patience.is_zero() && Stat::of(self.pid).is_some_and(runs) {
+            let pause = LOOK_AGAIN.min(*patience);
+            thread::sleep(pause);
+            *patience -= pause;
         }
     }
 
@@ -156,6 +172,7 @@ fn signal_among(
     let mut stopped = Vec::new();
     let mut known = HashSet::new();
     let mut refused = None;
+    let mut patience = STOPPING;
     for _ in 0..MAX_ROUNDS {
         let seeds: Vec<Member> = roots.iter().chain(&found).copied().collect();
         let all = match list() {
@@ -174,6 +191,8 @@ fn signal_among(
                 refused = stat.member.signal(signal).err().or(refused);
             } else if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
                 stopped.push(stat.member);
+                // A parent on its way to stop still sees that its child has stopped.
+                stat.member.until_it_stops(&mut patience);
             }
         }
         if is_over {
@@ -326,7 +345,7 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         // Before, it is in the session of this test.
         while Stat::of(pid).unwrap().session != pid {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         let root = Member::of(pid).unwrap();
         let mut rounds = 0;

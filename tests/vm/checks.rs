@@ -187,7 +187,7 @@ pub(crate) async fn files(address: &str) {
     let download = http.get(&url).send().await.unwrap().bytes().await.unwrap();
     assert!(download == bytes, "the file came back changed");
     let client = root(address, Wire::Connect { json: false });
-    let request = ListDirRequest { path: PLACE.into(), depth: 2 };
+    let request = ListDirRequest { path: PLACE.into(), depth: 2, ..Default::default() };
     let list: ListDirResponse =
         client.unary("/filesystem.Filesystem/ListDir", &request).await.unwrap();
     let names: Vec<_> = list.entries.iter().map(|entry| entry.name.as_str()).collect();

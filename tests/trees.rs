@@ -16,7 +16,7 @@ use std::{
 };
 
 use common::{
-    Daemon, able, able_as_root, basic, eventually, in_time, is_root,
+    Daemon, able, able_as_root, basic, eventually, in_time, is_root, offered,
     rpc::{Client, Failure, Messages, WIRES, Wire},
 };
 use envd::proto::process::{
@@ -67,7 +67,7 @@ impl Base {
             controllers.iter().all(|one| base.controllers.split_whitespace().any(|has| has == *one))
         });
         let what = format!("root and a cgroup v2 with the controllers {controllers:?}");
-        able(&what, base.is_some()).then_some(base).flatten()
+        offered(&what, base.is_some()).then_some(base).flatten()
     }
 
     fn daemon(&self) -> Daemon {
@@ -107,7 +107,7 @@ fn directories(dir: &Path) -> Vec<PathBuf> {
 fn both_ways() -> Vec<(Daemon, Option<Base>)> {
     let mut ways = Vec::new();
     let base = Base::find();
-    if able("root and a cgroup v2 that can be written to", base.is_some()) {
+    if offered("root and a cgroup v2 that can be written to", base.is_some()) {
         ways.extend(base.map(|base| (base.daemon(), Some(base))));
     }
     ways.push((Daemon::start(&["-no-cgroups"]), None));
@@ -774,7 +774,7 @@ async fn the_daemon_is_protected_and_its_commands_are_not() {
     let able_to = fs::read_to_string("/proc/self/status").unwrap();
     let able_to = able_to.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
     let resource = u64::from_str_radix(able_to.trim(), 16).unwrap() & (1 << 24) != 0;
-    if able("the right to lower an OOM score", resource) {
+    if offered("the right to lower an OOM score", resource) {
         let expected = if inherited.trim() == "0" { "-1000" } else { inherited.trim() };
         assert_eq!(own.trim(), expected);
     }

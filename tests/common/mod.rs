@@ -200,6 +200,18 @@ pub fn able(what: &str, possible: bool) -> bool {
     possible
 }
 
+/// As [`able`], for what no CI can install: what the kernel or the sandbox of the machine offers. In
+/// the guests of `make vm` it is there.
+#[allow(clippy::print_stderr)]
+pub fn offered(what: &str, possible: bool) -> bool {
+    if !possible {
+        eprintln!(
+            "SKIPPED: this needs {what}, which is there in the guests of `make vm VM=inside`"
+        );
+    }
+    possible
+}
+
 /// Whether the tests run as root, which some need.
 pub fn able_as_root() -> bool {
     able("root", is_root())

@@ -281,12 +281,14 @@ impl<E: Clone> Fanout<E> {
         at
     }
 
-    /// Drops all output that no reader needs.
+    /// Drops all output that no reader needs; what is on disk before it with it, so that what stays
+    /// has no hole.
     pub fn shrink(&self) {
         let mut state = self.state.lock();
         let needed = state.needed();
         while state.log.first_end().is_some_and(|end| end <= needed) {
             state.log.drop_first();
+            state.disk = (0, 0);
         }
         state.account(&self.pressure);
     }

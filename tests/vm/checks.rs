@@ -288,6 +288,11 @@ pub(crate) async fn protected(address: &str, kind: Kind) {
     let daemon = daemon(address, kind).await;
     let score = sh(address, &format!("cat /proc/{daemon}/oom_score_adj")).await;
     assert_eq!(score, "-1000");
+    if matches!(kind, Kind::Systemd | Kind::Pid1 | Kind::Handover) {
+        // Enough for the processes of `orphans`; OpenRC leaves it at what the kernel gave init.
+        let line = format!("awk '/^Max open files/ {{ print $4 }}' /proc/{daemon}/limits");
+        assert_eq!(sh(address, &line).await, "524288");
+    }
     assert_eq!(sh(address, "cat /proc/self/oom_score_adj").await, "100");
     assert_eq!(sh(address, "nice").await, "0");
     if kind == Kind::Systemd {

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use nix::unistd::Pid;
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::Pid,
+};
 
 use super::{cgroup::Cgroups, console::say};
 use crate::guest::boot;
@@ -22,6 +25,8 @@ const DEFAULT_ARGUMENTS: [&str; 4] =
     ["--listen", "tcp://0.0.0.0:49983", "--listen", "vsock://49983?optional"];
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_HOME: &str = "/root";
+/// The hard limit of open files that systemd gives its services.
+const OPEN_FILES: u64 = 524_288;
 /// This very binary, even after its file has been replaced.
 const SELF: &str = "/proc/self/exe";
 
@@ -48,6 +53,7 @@ impl Agent {
 
     /// Starts it. The child is PID 1's own to wait for.
     pub(super) fn start(&self) -> io::Result<Pid> {
+        allow_open_files();
         let mut command = Command::new(&self.binary);
         command
             .arg0("envd")
@@ -70,6 +76,22 @@ impl Agent {
         self.cgroups.place_agent(pid);
         protect(pid);
         Ok(pid)
+    }
+}
+
+/// Lets what PID 1 starts raise its limit of open files to systemd's: each process of the daemon's
+/// takes several, and the kernel's own limit is 4096. The soft limit stays.
+fn allow_open_files() {
+    let raised = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if hard < OPEN_FILES => {
+            setrlimit(Resource::RLIMIT_NOFILE, soft, OPEN_FILES)
+        }
+        Ok(_) => Ok(()),
+        Err(error) => Err(error),
+    };
+    // Without the right to (in a container, say) the daemon runs all the same.
+    if let Err(error) = raised {
+        say!("raising the limit of open files: {error}");
     }
 }
 

@@ -422,10 +422,36 @@ async fn there_is_a_bound_on_subscriptions() {
 }
 
 #[tokio::test]
+async fn what_was_on_its_way_to_a_reader_that_broke_off_is_there_when_it_comes_back() {
+    let place = tempfile::tempdir().unwrap();
+    for disk in [0, 4 * 1024 * 1024] {
+        let bounds = Bounds { memory: 256 * 1024, disk, block: true };
+        let place = Disk { dir: place.path().to_owned(), pool: Pool::new("test", 1, 1) };
+        let pressure = Pressure::new(usize::MAX);
+        let journal = Arc::new(Journal::new(bounds, STALL_LIMIT, pressure, Some(place)));
+        let chunk = Bytes::from(vec![7; 16 * 1024]);
+        let mut arrived = 0;
+        for _ in 0..20 {
+            while append_now(&journal, Channel::Stdout, &chunk).await {}
+            // It is given more than it gets to see.
+            let mut reader = journal.subscribe(Attach::At(arrived), true).unwrap();
+            for number in 0..4 {
+                let Some(Event::Output(piece)) = reader.next_within(16 * 1024).await else {
+                    panic!("at {arrived} of {disk}")
+                };
+                if number == 0 {
+                    arrived = piece.end();
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_was_skipped_or_only_looked_at_is_still_unread() {
     let bounds = Bounds { block: true, ..bounds(64 * 1024) };
     let journal = bounded(bounds, STALL_LIMIT);
-    let chunk = Bytes::from(vec![7; 16 * 1024]);
+    let chunk = Bytes::from(vec![7; 8 * 1024]);
     journal.append(Channel::Stdout, chunk.clone()).await;
     // One begins now, one looks at everything; neither has read the first chunk for good.
     let mut now = subscribe(&journal);
@@ -433,7 +459,7 @@ async fn what_was_skipped_or_only_looked_at_is_still_unread() {
     journal.append(Channel::Stdout, chunk.clone()).await;
     assert!(matches!(now.next().await, Some(Event::Output(_))));
     for _ in 0..2 {
-        assert!(matches!(looker.next_within(16 * 1024).await, Some(Event::Output(_))));
+        assert!(matches!(looker.next_within(8 * 1024).await, Some(Event::Output(_))));
     }
     drop((now, looker));
     while append_now(&journal, Channel::Stdout, &chunk).await {}

@@ -93,7 +93,8 @@ impl<E: Clone> State<E> {
             }
         }
         let unseen = behind(&self.log, self.seen);
-        let blocked = self.bounds.block && unseen > 0 && unseen.saturating_add(added) > window;
+        // The other half is for what was given to a reader and may not have arrived.
+        let blocked = self.bounds.block && unseen > 0 && unseen.saturating_add(added) > window / 2;
         if full.is_some() || blocked {
             if let Some(waker) = waker {
                 self.writers.push(waker.clone());

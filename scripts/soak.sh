@@ -4,9 +4,9 @@
 #
 #   scripts/soak.sh [BYTES [CUTS]]
 #
-# BYTES are those of each channel. The output on disk is below TMPDIR.
+# BYTES are those of each pipe; a terminal gets twice as many. The output on disk is below TMPDIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-ENVD_RESUME_BYTES=${1:-$((512 * 1024 * 1024))} ENVD_RESUME_CUTS=${2:-2200} \
+ENVD_RESUME_BYTES=${1:-$((512 * 1024 * 1024))} ENVD_RESUME_CUTS=${2:-1200} \
   exec cargo test --locked --release --test resume -- --nocapture cut_off_again_and_again

@@ -17,26 +17,7 @@ gibibytes=${2:-10}
 [ -x "$envd" ] || fail "$envd is missing; 'cargo build --release' builds it"
 need curl=curl
 
-scratch=$(mktemp -d)
-daemon=
-clean_up() {
-  if [ -n "$daemon" ] && kill "$daemon" 2>/dev/null; then
-    wait "$daemon" || say "envd ended with status $?"
-  fi
-  rm -rf "$scratch"
-}
-trap clean_up EXIT
-
-log=$scratch/log
-"$envd" --listen tcp://127.0.0.1:0 2>"$log" </dev/null &
-daemon=$!
-deadline=$((SECONDS + 30))
-until grep -q '"message":"ready"' "$log"; do
-  kill -0 "$daemon" 2>/dev/null || fail "envd ended: $(cat "$log")"
-  [ "$SECONDS" -lt "$deadline" ] || fail "envd is not ready after 30 s: $(cat "$log")"
-  sleep 0.05
-done
-address=$(sed -n 's|.*"address":"tcp://\([^"]*\)".*|\1|p' "$log" | head -n 1)
+serve "$envd"
 url="http://$address/files?path="
 
 peak() {

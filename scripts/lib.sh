@@ -47,3 +47,31 @@ key_of() {
 hash_of() {
   cat -- "$@" | sha256sum | cut -c 1-64
 }
+
+# serve ENVD ARGUMENT...: starts the daemon on a free TCP port of the loopback and waits until it is
+# ready. Sets daemon (its pid), address (HOST:PORT), scratch (a directory) and log; all are gone when
+# the script ends.
+serve() {
+  local envd=$1 deadline=$((SECONDS + 30))
+  shift
+  scratch=$(mktemp -d)
+  log=$scratch/log
+  trap stop_serving EXIT
+  "$envd" --listen tcp://127.0.0.1:0 "$@" 2>"$log" </dev/null &
+  daemon=$!
+  # The daemon logs that it is ready behind the addresses that it listens on.
+  until grep -q '"message":"ready"' "$log"; do
+    kill -0 "$daemon" 2>/dev/null || fail "envd ended: $(cat "$log")"
+    [ "$SECONDS" -lt "$deadline" ] || fail "envd is not ready after 30 s: $(cat "$log")"
+    sleep 0.05
+  done
+  address=$(sed -n 's|.*"address":"tcp://\([^"]*\)".*|\1|p' "$log" | head -n 1)
+  [ -n "$address" ] || fail "no TCP address in the log: $(cat "$log")"
+}
+
+stop_serving() {
+  if kill "$daemon" 2>/dev/null; then
+    wait "$daemon" || say "envd ended with status $?"
+  fi
+  rm -rf "$scratch"
+}

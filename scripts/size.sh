@@ -11,25 +11,7 @@ cd "$(dirname "$0")/.."
 envd=${1:-${CARGO_TARGET_DIR:-target}/static/envd}
 [ -x "$envd" ] || fail "$envd is missing; 'make static' builds it"
 
-scratch=$(mktemp -d)
-daemon=
-clean_up() {
-  if [ -n "$daemon" ] && kill "$daemon" 2>/dev/null; then
-    wait "$daemon" || say "envd ended with status $?"
-  fi
-  rm -rf "$scratch"
-}
-trap clean_up EXIT
-
-log=$scratch/log
-"$envd" --listen tcp://127.0.0.1:0 2>"$log" </dev/null &
-daemon=$!
-deadline=$((SECONDS + 30))
-until grep -q '"message":"ready"' "$log"; do
-  kill -0 "$daemon" 2>/dev/null || fail "envd ended: $(cat "$log")"
-  [ "$SECONDS" -lt "$deadline" ] || fail "envd is not ready after 30 s: $(cat "$log")"
-  sleep 0.05
-done
+serve "$envd"
 # What it needed to start is given back or not within a moment; this is the idle state.
 sleep 1
 

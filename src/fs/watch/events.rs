@@ -1,6 +1,11 @@
 //! What each event of the kernel means for whom.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use nix::{
     errno::Errno,
@@ -8,7 +13,7 @@ use nix::{
 };
 
 use super::{
-    WatchKind,
+    WatchKind, below,
     tree::{Moving, Sub, Tree, Wd},
 };
 
@@ -25,6 +30,7 @@ impl Tree {
     pub(super) fn drain(&mut self) -> Result<(), Errno> {
         let mut handled = 0;
         while handled < MAX_EVENTS_AT_ONCE {
+            let now = SystemTime::now();
             match self.inotify.read_events() {
                 Ok(events) => {
                     handled += events.len();
@@ -35,6 +41,9 @@ impl Tree {
                     // What a scan found had its event by now.
                     self.fresh.clear();
                     self.gone.clear();
+                    if !self.overflowed {
+                        self.handled_until = now;
+                    }
                     return Ok(());
                 }
                 Err(errno) => return Err(errno),
@@ -45,7 +54,9 @@ impl Tree {
 
     pub(super) fn handle(&mut self, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-            return self.rescan();
+            // Not here: several overflows in a row are one reason to compare.
+            self.overflowed = true;
+            return;
         }
         // An event of a directory that is no longer watched can still have been queued.
         let Some(dir) = self.dirs.get(&event.wd) else {
@@ -71,16 +82,22 @@ impl Tree {
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
             self.learn(wd, name, is_dir);
-            let told = !self.fresh.is_empty() && self.fresh.remove(&(wd, name.to_owned()));
+            let told = self.was_told(wd, name, true);
             for sub in subs {
                 let rel = sub.rel.join(name);
-                if !told {
-                    self.emit(sub.watcher, WatchKind::Create, &rel);
+                let deep = is_dir && self.is_recursive(sub.watcher);
+                let arrived =
+                    if deep && moved_to { self.arrive(sub.watcher, cookie, &rel) } else { None };
+                match arrived {
+                    Some(todo) => {
+                        self.emit_moved(sub.watcher, &rel);
+                        self.adopt_all(sub.watcher, todo);
+                        continue;
+                    }
+                    None if told => {}
+                    None => _ = self.emit(sub.watcher, WatchKind::Create, &rel),
                 }
-                if is_dir
-                    && self.is_recursive(sub.watcher)
-                    && !(moved_to && self.arrive(sub.watcher, cookie, &rel))
-                {
+                if deep {
                     self.adopt_later(sub.watcher, rel);
                 }
             }
@@ -89,7 +106,7 @@ impl Tree {
         let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
         if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
             self.forget(wd, name);
-            let told = !self.gone.is_empty() && self.gone.remove(&(wd, name.to_owned()));
+            let told = self.was_told(wd, name, false);
             for sub in subs {
                 let rel = sub.rel.join(name);
                 if !told {
@@ -133,10 +150,10 @@ impl Tree {
             }
         }
         if mask.contains(AddWatchFlags::IN_ATTRIB) {
-            roots().for_each(|id| self.emit(id, WatchKind::Chmod, Path::new("")));
+            roots().for_each(|id| _ = self.emit(id, WatchKind::Chmod, Path::new("")));
         }
         if mask.contains(AddWatchFlags::IN_DELETE_SELF) {
-            roots().for_each(|id| self.emit(id, WatchKind::Remove, Path::new("")));
+            roots().for_each(|id| _ = self.emit(id, WatchKind::Remove, Path::new("")));
         }
         if mask.contains(AddWatchFlags::IN_IGNORED) {
             // The kernel has dropped the watch: deleted or unmounted.
@@ -150,10 +167,27 @@ impl Tree {
         }
     }
 
+    /// Whether a scan has told already that a name appeared, or went away. What it told of the
+    /// opposite is no longer so.
+    fn was_told(&mut self, wd: Wd, name: &OsStr, appeared: bool) -> bool {
+        if self.fresh.is_empty() && self.gone.is_empty() {
+            return false;
+        }
+        let key = (wd, name.to_owned());
+        let (same, opposite) = match appeared {
+            true => (&mut self.fresh, &mut self.gone),
+            false => (&mut self.gone, &mut self.fresh),
+        };
+        opposite.remove(&key);
+        same.remove(&key)
+    }
+
     /// The first half of a rename of a directory.
     fn depart(&mut self, id: u64, cookie: u32, rel: &Path) {
-        let Some(&top) = self.watchers.get(&id).and_then(|root| root.rels.get(rel)) else {
-            return;
+        let top = self.watchers.get(&id).and_then(|root| root.rels.get(rel).copied());
+        let Some(top) = top else {
+            // Not watched yet, or not to be: where it arrives it is new.
+            return self.detach(id, rel);
         };
         // RENAME_EXCHANGE tells two renames: by the second one, the directory that has arrived
         // under this name looks as if it left.
@@ -161,20 +195,23 @@ impl Tree {
             return;
         }
         let dirs = self.take_subtree(id, rel);
-        self.moving.push(Moving { cookie, watcher: id, top, dirs });
+        let mut todo = self.take_todo(id, rel);
+        let unwatched = self.drop_unwatched(id, rel);
+        todo.extend(
+            unwatched.iter().filter_map(|path| path.strip_prefix(rel).ok()).map(Path::to_owned),
+        );
+        self.moving.push(Moving { cookie, watcher: id, top, dirs, todo });
     }
 
-    /// The second half: whether the directory was the watcher's before.
-    fn arrive(&mut self, id: u64, cookie: u32, rel: &Path) -> bool {
+    /// The second half: if the directory was the watcher's before, what in it is still to be watched.
+    fn arrive(&mut self, id: u64, cookie: u32, rel: &Path) -> Option<Vec<PathBuf>> {
         let ours = |moving: &Moving| (moving.cookie, moving.watcher) == (cookie, id);
-        let Some(at) = self.moving.iter().position(ours) else {
-            return false;
-        };
+        let at = self.moving.iter().position(ours)?;
         let moving = self.moving.swap_remove(at);
         // An empty directory of that name can have been replaced.
         self.detach(id, rel);
         self.put_subtree(id, rel, moving.dirs);
-        true
+        Some(moving.todo.into_iter().map(|path| below(rel, &path)).collect())
     }
 
     /// Whether it is a file of `O_TMPFILE`, which has no name; the kernel tells `#` and its inode.

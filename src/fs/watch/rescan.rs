@@ -1,33 +1,64 @@
 //! After the kernel's queue has overflowed: look at everything, and tell what differs.
 
-use std::{collections::BTreeMap, path::Path};
-
-use super::{
-    WatchKind,
-    known::{MAX_KNOWN_NAMES, scan},
-    tree::{Tree, Wd},
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    path::Path,
+    time::{Instant, SystemTime},
 };
 
+use super::{
+    Rescan, RescanReason, WatchKind,
+    known::{MAX_KNOWN_NAMES, has_changed, scan},
+    tree::{Names, Sub, Tree, Wd},
+};
+
+/// After comparing, others have their turn for so many times as long as that took, unless somebody
+/// asks for events.
+const PAUSE: u32 = 4;
+
 impl Tree {
-    /// Tells a CREATE for every name that is new in a watched directory and a REMOVE for every one
-    /// that is missing, and watches what is there now. Lost writes stay lost.
+    /// Tells a CREATE for every name that is new in a watched directory, a REMOVE for every one that
+    /// is missing, a WRITE for every file that has changed, and watches what is there now.
     pub(super) fn rescan(&mut self) {
+        let start = Instant::now();
+        let since = self.handled_until;
         tracing::warn!(
             directories = self.dirs.len(),
             "too many events at once; comparing all files"
         );
+        self.overflowed = false;
+        let now = SystemTime::now();
         // The second halves of these renames may be among what was lost.
         let moving = std::mem::take(&mut self.moving);
         self.lose(moving);
+        self.declare();
         let all: Vec<Wd> = self.dirs.keys().copied().collect();
-        for wd in all {
-            self.verify(wd);
-            self.compare(wd);
+        // All before any: a name that is new may be of a directory that had another one.
+        for wd in &all {
+            self.verify(*wd);
         }
+        for wd in all {
+            self.compare(wd, since);
+        }
+        self.look_at_unwatched();
         if self.fresh.len() + self.gone.len() > MAX_KNOWN_NAMES {
             // At worst some events are told twice.
             self.fresh.clear();
             self.gone.clear();
+        }
+        self.handled_until = now;
+        self.rescan_at = Instant::now() + start.elapsed() * PAUSE;
+    }
+
+    /// Says to all watchers that changes were missed.
+    fn declare(&self) {
+        let unknown = self.dirs.values().filter(|dir| dir.known.is_none());
+        let incomplete: BTreeSet<u64> =
+            unknown.flat_map(|dir| dir.subs.iter().map(|sub| sub.watcher)).collect();
+        for id in self.watchers.keys() {
+            let complete = !incomplete.contains(id);
+            self.miss(*id, Rescan { reason: RescanReason::KernelQueue, complete });
         }
     }
 
@@ -43,13 +74,13 @@ impl Tree {
                 continue;
             }
             self.detach(sub.watcher, &sub.rel);
+            if let Ok(other) = found
+                && !self.dirs.contains_key(&other)
+            {
+                let _ = self.inotify.rm_watch(other);
+            }
             if sub.rel.as_os_str().is_empty() {
                 self.emit(sub.watcher, WatchKind::Remove, Path::new(""));
-                if let Ok(other) = found
-                    && !self.dirs.contains_key(&other)
-                {
-                    let _ = self.inotify.rm_watch(other);
-                }
             } else if found.is_ok() {
                 self.emit(sub.watcher, WatchKind::Remove, &sub.rel);
                 self.emit(sub.watcher, WatchKind::Create, &sub.rel);
@@ -59,7 +90,7 @@ impl Tree {
         }
     }
 
-    fn compare(&mut self, wd: Wd) {
+    fn compare(&mut self, wd: Wd, since: SystemTime) {
         let Some(dir) = self.dirs.get(&wd) else {
             return;
         };
@@ -71,14 +102,28 @@ impl Tree {
         };
         let (known, subs) = (known.clone(), dir.subs.clone());
         let found = scan(&path);
-        let now: BTreeMap<_, _> = found.iter().cloned().collect();
-        self.set_known(wd, found);
-        for (name, is_dir) in &known {
+        self.set_known(wd, found.clone());
+        self.tell_difference(Some(wd), &subs, &path, (&known, found), since);
+    }
+
+    /// Tells what is in a directory now against what was known of it.
+    pub(super) fn tell_difference(
+        &mut self,
+        wd: Option<Wd>,
+        subs: &[Sub],
+        path: &Path,
+        (known, found): (&Names, Vec<(OsString, bool)>),
+        since: SystemTime,
+    ) {
+        let now: Names = found.into_iter().collect();
+        for (name, is_dir) in known {
             if now.get(name) == Some(is_dir) {
                 continue;
             }
-            self.gone.insert((wd, name.clone()));
-            for sub in &subs {
+            if let Some(wd) = wd {
+                self.gone.insert((wd, name.clone()));
+            }
+            for sub in subs {
                 let rel = sub.rel.join(name);
                 self.emit(sub.watcher, WatchKind::Remove, &rel);
                 if *is_dir {
@@ -87,17 +132,25 @@ impl Tree {
             }
         }
         for (name, is_dir) in now {
+            let at = path.join(&name);
             if known.get(&name) == Some(&is_dir) {
+                if !is_dir && has_changed(&at, since) {
+                    for sub in subs {
+                        self.emit(sub.watcher, WatchKind::Write, &sub.rel.join(&name));
+                    }
+                }
                 continue;
             }
-            for sub in &subs {
+            for sub in subs {
                 let rel = sub.rel.join(&name);
-                self.emit(sub.watcher, WatchKind::Create, &rel);
+                self.announce(sub.watcher, &rel, &at, is_dir);
                 if is_dir && self.is_recursive(sub.watcher) {
                     self.adopt_later(sub.watcher, rel);
                 }
             }
-            self.fresh.insert((wd, name));
+            if let Some(wd) = wd {
+                self.fresh.insert((wd, name));
+            }
         }
     }
 }

@@ -1,0 +1,253 @@
+//! How directories come to be watched.
+//!
+//! A directory is first added and then scanned: what is created in between is found by the scan, or
+//! comes as an event, or both, and never neither. [`Tree::fresh`] tells the duplicates apart.
+//!
+//! One thread serves all watchers, so a large tree is adopted in slices: between them the events of
+//! all others are handled.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::errno::Errno;
+use tokio::sync::oneshot;
+
+use super::{
+    WatchKind, WatchOptions,
+    known::{MAX_KNOWN_NAMES, has_content, scan},
+    queue::Queue,
+    tree::{Dir, Sub, Tree, Wd},
+};
+use crate::fs::FsError;
+
+/// The directories that are watched at once, for all watchers. Each costs about 1 KiB of kernel
+/// memory. A request beyond it fails; directories that appear later are looked at instead
+/// ([`super::unwatched`]).
+pub const MAX_WATCHED_DIRS: usize = 131_072;
+/// The names that are looked at before other watchers have their turn. A directory is not divided.
+pub const SLICE_NAMES: usize = 4096;
+
+/// A directory of one watcher with what is below it, still to be watched.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) number: u64,
+    pub(super) watcher: u64,
+    /// Whether to tell a CREATE for everything found: it is new to the watcher.
+    announce: bool,
+    /// A stack: what is below a directory comes before its neighbours.
+    pub(super) todo: Vec<PathBuf>,
+    /// Whom to tell how it went.
+    done: Option<oneshot::Sender<Result<(), FsError>>>,
+}
+
+impl Tree {
+    /// Starts a watcher; `done` hears of it when everything is watched.
+    pub(super) fn add(
+        &mut self,
+        id: u64,
+        path: PathBuf,
+        options: WatchOptions,
+        queue: Arc<Queue>,
+        done: oneshot::Sender<Result<(), FsError>>,
+    ) {
+        self.insert(id, path, options, queue);
+        self.begin(id, vec![PathBuf::new()], false, Some(done));
+    }
+
+    /// Watches a directory that appeared: at once if it is small.
+    pub(super) fn adopt_later(&mut self, id: u64, rel: PathBuf) {
+        self.begin(id, vec![rel], true, None);
+    }
+
+    /// As [`Self::adopt_later`], for several.
+    pub(super) fn adopt_all(&mut self, id: u64, rels: Vec<PathBuf>) {
+        if !rels.is_empty() {
+            self.begin(id, rels, true, None);
+        }
+    }
+
+    fn begin(
+        &mut self,
+        watcher: u64,
+        todo: Vec<PathBuf>,
+        announce: bool,
+        done: Option<oneshot::Sender<Result<(), FsError>>>,
+    ) {
+        self.last_job += 1;
+        let job = Job { number: self.last_job, watcher, announce, todo, done };
+        if let Some(rest) = self.work_on(job) {
+            self.jobs.push_back(rest);
+        }
+    }
+
+    /// Goes on with what is begun, for one slice.
+    pub(super) fn work(&mut self) {
+        if let Some(job) = self.jobs.pop_front()
+            && let Some(rest) = self.work_on(job)
+        {
+            self.jobs.push_back(rest);
+        }
+    }
+
+    /// Whether everything is watched that was to be when `last_job` was this.
+    pub(super) fn has_adopted(&self, id: u64, last_job: u64) -> bool {
+        !self.jobs.iter().any(|job| job.watcher == id && job.number <= last_job)
+    }
+
+    /// One slice of a job; returns what is left of it.
+    fn work_on(&mut self, mut job: Job) -> Option<Job> {
+        let mut names = 0;
+        while let Some(rel) = job.todo.pop() {
+            match self.adopt(job.watcher, &rel, job.announce) {
+                Ok(adopted) => {
+                    names += adopted.names + 1;
+                    job.todo.extend(adopted.dirs.into_iter().rev());
+                }
+                Err(error) => match job.done {
+                    Some(done) => {
+                        self.remove(job.watcher);
+                        let _ = done.send(Err(error));
+                        return None;
+                    }
+                    None => tracing::warn!(%error, "a new directory is not watched"),
+                },
+            }
+            if names >= SLICE_NAMES && !job.todo.is_empty() {
+                return Some(job);
+            }
+        }
+        if let Some(done) = job.done {
+            // Nobody waits any more: the removal of this watcher is on its way.
+            let _ = done.send(Ok(()));
+        }
+        None
+    }
+
+    /// Watches one directory.
+    fn adopt(&mut self, id: u64, rel: &Path, announce: bool) -> Result<Adopted, FsError> {
+        let Some(path) = self.path_of(id, rel) else {
+            return Ok(Adopted::default());
+        };
+        let full = self.dirs.len() >= MAX_WATCHED_DIRS;
+        let found = match self.watch_at(&path, rel) {
+            Ok(wd) if full && !self.dirs.contains_key(&wd) => {
+                let _ = self.inotify.rm_watch(wd);
+                if !announce {
+                    return Err(FsError::TooManyDirectories { path, limit: MAX_WATCHED_DIRS });
+                }
+                self.leave_unwatched(id, rel, &path)
+            }
+            Ok(wd) => {
+                if !self.subscribe(id, rel, wd, &path, announce) {
+                    return Ok(Adopted::default());
+                }
+                let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+                match known {
+                    Some(known) => known.iter().map(|(name, dir)| (name.clone(), *dir)).collect(),
+                    None if announce || self.is_recursive(id) => scan(&path),
+                    None => Vec::new(),
+                }
+            }
+            // Gone again already, or not readable: nothing to watch, and no reason to fail.
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::EACCES | Errno::ELOOP)
+                if !rel.as_os_str().is_empty() =>
+            {
+                return Ok(Adopted::default());
+            }
+            Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, &path),
+            Err(errno) => return Err(FsError::WatchAdd { path, errno }),
+        };
+        let recursive = self.is_recursive(id);
+        let mut adopted = Adopted { names: found.len(), dirs: Vec::new() };
+        for (name, is_dir) in found {
+            let child = rel.join(&name);
+            if announce {
+                self.announce(id, &child, &path.join(&name), is_dir);
+            }
+            if is_dir && recursive {
+                adopted.dirs.push(child);
+            }
+        }
+        Ok(adopted)
+    }
+
+    /// Tells what a scan has found.
+    pub(super) fn announce(&self, id: u64, rel: &Path, path: &Path, is_dir: bool) {
+        self.emit(id, WatchKind::Create, rel);
+        // Written before it was watched: whoever waits for content must hear of it.
+        if !is_dir && has_content(path) {
+            self.emit(id, WatchKind::Write, rel);
+        }
+    }
+
+    /// Whether the directory is new to the watcher, who now wants it under this name.
+    pub(super) fn subscribe(
+        &mut self,
+        id: u64,
+        rel: &Path,
+        wd: Wd,
+        path: &Path,
+        announce: bool,
+    ) -> bool {
+        match self.watchers.get(&id).and_then(|root| root.rels.get(rel)) {
+            Some(old) if *old == wd => return false,
+            // Another directory had this name, and its end is not told yet.
+            Some(_) => self.detach(id, rel),
+            None => {}
+        }
+        if !self.dirs.contains_key(&wd) {
+            let found = scan(path);
+            if announce && self.fresh.len() < MAX_KNOWN_NAMES {
+                self.fresh.extend(found.iter().map(|(name, _)| (wd, name.clone())));
+            }
+            self.dirs.insert(wd, Dir { subs: Vec::new(), known: None });
+            self.set_known(wd, found);
+        }
+        let Some(dir) = self.dirs.get_mut(&wd) else {
+            return false;
+        };
+        if let Some(sub) = dir.subs.iter().find(|sub| sub.watcher == id) {
+            // The watcher has it under another name: it was moved, and we are early. (Or it is
+            // mounted twice in the tree; then the later name counts, except the root's.)
+            let old = sub.rel.clone();
+            if !old.as_os_str().is_empty() {
+                let dirs = self.take_subtree(id, &old);
+                self.put_subtree(id, rel, dirs);
+                // The end of the old name takes what was below it away from those who are told.
+                if announce {
+                    self.announce_below(id, rel);
+                }
+            }
+            return false;
+        }
+        dir.subs.push(Sub { watcher: id, rel: rel.to_owned() });
+        if let Some(root) = self.watchers.get_mut(&id) {
+            root.rels.insert(rel.to_owned(), wd);
+        }
+        true
+    }
+
+    /// Takes what is to be watched below a directory out of the jobs, by the path below it.
+    pub(super) fn take_todo(&mut self, id: u64, rel: &Path) -> Vec<PathBuf> {
+        let mut taken = Vec::new();
+        for job in self.jobs.iter_mut().filter(|job| job.watcher == id) {
+            job.todo.retain(|path| match path.strip_prefix(rel) {
+                Ok(below) => {
+                    taken.push(below.to_owned());
+                    false
+                }
+                Err(_) => true,
+            });
+        }
+        taken
+    }
+}
+
+/// What adopting a directory has found in it.
+#[derive(Debug, Default)]
+struct Adopted {
+    names: usize,
+    dirs: Vec<PathBuf>,
+}

@@ -71,7 +71,7 @@ impl Watch {
             match message.event.unwrap() {
                 Event::Filesystem(event) => return event,
                 Event::Keepalive(_) => self.keepalives += 1,
-                Event::Start(_) => panic!("a second start"),
+                other => panic!("not in such a stream: {other:?}"),
             }
         }
     }
@@ -117,7 +117,7 @@ async fn create_watcher(client: &Client, path: &Path, recursive: bool) -> Result
 }
 
 async fn watcher_events(client: &Client, id: &str) -> Result<Vec<FilesystemEvent>, Failure> {
-    let request = GetWatcherEventsRequest { watcher_id: id.to_owned() };
+    let request = GetWatcherEventsRequest { watcher_id: id.to_owned(), ..Default::default() };
     let answer: GetWatcherEventsResponse = client.unary(EVENTS, &request).await?;
     Ok(answer.events)
 }

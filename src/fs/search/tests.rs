@@ -268,7 +268,7 @@ async fn what_is_skipped_is_counted() {
     fs::write(f.path("long"), long).unwrap();
     nix::unistd::mkfifo(&f.path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let (found, summary) = f.try_search(&f.root(), pattern("match")).await.unwrap();
-    assert_eq!(summary.matches as usize, found.len());
+    assert_eq!(usize::try_from(summary.matches), Ok(found.len()));
     let wanted = [(Skip::Binary, 1), (Skip::LineTooLong, 1), (Skip::Special, 1)];
     assert_eq!(summary.skipped, wanted);
     let options = SearchOptions { max_file_bytes: 6, ..pattern("match") };
@@ -301,7 +301,7 @@ async fn each_bound_ends_a_search_and_is_named() {
     assert_eq!(summary.truncated, Some(Truncation::BytesReturned));
     let bytes = |found: &Match| found.path.len() + found.line.as_ref().unwrap().bytes.len();
     assert!(found.iter().map(bytes).sum::<usize>() <= 1000);
-    assert_eq!(summary.matches as usize, found.len());
+    assert_eq!(usize::try_from(summary.matches), Ok(found.len()));
     let timeout = Some(Duration::from_nanos(1));
     let (found, summary) = ends(SearchOptions { timeout, ..pattern("match") }).await;
     assert_eq!((found.len(), summary.truncated), (0, Some(Truncation::Timeout)));

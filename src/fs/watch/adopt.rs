@@ -61,10 +61,12 @@ impl Tree {
         self.begin(id, vec![rel], true, None);
     }
 
-    /// As [`Self::adopt_later`], for several.
-    pub(super) fn adopt_all(&mut self, id: u64, rels: Vec<PathBuf>) {
-        if !rels.is_empty() {
-            self.begin(id, rels, true, None);
+    /// Watches a directory and those known below it that are not watched yet: they were to be, and
+    /// were not found because one above them had another name by then.
+    pub(super) fn adopt_missing(&mut self, id: u64, rel: &Path) {
+        let missing = self.missing_below(id, rel);
+        if !missing.is_empty() {
+            self.begin(id, missing, true, None);
         }
     }
 
@@ -227,21 +229,6 @@ impl Tree {
             root.rels.insert(rel.to_owned(), wd);
         }
         true
-    }
-
-    /// Takes what is to be watched below a directory out of the jobs, by the path below it.
-    pub(super) fn take_todo(&mut self, id: u64, rel: &Path) -> Vec<PathBuf> {
-        let mut taken = Vec::new();
-        for job in self.jobs.iter_mut().filter(|job| job.watcher == id) {
-            job.todo.retain(|path| match path.strip_prefix(rel) {
-                Ok(below) => {
-                    taken.push(below.to_owned());
-                    false
-                }
-                Err(_) => true,
-            });
-        }
-        taken
     }
 }
 

@@ -1,11 +1,6 @@
 //! What each event of the kernel means for whom.
 
-use std::{
-    ffi::OsStr,
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-    time::SystemTime,
-};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path, time::SystemTime};
 
 use nix::{
     errno::Errno,
@@ -13,7 +8,7 @@ use nix::{
 };
 
 use super::{
-    WatchKind, below,
+    WatchKind,
     tree::{Moving, Sub, Tree, Wd},
 };
 
@@ -82,30 +77,35 @@ impl Tree {
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
             self.learn(wd, name, is_dir);
+            self.arrived = moved_to.then(|| (wd, name.to_owned()));
             let told = self.was_told(wd, name, true);
             for sub in subs {
                 let rel = sub.rel.join(name);
                 let deep = is_dir && self.is_recursive(sub.watcher);
-                let arrived =
-                    if deep && moved_to { self.arrive(sub.watcher, cookie, &rel) } else { None };
-                match arrived {
-                    Some(todo) => {
-                        self.emit_moved(sub.watcher, &rel);
-                        self.adopt_all(sub.watcher, todo);
-                        continue;
-                    }
-                    None if told => {}
-                    None => _ = self.emit(sub.watcher, WatchKind::Create, &rel),
+                let arrived = deep && moved_to && self.arrive(sub.watcher, cookie, &rel);
+                if arrived {
+                    self.emit_moved(sub.watcher, &rel);
+                } else if !told {
+                    self.emit(sub.watcher, WatchKind::Create, &rel);
                 }
-                if deep {
-                    self.adopt_later(sub.watcher, rel);
+                if !deep {
+                    continue;
                 }
+                if !arrived && !told && self.has_dir(sub.watcher, &rel) {
+                    // It was away, and is here again before that was noticed. Its content is not
+                    // new to us, but to those who were told that it had left.
+                    self.announce_below(sub.watcher, &rel);
+                }
+                self.adopt_missing(sub.watcher, &rel);
             }
             return;
         }
         let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
         if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
-            self.forget(wd, name);
+            let exchanged = if moved_from { self.exchanged(wd, subs, name) } else { None };
+            if exchanged.is_none() {
+                self.forget(wd, name);
+            }
             let told = self.was_told(wd, name, false);
             for sub in subs {
                 let rel = sub.rel.join(name);
@@ -117,6 +117,12 @@ impl Tree {
                     self.depart(sub.watcher, cookie, &rel);
                 } else if is_dir {
                     self.detach(sub.watcher, &rel);
+                }
+                if let Some(now_dir) = exchanged {
+                    self.emit(sub.watcher, WatchKind::Create, &rel);
+                    if now_dir {
+                        self.announce_below(sub.watcher, &rel);
+                    }
                 }
             }
             return;
@@ -167,6 +173,18 @@ impl Tree {
         }
     }
 
+    /// RENAME_EXCHANGE of `a` and `b` is told as if `a` became `b`, and then `b` became `a`, but
+    /// `b` does not go away by that. Whether this is the second of these, and if so, whether there is
+    /// a directory at `b` now.
+    fn exchanged(&mut self, wd: Wd, subs: &[Sub], name: &OsStr) -> Option<bool> {
+        let (last, arrived) = self.arrived.take()?;
+        let sub = subs.first().filter(|_| last == wd && arrived == name)?;
+        let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
+        let is_dir = path.symlink_metadata().ok()?.is_dir();
+        self.learn(wd, name, is_dir);
+        Some(is_dir)
+    }
+
     /// Whether a scan has told already that a name appeared, or went away. What it told of the
     /// opposite is no longer so.
     fn was_told(&mut self, wd: Wd, name: &OsStr, appeared: bool) -> bool {
@@ -195,23 +213,21 @@ impl Tree {
             return;
         }
         let dirs = self.take_subtree(id, rel);
-        let mut todo = self.take_todo(id, rel);
-        let unwatched = self.drop_unwatched(id, rel);
-        todo.extend(
-            unwatched.iter().filter_map(|path| path.strip_prefix(rel).ok()).map(Path::to_owned),
-        );
-        self.moving.push(Moving { cookie, watcher: id, top, dirs, todo });
+        self.drop_unwatched(id, rel);
+        self.moving.push(Moving { cookie, watcher: id, top, dirs });
     }
 
-    /// The second half: if the directory was the watcher's before, what in it is still to be watched.
-    fn arrive(&mut self, id: u64, cookie: u32, rel: &Path) -> Option<Vec<PathBuf>> {
+    /// The second half: whether the directory was the watcher's before.
+    fn arrive(&mut self, id: u64, cookie: u32, rel: &Path) -> bool {
         let ours = |moving: &Moving| (moving.cookie, moving.watcher) == (cookie, id);
-        let at = self.moving.iter().position(ours)?;
+        let Some(at) = self.moving.iter().position(ours) else {
+            return false;
+        };
         let moving = self.moving.swap_remove(at);
         // An empty directory of that name can have been replaced.
         self.detach(id, rel);
         self.put_subtree(id, rel, moving.dirs);
-        Some(moving.todo.into_iter().map(|path| below(rel, &path)).collect())
+        true
     }
 
     /// Whether it is a file of `O_TMPFILE`, which has no name; the kernel tells `#` and its inode.

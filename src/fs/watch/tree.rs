@@ -51,6 +51,8 @@ pub(super) struct Tree {
     pub(super) looked: SystemTime,
     /// When they are looked at next.
     pub(super) look_at: Instant,
+    /// What the last event said to have been moved to where.
+    pub(super) arrived: Option<(Wd, OsString)>,
     /// Directories between the two halves of a rename.
     pub(super) moving: Vec<Moving>,
     /// Names that were told because a scan found them, and whose event from the kernel may follow.
@@ -110,8 +112,6 @@ pub(super) struct Moving {
     pub(super) top: Wd,
     /// Itself and all below it, by the path below it.
     pub(super) dirs: Vec<(PathBuf, Wd)>,
-    /// What below it is still to be watched.
-    pub(super) todo: Vec<PathBuf>,
 }
 
 impl Tree {
@@ -127,6 +127,7 @@ impl Tree {
             unwatched: BTreeMap::new(),
             looked: now,
             look_at: Instant::now(),
+            arrived: None,
             moving: Vec::new(),
             fresh: HashSet::new(),
             gone: HashSet::new(),
@@ -181,6 +182,11 @@ impl Tree {
 
     pub(super) fn is_recursive(&self, id: u64) -> bool {
         self.watchers.get(&id).is_some_and(|root| root.options.recursive)
+    }
+
+    /// Whether a watcher has a directory of that name.
+    pub(super) fn has_dir(&self, id: u64, rel: &Path) -> bool {
+        self.watchers.get(&id).is_some_and(|root| root.rels.contains_key(rel))
     }
 
     /// Asks the kernel to watch, which also tells which directory is there now.
@@ -288,6 +294,24 @@ impl Tree {
                 self.emit(id, WatchKind::Create, &path.join(name));
             }
         }
+    }
+
+    /// A directory if it is not watched, else those known below it that are not.
+    pub(super) fn missing_below(&self, id: u64, rel: &Path) -> Vec<PathBuf> {
+        let Some(root) = self.watchers.get(&id) else {
+            return Vec::new();
+        };
+        if !root.rels.contains_key(rel) {
+            return vec![rel.to_owned()];
+        }
+        let mut missing = Vec::new();
+        for (path, wd) in root.below(rel) {
+            let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let dirs = known.into_iter().flatten().filter(|(_, is_dir)| **is_dir);
+            let dirs = dirs.map(|(name, _)| path.join(name));
+            missing.extend(dirs.filter(|path| !root.rels.contains_key(path)));
+        }
+        missing
     }
 
     /// Declares to a watcher that changes were missed.

@@ -51,11 +51,11 @@ impl Replay {
         match event.r#type() {
             EventType::Create => {
                 let known = self.tree.entry(name).or_default();
-                *known = size.or(*known);
+                *known = if entry.is_some() { size } else { *known };
             }
             EventType::Write => {
-                if let (Some(known), Some(size)) = (self.tree.get_mut(&name), size) {
-                    *known = Some(size);
+                if let (Some(known), Some(_)) = (self.tree.get_mut(&name), entry) {
+                    *known = size;
                 }
             }
             EventType::Remove | EventType::Rename => {

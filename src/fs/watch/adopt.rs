@@ -132,8 +132,13 @@ impl Tree {
         let Some(path) = self.path_of(id, rel) else {
             return Ok(Adopted::default());
         };
+        if !self.is_told(id, rel) {
+            // It has gone meanwhile, or something above it. When that comes back, so does this.
+            return Ok(Adopted::default());
+        }
         let full = self.dirs.len() >= MAX_WATCHED_DIRS;
-        let found = match self.watch_at(&path, rel) {
+        let watched = self.watch_anew(id, rel, &path);
+        let found = match watched {
             Ok(wd) if full && !self.dirs.contains_key(&wd) => {
                 let _ = self.inotify.rm_watch(wd);
                 if !announce {
@@ -143,7 +148,12 @@ impl Tree {
             }
             Ok(wd) => {
                 if !self.subscribe(id, rel, wd, &path, announce) {
-                    return Ok(Adopted::default());
+                    let dirs = if self.has_dir(id, rel) {
+                        self.missing_below(id, rel)
+                    } else {
+                        Vec::new()
+                    };
+                    return Ok(Adopted { names: dirs.len(), dirs });
                 }
                 let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
                 match known {
@@ -173,6 +183,38 @@ impl Tree {
             }
         }
         Ok(adopted)
+    }
+
+    /// Whether the watcher was told of a directory, and has the one above it.
+    fn is_told(&self, id: u64, rel: &Path) -> bool {
+        let (Some(above), Some(name)) = (rel.parent(), rel.file_name()) else {
+            return true;
+        };
+        let dir = self.watchers.get(&id).and_then(|root| root.rels.get(above));
+        match dir.and_then(|wd| self.dirs.get(wd)) {
+            Some(dir) => dir.known.as_ref().is_none_or(|known| known.get(name) == Some(&true)),
+            None => {
+                let above = self.unwatched.get(&(id, above.to_owned()));
+                above.is_some_and(|known| known.get(name) == Some(&true))
+            }
+        }
+    }
+
+    /// Watches what has a name now. If the watcher has it under another name, or between the halves
+    /// of a rename, it is found where it has gone to before that was told: then it is new.
+    pub(super) fn watch_anew(&mut self, id: u64, rel: &Path, path: &Path) -> Result<Wd, Errno> {
+        let wd = self.watch_at(path, rel)?;
+        let given_up = self.give_up_moving(wd);
+        let subs = self.dirs.get(&wd).map(|dir| dir.subs.as_slice()).unwrap_or_default();
+        let elsewhere = subs
+            .iter()
+            .find(|sub| sub.watcher == id && sub.rel != rel && !sub.rel.as_os_str().is_empty());
+        if let Some(old) = elsewhere.map(|sub| sub.rel.clone()) {
+            self.detach(id, &old);
+        } else if !given_up {
+            return Ok(wd);
+        }
+        self.watch_at(path, rel)
     }
 
     /// Tells what a scan has found.
@@ -210,18 +252,8 @@ impl Tree {
         let Some(dir) = self.dirs.get_mut(&wd) else {
             return false;
         };
-        if let Some(sub) = dir.subs.iter().find(|sub| sub.watcher == id) {
-            // The watcher has it under another name: it was moved, and we are early. (Or it is
-            // mounted twice in the tree; then the later name counts, except the root's.)
-            let old = sub.rel.clone();
-            if !old.as_os_str().is_empty() {
-                let dirs = self.take_subtree(id, &old);
-                self.put_subtree(id, rel, dirs);
-                // The end of the old name takes what was below it away from those who are told.
-                if announce {
-                    self.announce_below(id, rel);
-                }
-            }
+        if dir.subs.iter().any(|sub| sub.watcher == id) {
+            // It is mounted inside itself.
             return false;
         }
         dir.subs.push(Sub { watcher: id, rel: rel.to_owned() });

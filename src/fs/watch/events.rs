@@ -53,6 +53,9 @@ impl Tree {
             self.overflowed = true;
             return;
         }
+        if event.name.is_some() {
+            self.give_up_moving(event.wd);
+        }
         // An event of a directory that is no longer watched can still have been queued.
         let Some(dir) = self.dirs.get(&event.wd) else {
             return;
@@ -82,48 +85,53 @@ impl Tree {
             for sub in subs {
                 let rel = sub.rel.join(name);
                 let deep = is_dir && self.is_recursive(sub.watcher);
-                let arrived = deep && moved_to && self.arrive(sub.watcher, cookie, &rel);
-                if arrived {
+                if !told {
+                    self.settle(sub.watcher, &rel);
+                }
+                if deep && moved_to && self.arrive(sub.watcher, cookie, &rel) {
                     self.emit_moved(sub.watcher, &rel);
                 } else if !told {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
                 }
-                if !deep {
-                    continue;
+                if deep {
+                    self.adopt_missing(sub.watcher, &rel);
                 }
-                if !arrived && !told && self.has_dir(sub.watcher, &rel) {
-                    // It was away, and is here again before that was noticed. Its content is not
-                    // new to us, but to those who were told that it had left.
-                    self.announce_below(sub.watcher, &rel);
-                }
-                self.adopt_missing(sub.watcher, &rel);
             }
             return;
         }
         let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
         if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
             let exchanged = if moved_from { self.exchanged(wd, subs, name) } else { None };
-            if exchanged.is_none() {
-                self.forget(wd, name);
-            }
+            self.forget(wd, name);
             let told = self.was_told(wd, name, false);
+            let mut there = exchanged;
             for sub in subs {
                 let rel = sub.rel.join(name);
                 if !told {
                     let kind = if moved_from { WatchKind::Rename } else { WatchKind::Remove };
                     self.emit(sub.watcher, kind, &rel);
                 }
+                if self.is_at(sub.watcher, &rel) {
+                    // It is here again before that was noticed, or never left; to those who are
+                    // told that it has left, all of it is new.
+                    there = Some(true);
+                    self.learn(wd, name, true);
+                    self.detach(sub.watcher, &rel);
+                    self.emit(sub.watcher, WatchKind::Create, &rel);
+                    self.adopt_later(sub.watcher, rel);
+                    continue;
+                }
                 if is_dir && moved_from {
                     self.depart(sub.watcher, cookie, &rel);
-                } else if is_dir {
+                } else {
                     self.detach(sub.watcher, &rel);
                 }
-                if let Some(now_dir) = exchanged {
+                if exchanged.is_some() {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
-                    if now_dir {
-                        self.announce_below(sub.watcher, &rel);
-                    }
                 }
+            }
+            if let Some(is_dir) = there {
+                self.learn(wd, name, is_dir);
             }
             return;
         }
@@ -162,12 +170,11 @@ impl Tree {
             roots().for_each(|id| _ = self.emit(id, WatchKind::Remove, Path::new("")));
         }
         if mask.contains(AddWatchFlags::IN_IGNORED) {
-            // The kernel has dropped the watch: deleted or unmounted.
+            // The kernel has dropped the watch: deleted or unmounted, with all below it.
             for sub in self.drop_dir(wd) {
-                if let Some(root) = self.watchers.get_mut(&sub.watcher)
-                    && root.rels.get(&sub.rel) == Some(&wd)
-                {
-                    root.rels.remove(&sub.rel);
+                let rels = self.watchers.get(&sub.watcher).map(|root| &root.rels);
+                if rels.is_some_and(|rels| rels.get(&sub.rel) == Some(&wd)) {
+                    self.detach(sub.watcher, &sub.rel);
                 }
             }
         }
@@ -180,9 +187,19 @@ impl Tree {
         let (last, arrived) = self.arrived.take()?;
         let sub = subs.first().filter(|_| last == wd && arrived == name)?;
         let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
-        let is_dir = path.symlink_metadata().ok()?.is_dir();
-        self.learn(wd, name, is_dir);
-        Some(is_dir)
+        path.symlink_metadata().ok().map(|meta| meta.is_dir())
+    }
+
+    /// Something appears under a name that a watcher has another directory of: the end of that was
+    /// lost, or it was empty and is replaced.
+    fn settle(&mut self, id: u64, rel: &Path) {
+        if !self.has_dir(id, rel) || self.is_at(id, rel) {
+            return;
+        }
+        if self.knows_below(id, rel) {
+            self.emit(id, WatchKind::Remove, rel);
+        }
+        self.detach(id, rel);
     }
 
     /// Whether a scan has told already that a name appeared, or went away. What it told of the
@@ -207,14 +224,19 @@ impl Tree {
             // Not watched yet, or not to be: where it arrives it is new.
             return self.detach(id, rel);
         };
-        // RENAME_EXCHANGE tells two renames: by the second one, the directory that has arrived
-        // under this name looks as if it left.
-        if self.path_of(id, rel).is_some_and(|path| self.watch_at(&path, rel) == Ok(top)) {
-            return;
-        }
         let dirs = self.take_subtree(id, rel);
         self.drop_unwatched(id, rel);
         self.moving.push(Moving { cookie, watcher: id, top, dirs });
+    }
+
+    /// Something happens in a directory that is between the halves of a rename. It has no name to
+    /// tell that under; if the second half comes, all of it is told as new. Whether that was so.
+    pub(super) fn give_up_moving(&mut self, wd: Wd) -> bool {
+        let on_the_way = |moving: &mut Moving| moving.dirs.iter().any(|(_, dir)| *dir == wd);
+        let given_up: Vec<Moving> = self.moving.extract_if(.., on_the_way).collect();
+        let any = !given_up.is_empty();
+        self.lose(given_up);
+        any
     }
 
     /// The second half: whether the directory was the watcher's before.

@@ -66,19 +66,11 @@ impl Tree {
     fn verify(&mut self, wd: Wd) {
         let subs = self.dirs.get(&wd).map(|dir| dir.subs.clone()).unwrap_or_default();
         for sub in subs {
-            let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
-                continue;
-            };
-            let found = self.watch_at(&path, &sub.rel);
+            let found = self.look_up(sub.watcher, &sub.rel);
             if found == Ok(wd) {
                 continue;
             }
             self.detach(sub.watcher, &sub.rel);
-            if let Ok(other) = found
-                && !self.dirs.contains_key(&other)
-            {
-                let _ = self.inotify.rm_watch(other);
-            }
             if sub.rel.as_os_str().is_empty() {
                 self.emit(sub.watcher, WatchKind::Remove, Path::new(""));
             } else if found.is_ok() {
@@ -116,8 +108,20 @@ impl Tree {
         since: SystemTime,
     ) {
         let now: Names = found.into_iter().collect();
-        for (name, is_dir) in known {
-            if now.get(name) == Some(is_dir) {
+        // A directory that is not watched any more: its end was told by itself alone, and what has
+        // its name now is another.
+        let lost = |tree: &Self, name: &OsString| {
+            let lost = |sub: &Sub| tree.is_unknown(sub.watcher, &sub.rel.join(name));
+            wd.is_some() && subs.iter().any(lost)
+        };
+        let same: BTreeSet<OsString> = known
+            .iter()
+            .filter(|(name, is_dir)| now.get(*name) == Some(*is_dir))
+            .filter(|(name, is_dir)| !**is_dir || !lost(self, name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in known.keys() {
+            if same.contains(name) {
                 continue;
             }
             if let Some(wd) = wd {
@@ -126,14 +130,12 @@ impl Tree {
             for sub in subs {
                 let rel = sub.rel.join(name);
                 self.emit(sub.watcher, WatchKind::Remove, &rel);
-                if *is_dir {
-                    self.detach(sub.watcher, &rel);
-                }
+                self.detach(sub.watcher, &rel);
             }
         }
         for (name, is_dir) in now {
             let at = path.join(&name);
-            if known.get(&name) == Some(&is_dir) {
+            if same.contains(&name) {
                 if !is_dir && has_changed(&at, since) {
                     for sub in subs {
                         self.emit(sub.watcher, WatchKind::Write, &sub.rel.join(&name));

@@ -189,6 +189,29 @@ impl Tree {
         self.watchers.get(&id).is_some_and(|root| root.rels.contains_key(rel))
     }
 
+    /// Whether what a watcher has under a name is what has that name now.
+    pub(super) fn is_at(&self, id: u64, rel: &Path) -> bool {
+        let wd = self.watchers.get(&id).and_then(|root| root.rels.get(rel));
+        wd.is_some_and(|wd| self.look_up(id, rel) == Ok(*wd))
+    }
+
+    /// The watch of the directory that has a name now, if there is one; nothing is watched by this.
+    pub(super) fn look_up(&self, id: u64, rel: &Path) -> Result<Wd, Errno> {
+        let path = self.path_of(id, rel).ok_or(Errno::ENOENT)?;
+        let wd = self.watch_at(&path, rel)?;
+        if !self.dirs.contains_key(&wd) {
+            let _ = self.inotify.rm_watch(wd);
+        }
+        Ok(wd)
+    }
+
+    /// Whether a watcher was told of something in a directory.
+    pub(super) fn knows_below(&self, id: u64, rel: &Path) -> bool {
+        let wd = self.watchers.get(&id).and_then(|root| root.rels.get(rel));
+        let dir = wd.and_then(|wd| self.dirs.get(wd));
+        dir.is_some_and(|dir| dir.known.as_ref().is_none_or(|known| !known.is_empty()))
+    }
+
     /// Asks the kernel to watch, which also tells which directory is there now.
     pub(super) fn watch_at(&self, path: &Path, rel: &Path) -> Result<Wd, Errno> {
         let events = AddWatchFlags::IN_CREATE

@@ -67,6 +67,13 @@ impl Tree {
         !self.unwatched_below(id, Path::new("")).is_empty()
     }
 
+    /// Whether a directory of a recursive watcher is neither watched nor looked at.
+    pub(super) fn is_unknown(&self, id: u64, rel: &Path) -> bool {
+        self.is_recursive(id)
+            && !self.has_dir(id, rel)
+            && !self.unwatched.contains_key(&(id, rel.to_owned()))
+    }
+
     /// Those at and below `rel`.
     fn unwatched_below(&self, id: u64, rel: &Path) -> Vec<PathBuf> {
         let range = (Bound::Included((id, rel.to_owned())), Bound::Unbounded);
@@ -110,7 +117,7 @@ impl Tree {
                 continue;
             };
             let subs = [Sub { watcher: *id, rel: rel.clone() }];
-            match self.watch_at(&path, rel) {
+            match self.watch_anew(*id, rel, &path) {
                 Ok(wd) if self.dirs.len() < MAX_WATCHED_DIRS || self.dirs.contains_key(&wd) => {
                     let Some(known) = self.drop_one(&key) else {
                         continue;

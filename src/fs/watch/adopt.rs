@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     WatchKind, WatchOptions,
     known::{MAX_KNOWN_NAMES, has_content, scan},
+    place::Place,
     queue::Queue,
     tree::{Dir, Sub, Tree, Wd},
 };
@@ -137,17 +138,20 @@ impl Tree {
             return Ok(Adopted::default());
         }
         let full = self.dirs.len() >= MAX_WATCHED_DIRS;
-        let watched = self.watch_anew(id, rel, &path);
+        let place = Place::open(&path, !rel.as_os_str().is_empty());
+        let watched = place.as_ref().map_err(|errno| *errno);
+        let watched = watched.and_then(|place| self.watch_anew(id, rel, place));
+        let at = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());
         let found = match watched {
             Ok(wd) if full && !self.dirs.contains_key(&wd) => {
                 let _ = self.inotify.rm_watch(wd);
                 if !announce {
                     return Err(FsError::TooManyDirectories { path, limit: MAX_WATCHED_DIRS });
                 }
-                self.leave_unwatched(id, rel, &path)
+                self.leave_unwatched(id, rel, &at)
             }
             Ok(wd) => {
-                if !self.subscribe(id, rel, wd, &path, announce) {
+                if !self.subscribe(id, rel, wd, &at, announce) {
                     let dirs = if self.has_dir(id, rel) {
                         self.missing_below(id, rel)
                     } else {
@@ -158,7 +162,7 @@ impl Tree {
                 let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
                 match known {
                     Some(known) => known.iter().map(|(name, dir)| (name.clone(), *dir)).collect(),
-                    None if announce || self.is_recursive(id) => scan(&path),
+                    None if announce || self.is_recursive(id) => scan(&at),
                     None => Vec::new(),
                 }
             }
@@ -168,7 +172,7 @@ impl Tree {
             {
                 return Ok(Adopted::default());
             }
-            Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, &path),
+            Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, &at),
             Err(errno) => return Err(FsError::WatchAdd { path, errno }),
         };
         let recursive = self.is_recursive(id);
@@ -176,7 +180,7 @@ impl Tree {
         for (name, is_dir) in found {
             let child = rel.join(&name);
             if announce {
-                self.announce(id, &child, &path.join(&name), is_dir);
+                self.announce(id, &child, &at.join(&name), is_dir);
             }
             if is_dir && recursive {
                 adopted.dirs.push(child);
@@ -202,8 +206,8 @@ impl Tree {
 
     /// Watches what has a name now. If the watcher has it under another name, or between the halves
     /// of a rename, it is found where it has gone to before that was told: then it is new.
-    pub(super) fn watch_anew(&mut self, id: u64, rel: &Path, path: &Path) -> Result<Wd, Errno> {
-        let wd = self.watch_at(path, rel)?;
+    pub(super) fn watch_anew(&mut self, id: u64, rel: &Path, place: &Place) -> Result<Wd, Errno> {
+        let wd = self.watch_place(place, rel)?;
         let given_up = self.give_up_moving(wd);
         let subs = self.dirs.get(&wd).map(|dir| dir.subs.as_slice()).unwrap_or_default();
         let elsewhere = subs
@@ -214,7 +218,7 @@ impl Tree {
         } else if !given_up {
             return Ok(wd);
         }
-        self.watch_at(path, rel)
+        self.watch_place(place, rel)
     }
 
     /// Tells what a scan has found.

@@ -171,12 +171,21 @@ impl Tree {
         }
         if mask.contains(AddWatchFlags::IN_IGNORED) {
             // The kernel has dropped the watch: deleted or unmounted, with all below it.
+            let held = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let held = held.is_some_and(|known| !known.is_empty());
             for sub in self.drop_dir(wd) {
                 let rels = self.watchers.get(&sub.watcher).map(|root| &root.rels);
-                if rels.is_some_and(|rels| rels.get(&sub.rel) == Some(&wd)) {
-                    self.detach(sub.watcher, &sub.rel);
+                if rels.is_none_or(|rels| rels.get(&sub.rel) != Some(&wd)) {
+                    continue;
+                }
+                self.detach(sub.watcher, &sub.rel);
+                if held && !sub.rel.as_os_str().is_empty() {
+                    // What was in it went without a word: more has been lost.
+                    self.lost(sub.watcher, &sub.rel);
                 }
             }
+            // The directory below an end of a mount is there, and empty.
+            self.overflowed |= mask.contains(AddWatchFlags::IN_UNMOUNT) || held;
         }
     }
 
@@ -188,6 +197,15 @@ impl Tree {
         let sub = subs.first().filter(|_| last == wd && arrived == name)?;
         let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
         path.symlink_metadata().ok().map(|meta| meta.is_dir())
+    }
+
+    /// Tells the end of a directory that was not told by the one above.
+    fn lost(&mut self, id: u64, rel: &Path) {
+        self.emit(id, WatchKind::Remove, rel);
+        let above = rel.parent().and_then(|above| self.watchers.get(&id)?.rels.get(above).copied());
+        if let (Some(above), Some(name)) = (above, rel.file_name()) {
+            self.forget(above, name);
+        }
     }
 
     /// Something appears under a name that a watcher has another directory of: the end of that was

@@ -22,6 +22,7 @@ mod cursor;
 mod events;
 mod known;
 mod network;
+mod place;
 mod polled;
 mod queue;
 mod rescan;

@@ -10,6 +10,7 @@ use std::{
 use super::{
     Rescan, RescanReason, WatchKind,
     known::{MAX_KNOWN_NAMES, has_changed, scan},
+    place::Place,
     tree::{Names, Sub, Tree, Wd},
 };
 
@@ -92,10 +93,17 @@ impl Tree {
         let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
             return;
         };
-        let (known, subs) = (known.clone(), dir.subs.clone());
-        let found = scan(&path);
+        let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
+        let place = Place::open(&path, !rel.as_os_str().is_empty());
+        let place = place.ok().filter(|place| self.watch_place(place, &rel) == Ok(wd));
+        let Some(place) = place else {
+            // It has just moved; wherever it is, it is still to be compared.
+            self.overflowed = true;
+            return;
+        };
+        let found = scan(&place.at);
         self.set_known(wd, found.clone());
-        self.tell_difference(Some(wd), &subs, &path, (&known, found), since);
+        self.tell_difference(Some(wd), &subs, &place.at, (&known, found), since);
     }
 
     /// Tells what is in a directory now against what was known of it.

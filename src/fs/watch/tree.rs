@@ -21,6 +21,7 @@ use super::{
     Rescan, WatchEvent, WatchKind, WatchOptions,
     adopt::Job,
     below,
+    place::Place,
     queue::{Pushed, Queue},
     shown,
 };
@@ -33,6 +34,17 @@ use crate::{
 pub(super) type Wd = WatchDescriptor;
 /// Names in a directory, with whether each is a directory.
 pub(super) type Names = BTreeMap<OsString, bool>;
+
+/// What the kernel is asked for.
+const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVE_SELF)
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_ONLYDIR);
 
 /// Everything that is watched. It lives on the watching thread alone, hence no locks.
 #[derive(Debug)]
@@ -214,19 +226,18 @@ impl Tree {
 
     /// Asks the kernel to watch, which also tells which directory is there now.
     pub(super) fn watch_at(&self, path: &Path, rel: &Path) -> Result<Wd, Errno> {
-        let events = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_MODIFY
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_DELETE_SELF
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_MOVED_FROM
-            | AddWatchFlags::IN_MOVE_SELF
-            | AddWatchFlags::IN_ATTRIB
-            | AddWatchFlags::IN_ONLYDIR;
         // The root may be a link; links inside lead out of the tree.
         let inside = !rel.as_os_str().is_empty();
         let follow = if inside { AddWatchFlags::IN_DONT_FOLLOW } else { AddWatchFlags::empty() };
-        self.inotify.add_watch(path, events | follow)
+        self.inotify.add_watch(path, EVENTS | follow)
+    }
+
+    /// As [`Self::watch_at`], of a directory that is open.
+    pub(super) fn watch_place(&self, place: &Place, rel: &Path) -> Result<Wd, Errno> {
+        match place.is_open() {
+            true => self.inotify.add_watch(&place.at, EVENTS),
+            false => self.watch_at(&place.at, rel),
+        }
     }
 
     pub(super) fn unsubscribe(&mut self, id: u64, wd: Wd) {

@@ -15,6 +15,7 @@ use super::{
     Rescan, RescanReason,
     adopt::MAX_WATCHED_DIRS,
     known::{MAX_KNOWN_NAMES, scan},
+    place::Place,
     tree::{Names, Sub, Tree},
 };
 
@@ -117,7 +118,11 @@ impl Tree {
                 continue;
             };
             let subs = [Sub { watcher: *id, rel: rel.clone() }];
-            match self.watch_anew(*id, rel, &path) {
+            let place = Place::open(&path, !rel.as_os_str().is_empty());
+            let watched = place.as_ref().map_err(|errno| *errno);
+            let watched = watched.and_then(|place| self.watch_anew(*id, rel, place));
+            let path = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());
+            match watched {
                 Ok(wd) if self.dirs.len() < MAX_WATCHED_DIRS || self.dirs.contains_key(&wd) => {
                     let Some(known) = self.drop_one(&key) else {
                         continue;

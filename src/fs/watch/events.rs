@@ -126,8 +126,12 @@ impl Tree {
                 } else {
                     self.detach(sub.watcher, &rel);
                 }
-                if exchanged.is_some() {
+                if let Some(now_dir) = exchanged {
+                    self.learn(wd, name, now_dir);
                     self.emit(sub.watcher, WatchKind::Create, &rel);
+                    if now_dir && self.is_recursive(sub.watcher) {
+                        self.adopt_later(sub.watcher, rel);
+                    }
                 }
             }
             if let Some(is_dir) = there {

@@ -138,7 +138,7 @@ impl Tree {
             return Ok(Adopted::default());
         }
         let full = self.dirs.len() >= MAX_WATCHED_DIRS;
-        let place = Place::open(&path, !rel.as_os_str().is_empty());
+        let place = self.place_of(id, rel);
         let watched = place.as_ref().map_err(|errno| *errno);
         let watched = watched.and_then(|place| self.watch_anew(id, rel, place));
         let at = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());
@@ -202,6 +202,28 @@ impl Tree {
                 above.is_some_and(|known| known.get(name) == Some(&true))
             }
         }
+    }
+
+    /// Opens a directory of a watcher: through the one above it, which another can have replaced.
+    fn place_of(&self, id: u64, rel: &Path) -> Result<Place, Errno> {
+        let inside = |rel: &Path| !rel.as_os_str().is_empty();
+        let path = self.path_of(id, rel).ok_or(Errno::ENOENT)?;
+        let (Some(above), Some(name)) = (rel.parent(), rel.file_name()) else {
+            return Place::open(&path, inside(rel));
+        };
+        let wanted = self.watchers.get(&id).and_then(|root| root.rels.get(above).copied());
+        let Some(wanted) = wanted else {
+            return Place::open(&path, inside(rel));
+        };
+        let up = Place::open(&self.path_of(id, above).ok_or(Errno::ENOENT)?, inside(above))?;
+        let found = self.watch_place(&up, above)?;
+        if found == wanted {
+            return Place::open(&up.at.join(name), inside(rel));
+        }
+        if !self.dirs.contains_key(&found) {
+            let _ = self.inotify.rm_watch(found);
+        }
+        Err(Errno::ENOENT)
     }
 
     /// Watches what has a name now. If the watcher has it under another name, or between the halves

@@ -85,12 +85,10 @@ impl Tree {
             for sub in subs {
                 let rel = sub.rel.join(name);
                 let deep = is_dir && self.is_recursive(sub.watcher);
-                if !told {
-                    self.settle(sub.watcher, &rel);
-                }
+                let replaced = self.settle(sub.watcher, &rel);
                 if deep && moved_to && self.arrive(sub.watcher, cookie, &rel) {
                     self.emit_moved(sub.watcher, &rel);
-                } else if !told {
+                } else if !told || replaced {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
                 }
                 if deep {
@@ -104,38 +102,34 @@ impl Tree {
             let exchanged = if moved_from { self.exchanged(wd, subs, name) } else { None };
             self.forget(wd, name);
             let told = self.was_told(wd, name, false);
-            let mut there = exchanged;
+            // It is here again before that was noticed, or never left; to those who are told that it
+            // has left, all of it is new.
+            let back = subs.iter().any(|sub| self.is_at(sub.watcher, &sub.rel.join(name)));
+            let there = if back { Some(true) } else { exchanged };
+            if let Some(is_dir) = there {
+                self.learn(wd, name, is_dir);
+            }
             for sub in subs {
                 let rel = sub.rel.join(name);
                 if !told {
                     let kind = if moved_from { WatchKind::Rename } else { WatchKind::Remove };
                     self.emit(sub.watcher, kind, &rel);
                 }
-                if self.is_at(sub.watcher, &rel) {
-                    // It is here again before that was noticed, or never left; to those who are
-                    // told that it has left, all of it is new.
-                    there = Some(true);
-                    self.learn(wd, name, true);
-                    self.detach(sub.watcher, &rel);
-                    self.emit(sub.watcher, WatchKind::Create, &rel);
-                    self.adopt_later(sub.watcher, rel);
-                    continue;
-                }
-                if is_dir && moved_from {
+                if is_dir && moved_from && !back {
                     self.depart(sub.watcher, cookie, &rel);
                 } else {
                     self.detach(sub.watcher, &rel);
                 }
-                if let Some(now_dir) = exchanged {
-                    self.learn(wd, name, now_dir);
+                if let Some(is_dir) = there {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
-                    if now_dir && self.is_recursive(sub.watcher) {
+                    if is_dir && self.is_recursive(sub.watcher) {
                         self.adopt_later(sub.watcher, rel);
                     }
                 }
             }
-            if let Some(is_dir) = there {
-                self.learn(wd, name, is_dir);
+            if back {
+                // It may have an event of its own to come.
+                self.fresh.insert((wd, name.to_owned()));
             }
             return;
         }
@@ -213,15 +207,16 @@ impl Tree {
     }
 
     /// Something appears under a name that a watcher has another directory of: the end of that was
-    /// lost, or it was empty and is replaced.
-    fn settle(&mut self, id: u64, rel: &Path) {
+    /// lost, or it was empty and is replaced. Whether that was so.
+    fn settle(&mut self, id: u64, rel: &Path) -> bool {
         if !self.has_dir(id, rel) || self.is_at(id, rel) {
-            return;
+            return false;
         }
         if self.knows_below(id, rel) {
             self.emit(id, WatchKind::Remove, rel);
         }
         self.detach(id, rel);
+        true
     }
 
     /// Whether a scan has told already that a name appeared, or went away. What it told of the

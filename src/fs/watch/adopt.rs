@@ -206,19 +206,18 @@ impl Tree {
 
     /// Opens a directory of a watcher: through the one above it, which another can have replaced.
     fn place_of(&self, id: u64, rel: &Path) -> Result<Place, Errno> {
-        let inside = |rel: &Path| !rel.as_os_str().is_empty();
-        let path = self.path_of(id, rel).ok_or(Errno::ENOENT)?;
+        let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
         let (Some(above), Some(name)) = (rel.parent(), rel.file_name()) else {
-            return Place::open(&path, inside(rel));
+            return Place::open(&root, rel);
         };
         let wanted = self.watchers.get(&id).and_then(|root| root.rels.get(above).copied());
         let Some(wanted) = wanted else {
-            return Place::open(&path, inside(rel));
+            return Place::open(&root, rel);
         };
-        let up = Place::open(&self.path_of(id, above).ok_or(Errno::ENOENT)?, inside(above))?;
+        let up = Place::open(&root, above)?;
         let found = self.watch_place(&up, above)?;
         if found == wanted {
-            return Place::open(&up.at.join(name), inside(rel));
+            return Place::open(&up.at, Path::new(name));
         }
         if !self.dirs.contains_key(&found) {
             let _ = self.inotify.rm_watch(found);

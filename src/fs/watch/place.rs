@@ -11,9 +11,11 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2},
     sys::stat::Mode,
 };
+
+use super::below;
 
 /// The directory that had a name once.
 #[derive(Debug)]
@@ -24,14 +26,33 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Opens a directory; `inside` does not follow a link at the end.
+    /// Opens a directory by its path below another one, following no link below that.
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
-    pub(super) fn open(path: &Path, inside: bool) -> Result<Self, Errno> {
-        let follow = if inside { OFlag::O_NOFOLLOW } else { OFlag::empty() };
+    pub(super) fn open(root: &Path, rel: &Path) -> Result<Self, Errno> {
+        let path = &below(root, rel);
+        let inside = !rel.as_os_str().is_empty();
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        match open(path, flags | follow, Mode::empty()) {
+        let opened = match inside {
+            true => {
+                open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+                    .and_then(|root| {
+                        let resolve =
+                            ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH;
+                        openat2(root, rel, OpenHow::new().flags(flags).resolve(resolve))
+                    })
+            }
+            false => open(path, flags, Mode::empty()),
+        };
+        let opened = match opened {
+            // Linux before 5.6, and sandboxes that know only older calls.
+            Err(Errno::ENOSYS | Errno::EPERM) => {
+                open(path, flags | OFlag::O_NOFOLLOW, Mode::empty())
+            }
+            opened => opened,
+        };
+        match opened {
             Ok(fd) => {
                 let at = Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
                 match at.exists() {

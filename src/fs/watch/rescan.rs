@@ -90,11 +90,11 @@ impl Tree {
         let (Some(known), Some(sub)) = (dir.known.as_ref(), dir.subs.first()) else {
             return;
         };
-        let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
+        let Some(root) = self.path_of(sub.watcher, Path::new("")) else {
             return;
         };
         let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
-        let place = Place::open(&path, !rel.as_os_str().is_empty());
+        let place = Place::open(&root, &rel);
         let place = place.ok().filter(|place| self.watch_place(place, &rel) == Ok(wd));
         let Some(place) = place else {
             // It has just moved; wherever it is, it is still to be compared.

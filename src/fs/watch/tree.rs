@@ -209,8 +209,8 @@ impl Tree {
 
     /// The watch of the directory that has a name now, if there is one; nothing is watched by this.
     pub(super) fn look_up(&self, id: u64, rel: &Path) -> Result<Wd, Errno> {
-        let path = self.path_of(id, rel).ok_or(Errno::ENOENT)?;
-        let wd = self.watch_at(&path, rel)?;
+        let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
+        let wd = self.watch_place(&Place::open(&root, rel)?, rel)?;
         if !self.dirs.contains_key(&wd) {
             let _ = self.inotify.rm_watch(wd);
         }

@@ -118,7 +118,8 @@ impl Tree {
                 continue;
             };
             let subs = [Sub { watcher: *id, rel: rel.clone() }];
-            let place = Place::open(&path, !rel.as_os_str().is_empty());
+            let root = self.path_of(*id, Path::new("")).unwrap_or_default();
+            let place = Place::open(&root, rel);
             let watched = place.as_ref().map_err(|errno| *errno);
             let watched = watched.and_then(|place| self.watch_anew(*id, rel, place));
             let path = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());

@@ -132,7 +132,10 @@ impl Tree {
             if same.contains(name) {
                 continue;
             }
-            if let Some(wd) = wd {
+            // Of what is there again, the end of the present one would be taken for told.
+            if let Some(wd) = wd
+                && !now.contains_key(name)
+            {
                 self.gone.insert((wd, name.clone()));
             }
             for sub in subs {

@@ -79,12 +79,18 @@ impl Tree {
         let is_dir = mask.contains(AddWatchFlags::IN_ISDIR);
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
+            let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let was_dir = known.is_some_and(|known| known.get(name) == Some(&true));
             self.learn(wd, name, is_dir);
             self.arrived = moved_to.then(|| (wd, name.to_owned()));
             let told = self.was_told(wd, name, true);
             for sub in subs {
                 let rel = sub.rel.join(name);
                 let deep = is_dir && self.is_recursive(sub.watcher);
+                if was_dir && !told && self.is_unknown(sub.watcher, &rel) {
+                    // It was found elsewhere, and its leaving here has been lost.
+                    self.emit(sub.watcher, WatchKind::Remove, &rel);
+                }
                 let replaced = self.settle(sub.watcher, &rel);
                 if deep && moved_to && self.arrive(sub.watcher, cookie, &rel) {
                     self.emit_moved(sub.watcher, &rel);

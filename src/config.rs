@@ -8,6 +8,7 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::{
+    fs::watch::Retention,
     guest::mmds,
     process::{
         self,
@@ -72,6 +73,9 @@ Limits:
                           that it has begun (default 60)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
+  --watcher-expiry N      seconds that a watcher is kept that nobody polls (default 3600)
+  --cursor-retention N    seconds that a watch with cursors is kept without its stream
+                          (default 300)
 
 Processes:
   --max-processes N       at the same time (default 4096)
@@ -155,6 +159,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// The bounds of processes and their output.
     pub processes: process::Options,
+    /// How long watchers are kept that nobody listens to.
+    pub watches: Retention,
     /// Not in a Firecracker VM.
     pub is_not_fc: bool,
     /// Do not use cgroups.
@@ -228,6 +234,7 @@ impl Config {
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: Duration::from_secs(5),
             processes: process::Options::default(),
+            watches: Retention::default(),
             is_not_fc: false,
             no_cgroups: false,
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
@@ -324,6 +331,12 @@ impl Config {
                 Arg::Long("max-retained") => {
                     let value = parser.value()?.parse()?;
                     config.processes.max_retained = within("max-retained", value, 0, 1 << 20)?;
+                }
+                Arg::Long("watcher-expiry") => {
+                    config.watches.polled = seconds("watcher-expiry", 1, &mut parser)?;
+                }
+                Arg::Long("cursor-retention") => {
+                    config.watches.cursors = seconds("cursor-retention", 1, &mut parser)?;
                 }
                 Arg::Long("cgroup-root") => config.cgroup_root = parser.value()?.into(),
                 Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,

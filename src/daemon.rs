@@ -33,7 +33,7 @@ use crate::{
     guest::{boot::Times, limits, markers, metrics::Meter, notify, users::Users},
     http,
     process::{self, Groups, Manager},
-    sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_UPLOADS, Sandbox},
+    sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_SEARCHES, MAX_UPLOADS, Sandbox},
     setup::{self, Machine, Setup},
     template::{self, Template},
     wire::{
@@ -231,7 +231,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
     let options = process::Options { nofile, ..config.processes.clone() };
-    let watches = Hub::new(Arc::clone(&users), Arc::clone(&files));
+    let watches = Hub::new(Arc::clone(&users), Arc::clone(&files), config.watches);
     let sandbox = Sandbox {
         processes: Manager::with(options, groups(config)),
         writers: Writers::beside(Arc::clone(&watches)),
@@ -240,6 +240,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         files,
         uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
+        searches: Arc::new(Semaphore::new(MAX_SEARCHES)),
         access: Arc::new(access),
         template: Arc::new(template),
         limits: wire.clone(),

@@ -29,6 +29,9 @@ pub const MAX_UPLOADS: usize = 64;
 /// [`MAX_LIST_ENTRIES`](crate::fs::dir::MAX_LIST_ENTRIES) entries.
 pub const MAX_LISTINGS: usize = 4;
 
+/// The searches at a time; others wait. Each may hold two threads, and in each a line of 8 MiB.
+pub const MAX_SEARCHES: usize = 4;
+
 /// The sandbox that this daemon serves.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -46,6 +49,8 @@ pub struct Sandbox {
     pub uploads: Arc<Semaphore>,
     /// Who may list directories: [`MAX_LISTINGS`] at a time.
     pub listings: Arc<Semaphore>,
+    /// Who may search: [`MAX_SEARCHES`] at a time.
+    pub searches: Arc<Semaphore>,
     /// Who may call.
     pub access: Arc<Access>,
     /// Its template, and whether that is ready.

@@ -18,8 +18,8 @@ use common::{
 use envd::proto::filesystem::{
     CreateWatcherRequest, CreateWatcherResponse, EventType, FileType, FilesystemEvent,
     GetWatcherEventsRequest, GetWatcherEventsResponse, MakeDirRequest, MakeDirResponse,
-    RemoveWatcherRequest, RemoveWatcherResponse, WatchDirRequest, WatchDirResponse,
-    watch_dir_response::Event,
+    RemoveWatcherRequest, RemoveWatcherResponse, RescanEvent, WatchDirRequest, WatchDirResponse,
+    rescan_event::Reason, watch_dir_response::Event,
 };
 use tempfile::TempDir;
 
@@ -71,7 +71,7 @@ impl Watch {
             match message.event.unwrap() {
                 Event::Filesystem(event) => return event,
                 Event::Keepalive(_) => self.keepalives += 1,
-                Event::Start(_) => panic!("a second start"),
+                other => panic!("not in such a stream: {other:?}"),
             }
         }
     }
@@ -117,7 +117,7 @@ async fn create_watcher(client: &Client, path: &Path, recursive: bool) -> Result
 }
 
 async fn watcher_events(client: &Client, id: &str) -> Result<Vec<FilesystemEvent>, Failure> {
-    let request = GetWatcherEventsRequest { watcher_id: id.to_owned() };
+    let request = GetWatcherEventsRequest { watcher_id: id.to_owned(), ..Default::default() };
     let answer: GetWatcherEventsResponse = client.unary(EVENTS, &request).await?;
     Ok(answer.events)
 }
@@ -594,4 +594,194 @@ async fn content_that_is_there_before_the_watch_is_told_as_written() {
         watch.all_briefly(dir.path()).await,
         told(&[("new", Create), ("new/empty", Create), ("new/full", Create), ("new/full", Write)])
     );
+}
+
+/// A stream with cursors: where it began, and its messages.
+async fn with_cursors(
+    client: &Client,
+    path: &Path,
+    from: &str,
+) -> Result<(String, Messages<WatchDirResponse>), Failure> {
+    let request =
+        WatchDirRequest { cursors: true, from_cursor: from.to_owned(), ..watching(path, true) };
+    let mut messages: Messages<WatchDirResponse> = client.stream(WATCH, &request).await?;
+    match messages.next().await?.expect("a start").event.unwrap() {
+        Event::Start(start) => Ok((start.cursor.expect("a cursor"), messages)),
+        other => panic!("first came {other:?}"),
+    }
+}
+
+/// The next event of such a stream, and its cursor.
+async fn next_with_cursor(
+    messages: &mut Messages<WatchDirResponse>,
+) -> (String, EventType, String) {
+    match messages.next().await.unwrap().expect("it goes on").event.unwrap() {
+        Event::Filesystem(event) => {
+            let kind = event.r#type();
+            (event.name, kind, event.cursor.expect("a cursor"))
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn next_rescan(messages: &mut Messages<WatchDirResponse>) -> RescanEvent {
+    match messages.next().await.unwrap().expect("it goes on").event.unwrap() {
+        Event::Rescan(rescan) => rescan,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_from_a_cursor_with_nothing_lost_or_doubled() {
+    for wire in
+        [Wire::Grpc, Wire::Connect { json: true }, Wire::GrpcWeb { text: false, json: false }]
+    {
+        let daemon = Daemon::start(&[]);
+        let client = Client::new(&daemon, wire);
+        let dir = tempfile::tempdir().unwrap();
+        let make = |i: usize| fs::File::create(dir.path().join(i.to_string())).unwrap();
+        let (mut cursor, mut messages) = with_cursors(&client, dir.path(), "").await.unwrap();
+        let mut told = Vec::new();
+        for round in 0..10 {
+            (0..10).for_each(|i| drop(make(round * 20 + i)));
+            // Of what was sent, the client has seen a part when its connection breaks.
+            for _ in 0..round {
+                let (name, kind, at) = next_with_cursor(&mut messages).await;
+                assert_eq!(kind, EventType::Create);
+                told.push(name);
+                cursor = at;
+            }
+            drop(messages);
+            (10..20).for_each(|i| drop(make(round * 20 + i)));
+            let (start, again) = with_cursors(&client, dir.path(), &cursor).await.unwrap();
+            assert_eq!(start, cursor);
+            messages = again;
+        }
+        while told.len() < 200 {
+            told.push(next_with_cursor(&mut messages).await.0);
+        }
+        let wanted: Vec<_> = (0..200).map(|i| i.to_string()).collect();
+        assert_eq!(told, wanted, "{wire:?}");
+        assert_eq!(inotify(&daemon), (1, 1), "it was one watch all the time");
+    }
+}
+
+#[tokio::test]
+async fn a_later_stream_takes_a_watch_over() {
+    let (_daemon, client, dir) = house();
+    let (cursor, mut first) = with_cursors(&client, dir.path(), "").await.unwrap();
+    let (_, mut second) = with_cursors(&client, dir.path(), &cursor).await.unwrap();
+    let ended = first.next().await.unwrap_err();
+    assert_eq!(ended, failure("aborted", "another stream has taken this watch over"));
+    fs::create_dir(dir.path().join("new")).unwrap();
+    assert_eq!(next_with_cursor(&mut second).await.0, "new");
+
+    let other = tempfile::tempdir().unwrap();
+    let error = with_cursors(&client, other.path(), &cursor).await.err().unwrap();
+    assert_eq!(error.code, "invalid_argument");
+    assert!(error.message.starts_with(&format!("from_cursor: '{cursor}'")), "{error:?}");
+    for bad in ["x", "1.2.3", "0000000000000000.1", "0000000000000000.1.-1"] {
+        let error = with_cursors(&client, dir.path(), bad).await.err().unwrap();
+        let wanted = format!("from_cursor: '{bad}' is no cursor of this watcher");
+        assert_eq!(error, failure("invalid_argument", wanted));
+    }
+}
+
+#[tokio::test]
+async fn a_cursor_expires_and_that_is_told() {
+    let daemon = Daemon::start(&["--cursor-retention", "1"]);
+    let client = client(&daemon);
+    let dir = tempfile::tempdir().unwrap();
+    let (cursor, messages) = with_cursors(&client, dir.path(), "").await.unwrap();
+    assert_eq!(inotify(&daemon), (1, 1));
+    drop(messages);
+    in_time("the watch is given up", async || (inotify(&daemon) == (0, 0)).then_some(())).await;
+    fs::create_dir(dir.path().join("missed")).unwrap();
+    // One of another daemon is as good as expired.
+    for cursor in [cursor.as_str(), "0123456789abcdef.0.0"] {
+        let (_, mut messages) = with_cursors(&client, dir.path(), cursor).await.unwrap();
+        let rescan = next_rescan(&mut messages).await;
+        assert_eq!((rescan.reason(), rescan.complete), (Reason::CursorExpired, false));
+        fs::write(dir.path().join("missed/file"), "").unwrap();
+        assert_eq!(next_with_cursor(&mut messages).await.0, "missed/file");
+        fs::remove_file(dir.path().join("missed/file")).unwrap();
+        // That position is as good as any.
+        let (_, mut messages) = with_cursors(&client, dir.path(), &rescan.cursor).await.unwrap();
+        assert_eq!(next_with_cursor(&mut messages).await.0, "missed/file");
+    }
+}
+
+#[tokio::test]
+async fn a_lost_answer_with_events_can_be_asked_for_again() {
+    let (_daemon, client, dir) = house();
+    let path = dir.path().to_str().unwrap().to_owned();
+    let request = CreateWatcherRequest { path, cursors: true, ..CreateWatcherRequest::default() };
+    let created: CreateWatcherResponse = client.unary(CREATE, &request).await.unwrap();
+    let watcher_id = created.watcher_id;
+    let ask = async |from_cursor: &str| {
+        let from_cursor = from_cursor.to_owned();
+        let request = GetWatcherEventsRequest { watcher_id: watcher_id.clone(), from_cursor };
+        let answer: Result<GetWatcherEventsResponse, _> = client.unary(EVENTS, &request).await;
+        answer.map(|answer| answer.events)
+    };
+    for name in ["a", "b", "c"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    let events = ask("").await.unwrap();
+    assert_eq!(events.len(), 3);
+    let cursor = |i: usize| events[i].cursor.clone().unwrap();
+    assert_eq!(ask("").await.unwrap(), []);
+    assert_eq!(ask(&cursor(0)).await.unwrap(), events[1..]);
+    assert_eq!(ask(&cursor(2)).await.unwrap(), []);
+    fs::create_dir(dir.path().join("d")).unwrap();
+    let names: Vec<_> =
+        ask(&cursor(1)).await.unwrap().into_iter().map(|event| event.name).collect();
+    assert_eq!(names, ["c", "d"]);
+
+    let error = ask("wother.1").await.unwrap_err();
+    assert_eq!(error.code, "invalid_argument");
+    let plain = create_watcher(&client, dir.path(), false).await.unwrap();
+    let from_cursor = format!("{plain}.0");
+    let request = GetWatcherEventsRequest { watcher_id: plain, from_cursor };
+    let refused: Result<GetWatcherEventsResponse, _> = client.unary(EVENTS, &request).await;
+    assert_eq!(refused.unwrap_err().code, "invalid_argument", "it keeps nothing");
+}
+
+#[tokio::test]
+async fn a_watcher_that_nobody_polls_expires_and_one_that_is_polled_does_not() {
+    let daemon = Daemon::start(&["--watcher-expiry", "3"]);
+    let client = client(&daemon);
+    let (kept, left) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let id = create_watcher(&client, kept.path(), false).await.unwrap();
+    let forgotten = create_watcher(&client, left.path(), false).await.unwrap();
+    assert_eq!(inotify(&daemon), (1, 2));
+    in_time("the other one has expired", async || {
+        watcher_events(&client, &id).await.expect("this one is polled");
+        (inotify(&daemon) == (1, 1)).then_some(())
+    })
+    .await;
+    let expected = failure("not_found", format!("watcher with id {forgotten} not found"));
+    assert_eq!(watcher_events(&client, &forgotten).await.unwrap_err(), expected);
+    assert_eq!(remove_watcher(&client, &forgotten).await.unwrap_err(), expected);
+    fs::create_dir(kept.path().join("new")).unwrap();
+    assert_eq!(watcher_events(&client, &id).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn clients_that_ask_for_nothing_new_are_told_nothing_new() {
+    let (_daemon, client, dir) = house();
+    let mut watch = Watch::new(&client, dir.path(), true).await;
+    let id = create_watcher(&client, dir.path(), true).await.unwrap();
+    fs::create_dir_all(dir.path().join("a/b")).unwrap();
+    fs::rename(dir.path().join("a"), dir.path().join("z")).unwrap();
+    fs::write(dir.path().join("z/b/file"), "").unwrap();
+    let polled = watcher_events(&client, &id).await.unwrap();
+    let streamed = watch.all(dir.path()).await;
+    for events in [&polled, &streamed] {
+        assert!(events.iter().all(|event| event.cursor.is_none()), "{events:?}");
+        // What is in a directory that moves inside the tree moves without a word, as upstream.
+        let inner = events.iter().filter(|event| event.name == "z/b").count();
+        assert!(inner <= 1, "{events:?}");
+        assert!(events.iter().any(|event| event.name == "z/b/file"));
+    }
 }

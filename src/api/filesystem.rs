@@ -2,23 +2,20 @@
 
 use std::{
     path::PathBuf,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use futures_util::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     files::{archive, change, read, write},
     identity,
-    keepalive::{self, Source, Step},
     legacy::View,
-    status,
+    search, status, watch,
 };
 use crate::{
     blocking::Pool,
@@ -28,10 +25,9 @@ use crate::{
         path,
         transfer::Writers,
         uploads::Uploads,
-        watch::{WatchEvent, WatchKind, WatchOptions, Watcher},
     },
     guest::users::{User, Users},
-    proto::filesystem::{self as pb, filesystem_server::Filesystem, watch_dir_response},
+    proto::filesystem::{self as pb, filesystem_server::Filesystem},
     sandbox::Sandbox,
     wire::metadata::ResponseMetadata,
 };
@@ -51,8 +47,8 @@ pub struct Files {
 /// What a call needs besides its message.
 pub(super) struct Call<T> {
     pub(super) user: Arc<User>,
-    view: View,
-    metadata: Option<ResponseMetadata>,
+    pub(super) view: View,
+    pub(super) metadata: Option<ResponseMetadata>,
     pub(super) message: T,
 }
 
@@ -83,6 +79,10 @@ impl Files {
     pub(super) async fn tree_slot(&self) -> Result<OwnedSemaphorePermit, Status> {
         let slot = Arc::clone(&self.trees).acquire_owned().await;
         slot.map_err(|_| Status::unavailable("the daemon ends"))
+    }
+
+    pub(super) fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
     }
 
     pub(super) fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
@@ -119,8 +119,6 @@ impl Files {
         done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
     }
 }
-
-type EventStream = Pin<Box<dyn Stream<Item = Result<pb::WatchDirResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Filesystem for Files {
@@ -199,79 +197,43 @@ impl Filesystem for Files {
         Ok(Response::new(pb::RemoveResponse {}))
     }
 
-    type WatchDirStream = EventStream;
+    type WatchDirStream = watch::WatchStream;
 
     async fn watch_dir(
         &self,
         request: Request<pb::WatchDirRequest>,
-    ) -> Result<Response<EventStream>, Status> {
-        let interval = keepalive::interval(request.metadata());
-        let call = self.call(request)?;
-        let path = self.resolve(&call.message.path, &call.user)?;
-        let options = WatchOptions {
-            recursive: call.message.recursive,
-            include_entry: call.message.include_entry,
-            allow_network_mounts: call.message.allow_network_mounts,
-        };
-        let watcher = self
-            .sandbox
-            .watches
-            .watch(&path, options)
-            .await
-            .map_err(|error| status::of_files(&error))?;
-        call.view.announce(call.metadata.as_ref());
-        let start =
-            watch_response(watch_dir_response::Event::Start(watch_dir_response::StartEvent {}));
-        let follow = Follow { watcher, view: call.view };
-        Ok(Response::new(Box::pin(keepalive::stream(start, follow, interval))))
+    ) -> Result<Response<watch::WatchStream>, Status> {
+        watch::watch_dir(self, request).await
     }
 
     async fn create_watcher(
         &self,
         request: Request<pb::CreateWatcherRequest>,
     ) -> Result<Response<pb::CreateWatcherResponse>, Status> {
-        let call = self.call(request)?;
-        let path = self.resolve(&call.message.path, &call.user)?;
-        let options = WatchOptions {
-            recursive: call.message.recursive,
-            include_entry: call.message.include_entry,
-            allow_network_mounts: call.message.allow_network_mounts,
-        };
-        let watcher_id = self
-            .sandbox
-            .watches
-            .create_polled(&path, options)
-            .await
-            .map_err(|error| status::of_files(&error))?;
-        call.view.announce(call.metadata.as_ref());
-        Ok(Response::new(pb::CreateWatcherResponse { watcher_id }))
+        watch::create_watcher(self, request).await
     }
 
     async fn get_watcher_events(
         &self,
         request: Request<pb::GetWatcherEventsRequest>,
     ) -> Result<Response<pb::GetWatcherEventsResponse>, Status> {
-        let view = View::of(&request);
-        let metadata: Option<ResponseMetadata> = request.extensions().get().cloned();
-        let id = request.into_inner().watcher_id;
-        let events = self
-            .sandbox
-            .watches
-            .take_events(&id)
-            .await
-            .map_err(|error| status::of_files(&error))?;
-        view.announce(metadata.as_ref());
-        let events = events.into_iter().map(|event| view.event(change(event))).collect();
-        Ok(Response::new(pb::GetWatcherEventsResponse { events }))
+        watch::get_watcher_events(self, request).await
     }
 
     async fn remove_watcher(
         &self,
         request: Request<pb::RemoveWatcherRequest>,
     ) -> Result<Response<pb::RemoveWatcherResponse>, Status> {
-        let id = request.into_inner().watcher_id;
-        self.sandbox.watches.remove_polled(&id).map_err(|error| status::of_files(&error))?;
-        Ok(Response::new(pb::RemoveWatcherResponse {}))
+        watch::remove_watcher(self, request)
+    }
+
+    type SearchStream = search::SearchStream;
+
+    async fn search(
+        &self,
+        request: Request<pb::SearchRequest>,
+    ) -> Result<Response<search::SearchStream>, Status> {
+        search::search(self, request).await
     }
 
     // Our own.
@@ -337,40 +299,6 @@ impl Drop for SetOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
-}
-
-/// A watcher's stream of changes.
-struct Follow {
-    watcher: Watcher,
-    view: View,
-}
-
-impl Source for Follow {
-    type Message = pb::WatchDirResponse;
-
-    async fn next(&mut self) -> Option<Step<pb::WatchDirResponse>> {
-        let event = self.view.event(change(self.watcher.next().await?));
-        Some(Step::Message(watch_response(watch_dir_response::Event::Filesystem(event))))
-    }
-
-    fn keepalive(&self) -> pb::WatchDirResponse {
-        watch_response(watch_dir_response::Event::Keepalive(watch_dir_response::KeepAlive {}))
-    }
-}
-
-fn watch_response(event: watch_dir_response::Event) -> pb::WatchDirResponse {
-    pb::WatchDirResponse { event: Some(event) }
-}
-
-fn change(event: WatchEvent) -> pb::FilesystemEvent {
-    let kind = match event.kind {
-        WatchKind::Create => pb::EventType::Create,
-        WatchKind::Write => pb::EventType::Write,
-        WatchKind::Remove => pb::EventType::Remove,
-        WatchKind::Rename => pb::EventType::Rename,
-        WatchKind::Chmod => pb::EventType::Chmod,
-    };
-    pb::FilesystemEvent { name: event.name, r#type: kind.into(), entry: event.entry.map(info) }
 }
 
 pub(super) fn info(entry: Entry) -> pb::EntryInfo {

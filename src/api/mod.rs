@@ -11,10 +11,12 @@ mod limits;
 mod outcome;
 pub mod process;
 pub mod read;
+mod search;
 mod status;
 pub mod system;
 pub mod template;
 pub mod wait;
+mod watch;
 
 pub(crate) use outcome::timestamp;
 

@@ -4,13 +4,22 @@ use tonic::{Code, Status};
 
 use crate::{
     blocking::Busy,
-    fs::{FsError, Kind},
+    fs::{FsError, Kind, search::SearchError},
     process::{Beyond, InputError, ResizeError, SignalError, StartError},
 };
 
 /// The status of a file error.
 pub(super) fn of_files(error: &FsError) -> Status {
-    let code = match error.kind() {
+    Status::new(code_of(error.kind()), error.to_string())
+}
+
+/// The status of a search that does not begin.
+pub(super) fn of_search(error: &SearchError) -> Status {
+    Status::new(code_of(error.kind()), error.to_string())
+}
+
+fn code_of(kind: Kind) -> Code {
+    match kind {
         Kind::InvalidArgument => Code::InvalidArgument,
         Kind::NotFound => Code::NotFound,
         Kind::AlreadyExists => Code::AlreadyExists,
@@ -21,8 +30,7 @@ pub(super) fn of_files(error: &FsError) -> Status {
         Kind::OutOfRange => Code::OutOfRange,
         Kind::DataLoss => Code::DataLoss,
         Kind::Aborted => Code::Aborted,
-    };
-    Status::new(code, error.to_string())
+    }
 }
 
 /// The status of a process that did not start.

@@ -354,6 +354,23 @@ pub enum FsError {
     /// As many polled watchers as this daemon keeps.
     #[error("more than {0} watchers; remove one that is no longer polled")]
     TooManyWatchers(usize),
+    /// As many watchers on network file systems as this daemon keeps.
+    #[error("more than {0} watchers on network file systems; remove one")]
+    TooManyNetworkWatchers(usize),
+    /// As many watches with cursors as this daemon keeps, all with a stream.
+    #[error("more than {0} watches with cursors; end one, or watch without")]
+    TooManyCursors(usize),
+    /// No daemon gave out such a cursor for this watcher.
+    #[error("from_cursor: '{}' is no cursor of this watcher", quote::text(.0))]
+    BadCursor(String),
+    /// The cursor is of a watch of another directory, or with other options.
+    #[error("from_cursor: '{}' is of a watch of {} with its own options", quote::text(.cursor), quote::path(.path))]
+    OtherCursor {
+        /// The cursor.
+        cursor: String,
+        /// What that watches.
+        path: PathBuf,
+    },
 }
 
 fn attempted(bytes: Option<u64>) -> String {

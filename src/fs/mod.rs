@@ -1,7 +1,7 @@
 //! The domain of files: paths, entries, directories, transfers, watches. It knows no protobuf and
 //! no HTTP; the texts of its errors are those that clients of E2B's daemon have seen.
 //!
-//! Everything but watching is synchronous and may block: async callers go through
+//! Everything but watching and searching is synchronous and may block: async callers go through
 //! [`Pool`](crate::blocking::Pool). Paths come in as the client wrote them, are resolved once
 //! ([`path::resolve`]) and are used verbatim from there on: cleaning `a/../b` would change what a
 //! path through a symbolic link means.
@@ -11,6 +11,7 @@
 //! * [`dir`]: make, move, list, remove.
 //! * [`read`]: reading files; [`transfer`]: writing whole ones.
 //! * [`watch`]: what changes below a directory.
+//! * [`search`]: what is in it, by name and by content.
 
 pub mod archive;
 pub mod attributes;
@@ -25,6 +26,7 @@ pub mod metadata;
 pub mod path;
 pub mod read;
 mod remove;
+pub mod search;
 pub mod staged;
 pub mod transfer;
 mod tree;

@@ -72,7 +72,9 @@ impl FsError {
             | Self::WriteOfDirectory(_)
             | Self::InvalidMetadata(_)
             | Self::WatchNotDirectory(_)
-            | Self::WatchNetwork(_) => Kind::InvalidArgument,
+            | Self::WatchNetwork(_)
+            | Self::BadCursor(_)
+            | Self::OtherCursor { .. } => Kind::InvalidArgument,
             Self::FileNotFound(_)
             | Self::Compose(ComposeError::NotFound(_))
             | Self::SourceNotFound(_)
@@ -98,7 +100,9 @@ impl FsError {
             | Self::TooManyUploads(_)
             | Self::TooManyDirectories { .. }
             | Self::Blocking(Busy::Full(_) | Busy::NoThread(_))
-            | Self::TooManyWatchers(_) => Kind::ResourceExhausted,
+            | Self::TooManyWatchers(_)
+            | Self::TooManyNetworkWatchers(_)
+            | Self::TooManyCursors(_) => Kind::ResourceExhausted,
             Self::PathIsFile(_)
             | Self::StatDirectory(_)
             | Self::CreateDirectory(_)

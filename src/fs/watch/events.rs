@@ -1,6 +1,6 @@
 //! What each event of the kernel means for whom.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path, time::SystemTime};
 
 use nix::{
     errno::Errno,
@@ -25,6 +25,7 @@ impl Tree {
     pub(super) fn drain(&mut self) -> Result<(), Errno> {
         let mut handled = 0;
         while handled < MAX_EVENTS_AT_ONCE {
+            let now = SystemTime::now();
             match self.inotify.read_events() {
                 Ok(events) => {
                     handled += events.len();
@@ -35,6 +36,9 @@ impl Tree {
                     // What a scan found had its event by now.
                     self.fresh.clear();
                     self.gone.clear();
+                    if !self.overflowed {
+                        self.handled_until = now;
+                    }
                     return Ok(());
                 }
                 Err(errno) => return Err(errno),
@@ -45,7 +49,12 @@ impl Tree {
 
     pub(super) fn handle(&mut self, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-            return self.rescan();
+            // Not here: several overflows in a row are one reason to compare.
+            self.overflowed = true;
+            return;
+        }
+        if event.name.is_some() {
+            self.give_up_moving(event.wd);
         }
         // An event of a directory that is no longer watched can still have been queued.
         let Some(dir) = self.dirs.get(&event.wd) else {
@@ -70,37 +79,63 @@ impl Tree {
         let is_dir = mask.contains(AddWatchFlags::IN_ISDIR);
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
+            let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let was_dir = known.is_some_and(|known| known.get(name) == Some(&true));
             self.learn(wd, name, is_dir);
-            let told = !self.fresh.is_empty() && self.fresh.remove(&(wd, name.to_owned()));
+            self.arrived = moved_to.then(|| (wd, name.to_owned()));
+            let told = self.was_told(wd, name, true);
             for sub in subs {
                 let rel = sub.rel.join(name);
-                if !told {
+                let deep = is_dir && self.is_recursive(sub.watcher);
+                if was_dir && !told && self.is_unknown(sub.watcher, &rel) {
+                    // It was found elsewhere, and its leaving here has been lost.
+                    self.emit(sub.watcher, WatchKind::Remove, &rel);
+                }
+                let replaced = self.settle(sub.watcher, &rel);
+                if deep && moved_to && self.arrive(sub.watcher, cookie, &rel) {
+                    self.emit_moved(sub.watcher, &rel);
+                } else if !told || replaced {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
                 }
-                if is_dir
-                    && self.is_recursive(sub.watcher)
-                    && !(moved_to && self.arrive(sub.watcher, cookie, &rel))
-                {
-                    self.adopt_later(sub.watcher, rel);
+                if deep {
+                    self.adopt_missing(sub.watcher, &rel);
                 }
             }
             return;
         }
         let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
         if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
+            let exchanged = if moved_from { self.exchanged(wd, subs, name) } else { None };
             self.forget(wd, name);
-            let told = !self.gone.is_empty() && self.gone.remove(&(wd, name.to_owned()));
+            let told = self.was_told(wd, name, false);
+            // It is here again before that was noticed, or never left; to those who are told that it
+            // has left, all of it is new.
+            let back = subs.iter().any(|sub| self.is_at(sub.watcher, &sub.rel.join(name)));
+            let there = if back { Some(true) } else { exchanged };
+            if let Some(is_dir) = there {
+                self.learn(wd, name, is_dir);
+            }
             for sub in subs {
                 let rel = sub.rel.join(name);
                 if !told {
                     let kind = if moved_from { WatchKind::Rename } else { WatchKind::Remove };
                     self.emit(sub.watcher, kind, &rel);
                 }
-                if is_dir && moved_from {
+                if is_dir && moved_from && !back {
                     self.depart(sub.watcher, cookie, &rel);
-                } else if is_dir {
+                } else {
                     self.detach(sub.watcher, &rel);
                 }
+                if let Some(is_dir) = there {
+                    self.emit(sub.watcher, WatchKind::Create, &rel);
+                    if is_dir && self.is_recursive(sub.watcher) {
+                        self.adopt_later(sub.watcher, rel);
+                    }
+                }
+            }
+            if back {
+                // It may have an event of its own to come.
+                self.fresh.insert((wd, name.to_owned()));
             }
             return;
         }
@@ -133,35 +168,98 @@ impl Tree {
             }
         }
         if mask.contains(AddWatchFlags::IN_ATTRIB) {
-            roots().for_each(|id| self.emit(id, WatchKind::Chmod, Path::new("")));
+            roots().for_each(|id| _ = self.emit(id, WatchKind::Chmod, Path::new("")));
         }
         if mask.contains(AddWatchFlags::IN_DELETE_SELF) {
-            roots().for_each(|id| self.emit(id, WatchKind::Remove, Path::new("")));
+            roots().for_each(|id| _ = self.emit(id, WatchKind::Remove, Path::new("")));
         }
         if mask.contains(AddWatchFlags::IN_IGNORED) {
-            // The kernel has dropped the watch: deleted or unmounted.
+            // The kernel has dropped the watch: deleted or unmounted, with all below it.
+            let held = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let held = held.is_some_and(|known| !known.is_empty());
             for sub in self.drop_dir(wd) {
-                if let Some(root) = self.watchers.get_mut(&sub.watcher)
-                    && root.rels.get(&sub.rel) == Some(&wd)
-                {
-                    root.rels.remove(&sub.rel);
+                let rels = self.watchers.get(&sub.watcher).map(|root| &root.rels);
+                if rels.is_none_or(|rels| rels.get(&sub.rel) != Some(&wd)) {
+                    continue;
+                }
+                self.detach(sub.watcher, &sub.rel);
+                if held && !sub.rel.as_os_str().is_empty() {
+                    // What was in it went without a word: more has been lost.
+                    self.lost(sub.watcher, &sub.rel);
                 }
             }
+            // The directory below an end of a mount is there, and empty.
+            self.overflowed |= mask.contains(AddWatchFlags::IN_UNMOUNT) || held;
         }
+    }
+
+    /// RENAME_EXCHANGE of `a` and `b` is told as if `a` became `b`, and then `b` became `a`, but
+    /// `b` does not go away by that. Whether this is the second of these, and if so, whether there is
+    /// a directory at `b` now.
+    fn exchanged(&mut self, wd: Wd, subs: &[Sub], name: &OsStr) -> Option<bool> {
+        let (last, arrived) = self.arrived.take()?;
+        let sub = subs.first().filter(|_| last == wd && arrived == name)?;
+        let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
+        path.symlink_metadata().ok().map(|meta| meta.is_dir())
+    }
+
+    /// Tells the end of a directory that was not told by the one above.
+    fn lost(&mut self, id: u64, rel: &Path) {
+        self.emit(id, WatchKind::Remove, rel);
+        let above = rel.parent().and_then(|above| self.watchers.get(&id)?.rels.get(above).copied());
+        if let (Some(above), Some(name)) = (above, rel.file_name()) {
+            self.forget(above, name);
+        }
+    }
+
+    /// Something appears under a name that a watcher has another directory of: the end of that was
+    /// lost, or it was empty and is replaced. Whether that was so.
+    fn settle(&mut self, id: u64, rel: &Path) -> bool {
+        if !self.has_dir(id, rel) || self.is_at(id, rel) {
+            return false;
+        }
+        if self.knows_below(id, rel) {
+            self.emit(id, WatchKind::Remove, rel);
+        }
+        self.detach(id, rel);
+        true
+    }
+
+    /// Whether a scan has told already that a name appeared, or went away. What it told of the
+    /// opposite is no longer so.
+    fn was_told(&mut self, wd: Wd, name: &OsStr, appeared: bool) -> bool {
+        if self.fresh.is_empty() && self.gone.is_empty() {
+            return false;
+        }
+        let key = (wd, name.to_owned());
+        let (same, opposite) = match appeared {
+            true => (&mut self.fresh, &mut self.gone),
+            false => (&mut self.gone, &mut self.fresh),
+        };
+        opposite.remove(&key);
+        same.remove(&key)
     }
 
     /// The first half of a rename of a directory.
     fn depart(&mut self, id: u64, cookie: u32, rel: &Path) {
-        let Some(&top) = self.watchers.get(&id).and_then(|root| root.rels.get(rel)) else {
-            return;
+        let top = self.watchers.get(&id).and_then(|root| root.rels.get(rel).copied());
+        let Some(top) = top else {
+            // Not watched yet, or not to be: where it arrives it is new.
+            return self.detach(id, rel);
         };
-        // RENAME_EXCHANGE tells two renames: by the second one, the directory that has arrived
-        // under this name looks as if it left.
-        if self.path_of(id, rel).is_some_and(|path| self.watch_at(&path, rel) == Ok(top)) {
-            return;
-        }
         let dirs = self.take_subtree(id, rel);
+        self.drop_unwatched(id, rel);
         self.moving.push(Moving { cookie, watcher: id, top, dirs });
+    }
+
+    /// Something happens in a directory that is between the halves of a rename. It has no name to
+    /// tell that under; if the second half comes, all of it is told as new. Whether that was so.
+    pub(super) fn give_up_moving(&mut self, wd: Wd) -> bool {
+        let on_the_way = |moving: &mut Moving| moving.dirs.iter().any(|(_, dir)| *dir == wd);
+        let given_up: Vec<Moving> = self.moving.extract_if(.., on_the_way).collect();
+        let any = !given_up.is_empty();
+        self.lose(given_up);
+        any
     }
 
     /// The second half: whether the directory was the watcher's before.

@@ -4,10 +4,16 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
+    os::unix::fs::MetadataExt,
     path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use super::tree::{Tree, Wd};
+
+/// How far the time of a change may lie behind the clock: the kernel takes it from its last tick,
+/// and there are 100 in a second at the least.
+const TICK: Duration = Duration::from_millis(20);
 
 /// The names of files that are kept for finding out what changed when the kernel's queue has
 /// overflowed. In directories beyond it, what such an overflow swallows is not told.
@@ -44,7 +50,7 @@ impl Tree {
 
     #[cfg(test)]
     pub(super) fn names_are_counted_to_zero(&self) -> bool {
-        self.dirs.is_empty() && self.names == 0
+        self.dirs.is_empty() && self.unwatched.is_empty() && self.names == 0
     }
 
     /// A name went away.
@@ -74,4 +80,14 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
 /// Whether a regular file has something in it.
 pub(super) fn has_content(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() > 0)
+}
+
+/// Whether a file may have changed since then, by the one time that no program can set.
+pub(super) fn has_changed(path: &Path, since: SystemTime) -> bool {
+    let Ok(meta) = fs::symlink_metadata(path) else {
+        return false;
+    };
+    let seconds = Duration::from_secs(meta.ctime().try_into().unwrap_or(0));
+    let nanos = Duration::from_nanos(meta.ctime_nsec().try_into().unwrap_or(0));
+    UNIX_EPOCH + seconds + nanos + TICK >= since
 }

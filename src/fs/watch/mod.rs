@@ -1,50 +1,71 @@
 //! Watching directories.
 //!
 //! One inotify instance serves the whole daemon, whatever the number of watchers: the kernel
-//! allows a user 128. Its thread (`thread`) owns the table of who watches what (`tree`), turns
-//! the kernel's events into theirs (`events`) and compares all files after an overflow
-//! (`rescan`, with what it knew: `known`); watchers have a bounded queue each (`queue`).
+//! allows a user 128. Its thread (`thread`) owns the table of who watches what (`tree`), adds
+//! directories to it in slices (`adopt`), turns the kernel's events into theirs (`events`), compares
+//! all files after an overflow (`rescan`, with what it knew: `known`), and looks at directories for
+//! which the kernel has no watch left (`unwatched`). Network file systems, of which the kernel tells
+//! nothing, are looked at by turns (`network`). Watchers have a bounded queue each (`queue`), which
+//! merges what it has no room for (`changes`).
 //!
-//! What holds for every watcher: it is set when [`Hub::watch`] returns, and every later change is
-//! told; a recursive one tells a CREATE for everything in a directory that appears, once; nothing
-//! that happens in the file system ends it, only its owner does.
+//! What holds for every watcher: it is set when it is returned, and every later change is told; a
+//! recursive one tells a CREATE for everything in a directory that appears, once; nothing that
+//! happens in the file system ends it, only its owner does. Where changes cannot be told one by one,
+//! the difference is told, and whoever asks for it ([`WatchOptions::cursors`]) hears that it is one.
+//!
+//! Watchers belong to a stream ([`Hub::watch`]), or are asked for their events (`polled`), or go on
+//! while their stream is away (`cursor`).
 
 mod covered;
+mod adopt;
+mod changes;
+mod cursor;
 mod events;
 mod known;
+mod network;
+mod place;
+mod polled;
 mod queue;
 mod rescan;
 #[cfg(test)]
 mod tests;
 mod thread;
 mod tree;
+mod unwatched;
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
-    io::Read,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use nix::{errno::Errno, sys::statfs::statfs};
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
+pub use self::{
+    adopt::{MAX_WATCHED_DIRS, SLICE_NAMES},
+    changes::MAX_MERGED_NAMES,
+    cursor::{DEFAULT_CURSOR_RETENTION, Follower, MAX_CURSOR_WATCHES, TakenOver},
+    events::MAX_EVENTS_AT_ONCE,
+    known::MAX_KNOWN_NAMES,
+    network::{MAX_NETWORK_NAMES, MAX_NETWORK_WATCHERS, NETWORK_INTERVAL},
+    polled::{DEFAULT_WATCHER_EXPIRY, MAX_POLLED_WATCHERS},
+    queue::{Item, MAX_KEPT_EVENTS, MAX_QUEUED_EVENTS, Told},
+    unwatched::{MAX_UNWATCHED_DIRS, UNWATCHED_INTERVAL},
+};
 use self::{
     covered::{Cover, Covered},
-    queue::Queue,
+    cursor::Cursors,
+    network::{Poller, Polling},
+    polled::Polled,
+    queue::{Next, Queue},
     thread::{Command, Shared},
-};
-pub use self::{
-    events::MAX_EVENTS_AT_ONCE, known::MAX_KNOWN_NAMES, queue::MAX_QUEUED_EVENTS,
-    tree::MAX_WATCHED_DIRS,
 };
 use super::{FsError, PathError, entry::Entry};
 use crate::{blocking::Pool, guest::users::Users};
-
-/// The watchers that clients poll: they live until they are removed, whether polled or not.
-pub const MAX_POLLED_WATCHERS: usize = 1024;
 
 /// The file systems on which others make changes that inotify does not tell: statfs(2) types of
 /// NFS, CIFS, SMB, SMB2 and FUSE.
@@ -57,8 +78,11 @@ pub struct WatchOptions {
     pub recursive: bool,
     /// Look at the file for each CREATE, WRITE and CHMOD.
     pub include_entry: bool,
-    /// Watch on network file systems too, where changes made elsewhere are not told.
+    /// Watch on network file systems too, by looking at them every [`NETWORK_INTERVAL`].
     pub allow_network_mounts: bool,
+    /// Tell rescans, and all that is in a directory that was moved inside the tree, and keep what was
+    /// told so that it can be told again.
+    pub cursors: bool,
 }
 
 /// What happened.
@@ -85,7 +109,44 @@ pub struct WatchEvent {
     pub kind: WatchKind,
     /// The file as it was when the event was taken from the kernel, if it was asked for and was
     /// still there.
-    pub entry: Option<Entry>,
+    pub entry: Option<Box<Entry>>,
+}
+
+/// Changes were not seen one by one: what differs is told instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rescan {
+    /// Why.
+    pub reason: RescanReason,
+    /// Whether the events that follow tell all that was missed.
+    pub complete: bool,
+}
+
+/// Why changes were not seen one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RescanReason {
+    /// The kernel's queue overflowed.
+    KernelQueue,
+    /// No watch is left for some directories.
+    WatchLimit,
+    /// The watcher did not take its events in time.
+    SlowClient,
+    /// What the watcher wants to go on from is not kept any more.
+    CursorExpired,
+}
+
+/// How long watchers are kept that nobody listens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// A polled watcher that is not polled.
+    pub polled: Duration,
+    /// A watcher with cursors whose stream has ended.
+    pub cursors: Duration,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { polled: DEFAULT_WATCHER_EXPIRY, cursors: DEFAULT_CURSOR_RETENTION }
+    }
 }
 
 /// All watching of the daemon.
@@ -93,37 +154,97 @@ pub struct WatchEvent {
 pub struct Hub {
     shared: Arc<Shared>,
     covered: Arc<Covered>,
-    polled: Mutex<HashMap<String, Watcher>>,
+    users: Arc<Users>,
     files: Arc<Pool>,
+    network: Arc<Semaphore>,
+    retention: Retention,
+    polled: Mutex<HashMap<String, Polled>>,
+    cursors: Cursors,
 }
 
 /// One watch; dropping it ends it.
 #[derive(Debug)]
 pub struct Watcher {
-    id: u64,
-    shared: Arc<Shared>,
+    source: Source,
     queue: Arc<Queue>,
-    _cover: Cover,
+    _cover: Option<Cover>,
+    files: Arc<Pool>,
+}
+
+/// Who fills a watcher's queue.
+#[derive(Debug)]
+enum Source {
+    Kernel { id: u64, shared: Arc<Shared> },
+    Network(Polling),
 }
 
 impl Watcher {
-    /// The next event. None only when the watching thread has failed, which is logged.
-    pub async fn next(&mut self) -> Option<WatchEvent> {
-        self.queue.next().await
+    /// What is next. None only when the watching thread has failed, which is logged.
+    pub async fn next(&self) -> Option<Told> {
+        loop {
+            match self.queue.next().await {
+                Next::Item(told) => return Some(told),
+                Next::End => return None,
+                Next::Merged => {
+                    match &self.source {
+                        Source::Kernel { id, shared } => shared.send(Command::Refill(*id)),
+                        Source::Network(polling) => polling.refill(&self.files).await,
+                    }
+                    self.queue.news().await;
+                }
+            }
+        }
+    }
+
+    /// Everything that happened before this call, and perhaps some of what happens during it.
+    ///
+    /// # Errors
+    /// [`FsError::Blocking`].
+    async fn take(&self) -> Result<Vec<Told>, FsError> {
+        // At most as often as there are merged names to be taken.
+        const ROUNDS: usize = MAX_MERGED_NAMES / MAX_QUEUED_EVENTS + 2;
+        let mut all = Vec::new();
+        for _ in 0..ROUNDS {
+            match &self.source {
+                Source::Kernel { id, shared } => {
+                    let (done, flushed) = oneshot::channel();
+                    shared.send(Command::Flush(*id, done));
+                    // An error says that there is no thread, and so nothing to wait for.
+                    let _ = flushed.await;
+                }
+                Source::Network(polling) => polling.flush(&self.files).await?,
+            }
+            let (told, more) = self.queue.take_all();
+            all.extend(told);
+            if !more {
+                break;
+            }
+        }
+        Ok(all)
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.shared.send(Command::Remove(self.id));
+        if let Source::Kernel { id, shared } = &self.source {
+            shared.send(Command::Remove(*id));
+        }
     }
 }
 
 impl Hub {
     /// A hub without watchers: nothing runs yet. Paths are looked at on `files`.
-    pub fn new(users: Arc<Users>, files: Arc<Pool>) -> Arc<Self> {
-        let (shared, covered) = (Arc::new(Shared::new(users)), Arc::default());
-        Arc::new(Self { shared, covered, polled: Mutex::default(), files })
+    pub fn new(users: Arc<Users>, files: Arc<Pool>, retention: Retention) -> Arc<Self> {
+        Arc::new(Self {
+            shared: Arc::new(Shared::new(Arc::clone(&users))),
+            covered: Arc::default(),
+            users,
+            files,
+            network: Arc::new(Semaphore::new(MAX_NETWORK_WATCHERS)),
+            retention,
+            polled: Mutex::default(),
+            cursors: Cursors::default(),
+        })
     }
 
     /// Whether a change in `dir` is told to a watcher. It may block.
@@ -134,18 +255,27 @@ impl Hub {
     /// Watches a directory. When this returns, the watch is set.
     ///
     /// # Errors
-    /// The `Watch*` errors of [`FsError`], and [`FsError::TooManyDirectories`].
+    /// The `Watch*` errors of [`FsError`], [`FsError::TooManyDirectories`] and
+    /// [`FsError::TooManyNetworkWatchers`].
     pub async fn watch(&self, path: &Path, options: WatchOptions) -> Result<Watcher, FsError> {
         let path = path.to_owned();
         // A network mount can take its time to answer; neither an async worker nor the watching
         // thread, which serves everyone, shall wait for it.
-        let path = self.files.run(move || check(&path, options).map(|()| path)).await??;
-        let queue = Arc::new(Queue::default());
+        let check = move || check(&path, options).map(|network| (path, network));
+        let (path, network) = self.files.run(check).await??;
+        let queue = Arc::new(Queue::new(options));
+        let files = Arc::clone(&self.files);
+        if network {
+            let (users, theirs) = (Arc::clone(&self.users), Arc::clone(&queue));
+            let polling =
+                Poller::start(path, options, users, theirs, &files, &self.network).await?;
+            return Ok(Watcher { source: Source::Network(polling), queue, files, _cover: None });
+        }
         // Before the command is sent: if this future is dropped, the watch goes with it.
-        let id = self.shared.next_id();
-        let cover = self.covered.add(id, &path, options.recursive);
-        let (shared, told) = (Arc::clone(&self.shared), Arc::clone(&queue));
-        let watcher = Watcher { id, shared, queue: told, _cover: cover };
+        let (id, shared) = (self.shared.next_id(), Arc::clone(&self.shared));
+        let cover = Some(self.covered.add(id, &path, options.recursive));
+        let source = Source::Kernel { id, shared };
+        let watcher = Watcher { source, queue: Arc::clone(&queue), files, _cover: cover };
         let (done, added) = oneshot::channel();
         self.shared.send_or_start(Command::Add { id, path, options, queue, done })?;
         match added.await {
@@ -153,60 +283,10 @@ impl Hub {
             Err(_) => Err(FsError::WatchStart("the watching thread has ended".to_owned())),
         }
     }
-
-    /// Watches a directory for a client who will ask for the events; returns the watcher's id.
-    ///
-    /// # Errors
-    /// As [`Self::watch`], and [`FsError::TooManyWatchers`].
-    pub async fn create_polled(
-        &self,
-        path: &Path,
-        options: WatchOptions,
-    ) -> Result<String, FsError> {
-        let full = || FsError::TooManyWatchers(MAX_POLLED_WATCHERS);
-        if self.polled.lock().len() >= MAX_POLLED_WATCHERS {
-            return Err(full());
-        }
-        let id = new_id()?;
-        let watcher = self.watch(path, options).await?;
-        let mut polled = self.polled.lock();
-        if polled.len() >= MAX_POLLED_WATCHERS {
-            return Err(full());
-        }
-        polled.insert(id.clone(), watcher);
-        Ok(id)
-    }
-
-    /// Takes the events of a polled watcher: all that happened before this call, and perhaps some
-    /// of what happens during it.
-    ///
-    /// # Errors
-    /// [`FsError::WatcherNotFound`].
-    pub async fn take_events(&self, id: &str) -> Result<Vec<WatchEvent>, FsError> {
-        let queue = || {
-            let polled = self.polled.lock();
-            let watcher = polled.get(id).ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))?;
-            Ok::<_, FsError>(Arc::clone(&watcher.queue))
-        };
-        let queue = queue()?;
-        let (done, flushed) = oneshot::channel();
-        self.shared.send(Command::Flush(done));
-        // An error says that there is no thread, and so nothing to wait for.
-        let _ = flushed.await;
-        Ok(queue.take_all())
-    }
-
-    /// Ends a polled watcher.
-    ///
-    /// # Errors
-    /// [`FsError::WatcherNotFound`].
-    pub fn remove_polled(&self, id: &str) -> Result<(), FsError> {
-        let removed = self.polled.lock().remove(id);
-        removed.map(drop).ok_or_else(|| FsError::WatcherNotFound(id.to_owned()))
-    }
 }
 
-fn check(path: &Path, options: WatchOptions) -> Result<(), FsError> {
+/// Whether the path can be watched, and is on a network file system.
+fn check(path: &Path, options: WatchOptions) -> Result<bool, FsError> {
     let meta = fs::metadata(path).map_err(|error| {
         let error = PathError::io("stat", path, &error);
         match error.errno {
@@ -217,25 +297,27 @@ fn check(path: &Path, options: WatchOptions) -> Result<(), FsError> {
     if !meta.is_dir() {
         return Err(FsError::WatchNotDirectory(path.to_owned()));
     }
-    if options.allow_network_mounts {
-        return Ok(());
-    }
-    let mount =
-        statfs(path).map_err(|errno| FsError::WatchMount(PathError::new("statfs", path, errno)))?;
-    if NETWORK.contains(&i128::from(mount.filesystem_type().0)) {
+    let mount = match statfs(path) {
+        Ok(mount) => mount,
+        Err(_) if options.allow_network_mounts => return Ok(false),
+        Err(errno) => return Err(FsError::WatchMount(PathError::new("statfs", path, errno))),
+    };
+    let network = NETWORK.contains(&i128::from(mount.filesystem_type().0));
+    if network && !options.allow_network_mounts {
         return Err(FsError::WatchNetwork(path.to_owned()));
     }
-    Ok(())
+    Ok(network)
 }
 
-/// `w` and 20 characters that nobody can guess.
-fn new_id() -> Result<String, FsError> {
-    const LETTERS: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
-    let source = PathBuf::from("/dev/urandom");
-    let mut random = [0_u8; 20];
-    File::open(&source)
-        .and_then(|mut file| file.read_exact(&mut random))
-        .map_err(|error| FsError::WatchStart(PathError::io("read", &source, &error).to_string()))?;
-    let letters = random.iter().filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()));
-    Ok(std::iter::once('w').chain(letters.map(|letter| char::from(*letter))).collect())
+/// A name as clients are told it: the directory itself is `.`.
+fn shown(rel: &Path) -> String {
+    match rel.as_os_str().is_empty() {
+        true => ".".to_owned(),
+        false => rel.to_string_lossy().into_owned(),
+    }
+}
+
+/// The path of a name below a directory, without a slash for the directory itself.
+fn below(root: &Path, rel: &Path) -> PathBuf {
+    if rel.as_os_str().is_empty() { root.to_owned() } else { root.join(rel) }
 }

@@ -1,33 +1,65 @@
 //! After the kernel's queue has overflowed: look at everything, and tell what differs.
 
-use std::{collections::BTreeMap, path::Path};
-
-use super::{
-    WatchKind,
-    known::{MAX_KNOWN_NAMES, scan},
-    tree::{Tree, Wd},
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    path::Path,
+    time::{Instant, SystemTime},
 };
 
+use super::{
+    Rescan, RescanReason, WatchKind,
+    known::{MAX_KNOWN_NAMES, has_changed, scan},
+    place::Place,
+    tree::{Names, Sub, Tree, Wd},
+};
+
+/// After comparing, others have their turn for so many times as long as that took, unless somebody
+/// asks for events.
+const PAUSE: u32 = 4;
+
 impl Tree {
-    /// Tells a CREATE for every name that is new in a watched directory and a REMOVE for every one
-    /// that is missing, and watches what is there now. Lost writes stay lost.
+    /// Tells a CREATE for every name that is new in a watched directory, a REMOVE for every one that
+    /// is missing, a WRITE for every file that has changed, and watches what is there now.
     pub(super) fn rescan(&mut self) {
+        let start = Instant::now();
+        let since = self.handled_until;
         tracing::warn!(
             directories = self.dirs.len(),
             "too many events at once; comparing all files"
         );
+        self.overflowed = false;
+        let now = SystemTime::now();
         // The second halves of these renames may be among what was lost.
         let moving = std::mem::take(&mut self.moving);
         self.lose(moving);
+        self.declare();
         let all: Vec<Wd> = self.dirs.keys().copied().collect();
-        for wd in all {
-            self.verify(wd);
-            self.compare(wd);
+        // All before any: a name that is new may be of a directory that had another one.
+        for wd in &all {
+            self.verify(*wd);
         }
+        for wd in all {
+            self.compare(wd, since);
+        }
+        self.look_at_unwatched();
         if self.fresh.len() + self.gone.len() > MAX_KNOWN_NAMES {
             // At worst some events are told twice.
             self.fresh.clear();
             self.gone.clear();
+        }
+        self.handled_until = now;
+        self.rescan_at = Instant::now() + start.elapsed() * PAUSE;
+    }
+
+    /// Says to all watchers that changes were missed.
+    fn declare(&self) {
+        let unknown = self.dirs.values().filter(|dir| dir.known.is_none());
+        let incomplete: BTreeSet<u64> =
+            unknown.flat_map(|dir| dir.subs.iter().map(|sub| sub.watcher)).collect();
+        for id in self.watchers.keys() {
+            let complete = !incomplete.contains(id);
+            self.miss(*id, Rescan { reason: RescanReason::KernelQueue, complete });
         }
     }
 
@@ -35,21 +67,13 @@ impl Tree {
     fn verify(&mut self, wd: Wd) {
         let subs = self.dirs.get(&wd).map(|dir| dir.subs.clone()).unwrap_or_default();
         for sub in subs {
-            let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
-                continue;
-            };
-            let found = self.watch_at(&path, &sub.rel);
+            let found = self.look_up(sub.watcher, &sub.rel);
             if found == Ok(wd) {
                 continue;
             }
             self.detach(sub.watcher, &sub.rel);
             if sub.rel.as_os_str().is_empty() {
                 self.emit(sub.watcher, WatchKind::Remove, Path::new(""));
-                if let Ok(other) = found
-                    && !self.dirs.contains_key(&other)
-                {
-                    let _ = self.inotify.rm_watch(other);
-                }
             } else if found.is_ok() {
                 self.emit(sub.watcher, WatchKind::Remove, &sub.rel);
                 self.emit(sub.watcher, WatchKind::Create, &sub.rel);
@@ -59,45 +83,87 @@ impl Tree {
         }
     }
 
-    fn compare(&mut self, wd: Wd) {
+    fn compare(&mut self, wd: Wd, since: SystemTime) {
         let Some(dir) = self.dirs.get(&wd) else {
             return;
         };
         let (Some(known), Some(sub)) = (dir.known.as_ref(), dir.subs.first()) else {
             return;
         };
-        let Some(path) = self.path_of(sub.watcher, &sub.rel) else {
+        let Some(root) = self.path_of(sub.watcher, Path::new("")) else {
             return;
         };
-        let (known, subs) = (known.clone(), dir.subs.clone());
-        let found = scan(&path);
-        let now: BTreeMap<_, _> = found.iter().cloned().collect();
-        self.set_known(wd, found);
-        for (name, is_dir) in &known {
-            if now.get(name) == Some(is_dir) {
+        let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
+        let place = Place::open(&root, &rel);
+        let place = place.ok().filter(|place| self.watch_place(place, &rel) == Ok(wd));
+        let Some(place) = place else {
+            // It has just moved; wherever it is, it is still to be compared.
+            self.overflowed = true;
+            return;
+        };
+        let found = scan(&place.at);
+        self.set_known(wd, found.clone());
+        self.tell_difference(Some(wd), &subs, &place.at, (&known, found), since);
+    }
+
+    /// Tells what is in a directory now against what was known of it.
+    pub(super) fn tell_difference(
+        &mut self,
+        wd: Option<Wd>,
+        subs: &[Sub],
+        path: &Path,
+        (known, found): (&Names, Vec<(OsString, bool)>),
+        since: SystemTime,
+    ) {
+        let now: Names = found.into_iter().collect();
+        // A directory that is not watched any more: its end was told by itself alone, and what has
+        // its name now is another.
+        let lost = |tree: &Self, name: &OsString| {
+            let lost = |sub: &Sub| tree.is_unknown(sub.watcher, &sub.rel.join(name));
+            wd.is_some() && subs.iter().any(lost)
+        };
+        let same: BTreeSet<OsString> = known
+            .iter()
+            .filter(|(name, is_dir)| now.get(*name) == Some(*is_dir))
+            .filter(|(name, is_dir)| !**is_dir || !lost(self, name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in known.keys() {
+            if same.contains(name) {
                 continue;
             }
-            self.gone.insert((wd, name.clone()));
-            for sub in &subs {
+            // Of what is there again, the end of the present one would be taken for told.
+            if let Some(wd) = wd
+                && !now.contains_key(name)
+            {
+                self.gone.insert((wd, name.clone()));
+            }
+            for sub in subs {
                 let rel = sub.rel.join(name);
                 self.emit(sub.watcher, WatchKind::Remove, &rel);
-                if *is_dir {
-                    self.detach(sub.watcher, &rel);
-                }
+                self.detach(sub.watcher, &rel);
             }
         }
         for (name, is_dir) in now {
-            if known.get(&name) == Some(&is_dir) {
+            let at = path.join(&name);
+            if same.contains(&name) {
+                if !is_dir && has_changed(&at, since) {
+                    for sub in subs {
+                        self.emit(sub.watcher, WatchKind::Write, &sub.rel.join(&name));
+                    }
+                }
                 continue;
             }
-            for sub in &subs {
+            for sub in subs {
                 let rel = sub.rel.join(&name);
-                self.emit(sub.watcher, WatchKind::Create, &rel);
+                self.announce(sub.watcher, &rel, &at, is_dir);
                 if is_dir && self.is_recursive(sub.watcher) {
                     self.adopt_later(sub.watcher, rel);
                 }
             }
-            self.fresh.insert((wd, name));
+            if let Some(wd) = wd {
+                self.fresh.insert((wd, name));
+            }
         }
     }
 }

@@ -17,8 +17,21 @@ use crate::{
     guest::users::User,
 };
 
-const RECURSIVE: WatchOptions =
-    WatchOptions { recursive: true, include_entry: false, allow_network_mounts: false };
+const RECURSIVE: WatchOptions = WatchOptions {
+    recursive: true,
+    include_entry: false,
+    allow_network_mounts: false,
+    cursors: false,
+};
+
+/// Without the rescans.
+fn events(told: Vec<Told>) -> Vec<WatchEvent> {
+    let events = told.into_iter().filter_map(|told| match told.item {
+        Item::Event(event) => Some(event),
+        Item::Rescan(_) => None,
+    });
+    events.collect()
+}
 
 fn user() -> User {
     let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
@@ -26,7 +39,7 @@ fn user() -> User {
 }
 
 fn hub() -> Arc<Hub> {
-    Hub::new(Arc::new(Users::system()), Pool::for_files())
+    Hub::new(Arc::new(Users::system()), Pool::for_files(), Retention::default())
 }
 
 fn upload(hub: &Arc<Hub>, path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
@@ -60,11 +73,15 @@ impl Fixture {
     }
 
     async fn events_of(&self, watcher: usize) -> Vec<(WatchKind, String)> {
-        let events = self.hub.take_events(&self.ids[watcher]).await.unwrap();
+        let events = self.taken(watcher).await;
         let mut events: Vec<_> = events.into_iter().map(|e| (e.kind, e.name)).collect();
         // To truncate and to write are two events, unless the kernel joins them in its queue.
         events.dedup_by(|a, b| a == b && a.0 == Write);
         events
+    }
+
+    async fn taken(&self, watcher: usize) -> Vec<WatchEvent> {
+        events(self.hub.take_events(&self.ids[watcher], None).await.unwrap().0)
     }
 
     async fn expect(&self, wanted: &[(WatchKind, &str)]) {
@@ -105,13 +122,13 @@ async fn entries_are_told_when_asked_for() {
     let options = WatchOptions { include_entry: true, ..WatchOptions::default() };
     let f = Fixture::new(options).await;
     fs::write(f.path("root/a"), "abc").unwrap();
-    let events = f.hub.take_events(&f.ids[0]).await.unwrap();
+    let events = f.taken(0).await;
     // Taken when the event is: the write may have been then, or not yet.
     let entry = events.last().unwrap().entry.as_ref().unwrap();
     assert_eq!((entry.name.as_str(), entry.size), ("a", 3));
     assert_eq!(entry.path, f.path("root/a").display().to_string());
     fs::rename(f.path("root/a"), f.path("root/b")).unwrap();
-    let events = f.hub.take_events(&f.ids[0]).await.unwrap();
+    let events = f.taken(0).await;
     let has: Vec<_> = events.iter().map(|e| (e.kind, e.entry.is_some())).collect();
     assert_eq!(has, [(Rename, false), (Create, true)]);
 }
@@ -281,13 +298,13 @@ async fn names_that_are_not_utf_8_are_told() {
 async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     let tmp = tempfile::tempdir_in(".").unwrap();
     let hub = hub();
-    let mut watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
+    let watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
     let late = tmp.path().join("late");
     let writer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
         fs::write(late, "").unwrap();
     });
-    let event = watcher.next().await.unwrap();
+    let event = events(vec![watcher.next().await.unwrap()]).remove(0);
     assert_eq!((event.kind, event.name.as_str()), (Create, "late"));
     writer.join().unwrap();
     assert!(hub.shared.is_running());
@@ -300,9 +317,9 @@ async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     }
     assert!(!hub.shared.is_running());
     // And another starts with the next.
-    let mut watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
+    let watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
     fs::remove_file(tmp.path().join("late")).unwrap();
-    assert_eq!(watcher.next().await.unwrap().kind, Remove);
+    assert_eq!(events(vec![watcher.next().await.unwrap()])[0].kind, Remove);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -317,7 +334,7 @@ async fn watchers_that_come_and_go_at_once_start_and_end_the_thread_without_loss
                     let id = hub.create_polled(&root, RECURSIVE).await.unwrap();
                     let name = format!("{i}-{round}");
                     fs::create_dir(root.join(&name)).unwrap();
-                    let events = hub.take_events(&id).await.unwrap();
+                    let events = events(hub.take_events(&id, None).await.unwrap().0);
                     assert!(events.iter().any(|e| e.kind == Create && e.name == name), "{name}");
                     hub.remove_polled(&id).unwrap();
                 }
@@ -344,7 +361,7 @@ async fn errors_are_upstreams() {
         let error = hub.watch(&tmp.path().join(name), RECURSIVE).await.unwrap_err();
         assert_eq!(error.to_string(), wanted);
     }
-    let error = hub.take_events("w1").await.unwrap_err();
+    let error = hub.take_events("w1", None).await.unwrap_err();
     assert_eq!(error.to_string(), "watcher with id w1 not found");
     hub.remove_polled("w1").unwrap_err();
     let id = hub.create_polled(tmp.path(), RECURSIVE).await.unwrap();
@@ -369,8 +386,9 @@ fn after_an_overflow_all_that_differs_is_told() {
     fs::write(path("stays/gone"), "").unwrap();
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).unwrap();
     let mut tree = Tree::new(inotify, Arc::new(Users::system()));
-    let queue = Arc::new(Queue::default());
-    tree.add(1, tmp.path().join("root"), RECURSIVE, Arc::clone(&queue)).unwrap();
+    let queue = Arc::new(Queue::new(RECURSIVE));
+    let (done, _added) = oneshot::channel();
+    tree.add(1, tmp.path().join("root"), RECURSIVE, Arc::clone(&queue), done);
     assert_eq!(tree.dirs.len(), 8);
 
     fs::remove_dir_all(path("gone")).unwrap();
@@ -384,7 +402,8 @@ fn after_an_overflow_all_that_differs_is_told() {
     while tree.inotify.read_events().is_ok() {}
     tree.rescan();
 
-    let mut told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
+    let mut told: Vec<_> =
+        events(queue.take_all().0).into_iter().map(|e| (e.name, e.kind)).collect();
     told.sort_by(|a, b| a.0.cmp(&b.0));
     let wanted: Vec<_> = [
         ("gone", Remove),
@@ -408,14 +427,14 @@ fn after_an_overflow_all_that_differs_is_told() {
     fs::write(path("swapped/young/f"), "").unwrap();
     fs::write(tmp.path().join("away/old/f"), "").unwrap();
     tree.drain().unwrap();
-    let told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
+    let told: Vec<_> = events(queue.take_all().0).into_iter().map(|e| (e.name, e.kind)).collect();
     let later = ["moved/in/f", "swapped/young/f"].map(|name| (name.to_owned(), Create));
     assert_eq!(told, later);
 
     fs::remove_dir_all(path("")).unwrap();
     while tree.inotify.read_events().is_ok() {}
     tree.rescan();
-    let told: Vec<_> = queue.take_all().into_iter().map(|e| (e.name, e.kind)).collect();
+    let told: Vec<_> = events(queue.take_all().0).into_iter().map(|e| (e.name, e.kind)).collect();
     assert!(told.contains(&(".".to_owned(), Remove)), "{told:?}");
     assert!(tree.dirs.is_empty());
     tree.remove(1);

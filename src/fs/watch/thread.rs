@@ -1,7 +1,12 @@
 //! The watching thread. It starts with the first watcher and ends with the last, so that an idle
 //! daemon has no thread and no open inotify instance for it.
 
-use std::{os::fd::AsFd, path::PathBuf, sync::Arc};
+use std::{
+    os::fd::AsFd,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use nix::{
     errno::Errno,
@@ -31,8 +36,17 @@ pub(super) enum Command {
         done: oneshot::Sender<Result<(), FsError>>,
     },
     Remove(u64),
-    /// Answers when all that happened before is in the queues.
-    Flush(oneshot::Sender<()>),
+    /// Turns merged changes of a watcher into events.
+    Refill(u64),
+    /// Answers when all that happened before is in the watcher's queue.
+    Flush(u64, oneshot::Sender<()>),
+}
+
+/// A flush that waits.
+struct Waiting {
+    watcher: u64,
+    last_job: u64,
+    done: oneshot::Sender<()>,
 }
 
 /// What the thread and its callers share.
@@ -142,6 +156,7 @@ impl Drop for Ending<'_> {
 
 fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
     let _ending = Ending(shared, wake);
+    let mut waiting: Vec<Waiting> = Vec::new();
     loop {
         // In this order: what happened before a command was sent is told before it is answered.
         let commands = shared.take_commands();
@@ -149,17 +164,32 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
             tracing::error!(%errno, "the inotify queue cannot be read; all watchers end");
             return;
         }
+        let flush = commands.iter().any(|command| matches!(command, Command::Flush(..)));
+        if tree.overflowed && (flush || Instant::now() >= tree.rescan_at) {
+            tree.rescan();
+        }
+        if tree.is_look_due() {
+            tree.look_at_unwatched();
+        }
         for command in commands {
             match command {
                 Command::Add { id, path, options, queue, done } => {
-                    // Nobody waits any more: the removal of this watcher is on its way.
-                    let _ = done.send(tree.add(id, path, options, queue));
+                    tree.add(id, path, options, queue, done);
                 }
                 Command::Remove(id) => tree.remove(id),
-                Command::Flush(done) => {
-                    let _ = done.send(());
+                Command::Refill(id) => tree.refill(id),
+                Command::Flush(id, done) => {
+                    if tree.has_unwatched(id) {
+                        tree.look_at_unwatched();
+                    }
+                    waiting.push(Waiting { watcher: id, last_job: tree.last_job, done });
                 }
             }
+        }
+        tree.work();
+        for flush in waiting.extract_if(.., |w| tree.has_adopted(w.watcher, w.last_job)) {
+            tree.refill(flush.watcher);
+            let _ = flush.done.send(());
         }
         if tree.watchers.is_empty() {
             if shared.end_if_unused() {
@@ -167,11 +197,12 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
             }
             continue;
         }
+        let timeout = pause(&tree);
         let mut fds = [
             PollFd::new(tree.inotify.as_fd(), PollFlags::POLLIN),
             PollFd::new(wake.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => {
                 tracing::error!(%errno, "cannot wait for events; all watchers end");
@@ -180,5 +211,18 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
         }
         // Empties it; EAGAIN when it was the other one.
         let _ = wake.read();
+    }
+}
+
+/// How long there is nothing to do, unless something happens.
+fn pause(tree: &Tree) -> PollTimeout {
+    let rescan = tree.overflowed.then(|| tree.rescan_at.saturating_duration_since(Instant::now()));
+    let look = tree.look_at().map(|at| at.saturating_duration_since(Instant::now()));
+    let work = (!tree.jobs.is_empty()).then_some(Duration::ZERO);
+    match [rescan, look, work].into_iter().flatten().min() {
+        None => PollTimeout::NONE,
+        // Rounded up: poll counts in milliseconds.
+        Some(time) if time.is_zero() => PollTimeout::ZERO,
+        Some(time) => (time + Duration::from_millis(1)).try_into().unwrap_or(PollTimeout::MAX),
     }
 }

@@ -1,16 +1,15 @@
 //! Which directories are watched, for whom, and under which names.
 //!
 //! The kernel gives one watch descriptor per directory, however often it is added, so the table
-//! goes from a descriptor to everyone who wants it. A directory is first added and then scanned:
-//! what is created in between is found by the scan, or comes as an event, or both, and never
-//! neither. [`Tree::fresh`] tells the duplicates apart.
+//! goes from a descriptor to everyone who wants it. Directories come into it in [`super::adopt`].
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     ffi::OsString,
     ops::Bound,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Instant, SystemTime},
 };
 
 use nix::{
@@ -19,20 +18,33 @@ use nix::{
 };
 
 use super::{
-    WatchEvent, WatchKind, WatchOptions,
-    known::{MAX_KNOWN_NAMES, has_content, scan},
-    queue::Queue,
+    Rescan, WatchEvent, WatchKind, WatchOptions,
+    adopt::Job,
+    below,
+    place::Place,
+    queue::{Pushed, Queue},
+    shown,
 };
 use crate::{
-    fs::{FsError, entry},
+    fs::entry::{self, Entry},
     guest::users::Users,
 };
 
-/// The directories that are watched at once, for all watchers. Each costs about 1 KiB of kernel
-/// memory. A request beyond it fails; directories that appear later are left out, with a warning.
-pub const MAX_WATCHED_DIRS: usize = 131_072;
 /// A watch descriptor.
 pub(super) type Wd = WatchDescriptor;
+/// Names in a directory, with whether each is a directory.
+pub(super) type Names = BTreeMap<OsString, bool>;
+
+/// What the kernel is asked for.
+const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
+    .union(AddWatchFlags::IN_MODIFY)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVE_SELF)
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_ONLYDIR);
 
 /// Everything that is watched. It lives on the watching thread alone, hence no locks.
 #[derive(Debug)]
@@ -41,6 +53,18 @@ pub(super) struct Tree {
     users: Arc<Users>,
     pub(super) dirs: HashMap<Wd, Dir>,
     pub(super) watchers: HashMap<u64, Root>,
+    /// Directories that are still to be watched.
+    pub(super) jobs: VecDeque<Job>,
+    /// The number of the newest job.
+    pub(super) last_job: u64,
+    /// Directories that the kernel, or this daemon, has no watch left for.
+    pub(super) unwatched: BTreeMap<(u64, PathBuf), Names>,
+    /// When those were looked at last.
+    pub(super) looked: SystemTime,
+    /// When they are looked at next.
+    pub(super) look_at: Instant,
+    /// What the last event said to have been moved to where.
+    pub(super) arrived: Option<(Wd, OsString)>,
     /// Directories between the two halves of a rename.
     pub(super) moving: Vec<Moving>,
     /// Names that were told because a scan found them, and whose event from the kernel may follow.
@@ -49,6 +73,12 @@ pub(super) struct Tree {
     pub(super) gone: HashSet<(Wd, OsString)>,
     /// The names known of all directories together.
     pub(super) names: usize,
+    /// The kernel's queue has overflowed, and files have not been compared since.
+    pub(super) overflowed: bool,
+    /// Not before this, so that comparing does not become all that is done.
+    pub(super) rescan_at: Instant,
+    /// All that happened before this has been handled.
+    pub(super) handled_until: SystemTime,
 }
 
 /// One watcher.
@@ -75,8 +105,8 @@ impl Drop for Feed {
 #[derive(Debug)]
 pub(super) struct Dir {
     pub(super) subs: Vec<Sub>,
-    /// The names in it, with whether each is a directory; none beyond [`MAX_KNOWN_NAMES`].
-    pub(super) known: Option<BTreeMap<OsString, bool>>,
+    /// The names in it; none beyond [`MAX_KNOWN_NAMES`](super::MAX_KNOWN_NAMES).
+    pub(super) known: Option<Names>,
 }
 
 /// Who wants a directory, and what they call it.
@@ -98,29 +128,38 @@ pub(super) struct Moving {
 
 impl Tree {
     pub(super) fn new(inotify: Inotify, users: Arc<Users>) -> Self {
+        let now = SystemTime::now();
         Self {
             inotify,
             users,
             dirs: HashMap::new(),
             watchers: HashMap::new(),
+            jobs: VecDeque::new(),
+            last_job: 0,
+            unwatched: BTreeMap::new(),
+            looked: now,
+            look_at: Instant::now(),
+            arrived: None,
             moving: Vec::new(),
             fresh: HashSet::new(),
             gone: HashSet::new(),
             names: 0,
+            overflowed: false,
+            rescan_at: Instant::now(),
+            handled_until: now,
         }
     }
 
-    /// Starts a watcher.
-    pub(super) fn add(
+    /// Makes a watcher, which does not watch anything yet.
+    pub(super) fn insert(
         &mut self,
         id: u64,
         path: PathBuf,
         options: WatchOptions,
         queue: Arc<Queue>,
-    ) -> Result<(), FsError> {
+    ) {
         let root = Root { path, options, queue: Feed(queue), rels: BTreeMap::new() };
         self.watchers.insert(id, root);
-        self.adopt(id, PathBuf::new(), false).inspect_err(|_| self.remove(id))
     }
 
     /// Ends a watcher.
@@ -131,6 +170,8 @@ impl Tree {
         for wd in root.rels.into_values() {
             self.unsubscribe(id, wd);
         }
+        self.jobs.retain(|job| job.watcher != id);
+        self.drop_unwatched(id, Path::new(""));
         let (ours, others) =
             std::mem::take(&mut self.moving).into_iter().partition(|m| m.watcher == id);
         self.moving = others;
@@ -148,127 +189,58 @@ impl Tree {
 
     /// The path of something of a watcher.
     pub(super) fn path_of(&self, id: u64, rel: &Path) -> Option<PathBuf> {
-        let root = &self.watchers.get(&id)?.path;
-        // Joining the empty path would add a slash.
-        Some(if rel.as_os_str().is_empty() { root.clone() } else { root.join(rel) })
+        Some(below(&self.watchers.get(&id)?.path, rel))
     }
 
     pub(super) fn is_recursive(&self, id: u64) -> bool {
         self.watchers.get(&id).is_some_and(|root| root.options.recursive)
     }
 
+    /// Whether a watcher has a directory of that name.
+    pub(super) fn has_dir(&self, id: u64, rel: &Path) -> bool {
+        self.watchers.get(&id).is_some_and(|root| root.rels.contains_key(rel))
+    }
+
+    /// Whether what a watcher has under a name is what has that name now.
+    pub(super) fn is_at(&self, id: u64, rel: &Path) -> bool {
+        let wd = self.watchers.get(&id).and_then(|root| root.rels.get(rel));
+        wd.is_some_and(|wd| self.look_up(id, rel) == Ok(*wd))
+    }
+
+    /// The watch of the directory that has a name now, if there is one; nothing is watched by this.
+    pub(super) fn look_up(&self, id: u64, rel: &Path) -> Result<Wd, Errno> {
+        let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
+        let wd = self.watch_place(&Place::open(&root, rel)?, rel)?;
+        if !self.dirs.contains_key(&wd) {
+            let _ = self.inotify.rm_watch(wd);
+        }
+        Ok(wd)
+    }
+
+    /// Whether a watcher was told of something in a directory.
+    pub(super) fn knows_below(&self, id: u64, rel: &Path) -> bool {
+        let wd = self.watchers.get(&id).and_then(|root| root.rels.get(rel));
+        let dir = wd.and_then(|wd| self.dirs.get(wd));
+        dir.is_some_and(|dir| dir.known.as_ref().is_none_or(|known| !known.is_empty()))
+    }
+
     /// Asks the kernel to watch, which also tells which directory is there now.
     pub(super) fn watch_at(&self, path: &Path, rel: &Path) -> Result<Wd, Errno> {
-        let events = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_MODIFY
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_DELETE_SELF
-            | AddWatchFlags::IN_MOVED_TO
-            | AddWatchFlags::IN_MOVED_FROM
-            | AddWatchFlags::IN_MOVE_SELF
-            | AddWatchFlags::IN_ATTRIB
-            | AddWatchFlags::IN_ONLYDIR;
         // The root may be a link; links inside lead out of the tree.
         let inside = !rel.as_os_str().is_empty();
         let follow = if inside { AddWatchFlags::IN_DONT_FOLLOW } else { AddWatchFlags::empty() };
-        self.inotify.add_watch(path, events | follow)
+        self.inotify.add_watch(path, EVENTS | follow)
     }
 
-    /// Watches a directory for a watcher and, when it is recursive, all below it. `announce` tells
-    /// a CREATE for everything found there: the directory is new to the watcher.
-    pub(super) fn adopt(&mut self, id: u64, rel: PathBuf, announce: bool) -> Result<(), FsError> {
-        let recursive = self.is_recursive(id);
-        let mut todo = vec![rel];
-        while let Some(rel) = todo.pop() {
-            let Some(path) = self.path_of(id, &rel) else {
-                return Ok(());
-            };
-            if self.dirs.len() >= MAX_WATCHED_DIRS {
-                return Err(FsError::TooManyDirectories { path, limit: MAX_WATCHED_DIRS });
-            }
-            let wd = match self.watch_at(&path, &rel) {
-                Ok(wd) => wd,
-                // Gone again already, or not readable: nothing to watch, and no reason to fail.
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::EACCES | Errno::ELOOP)
-                    if !rel.as_os_str().is_empty() =>
-                {
-                    continue;
-                }
-                Err(errno) => return Err(FsError::WatchAdd { path, errno }),
-            };
-            if !self.subscribe(id, &rel, wd, &path, announce) {
-                continue;
-            }
-            let children = match self.dirs.get(&wd).and_then(|dir| dir.known.as_ref()) {
-                Some(known) => known.iter().map(|(name, dir)| (name.clone(), *dir)).collect(),
-                None if recursive || announce => scan(&path),
-                None => Vec::new(),
-            };
-            let first = todo.len();
-            for (name, is_dir) in children {
-                let child = rel.join(&name);
-                if announce {
-                    self.emit(id, WatchKind::Create, &child);
-                    // Written before it was watched: whoever waits for content must hear of it.
-                    if !is_dir && has_content(&path.join(&name)) {
-                        self.emit(id, WatchKind::Write, &child);
-                    }
-                }
-                if is_dir && recursive {
-                    todo.push(child);
-                }
-            }
-            if let Some(added) = todo.get_mut(first..) {
-                added.reverse();
-            }
-        }
-        Ok(())
-    }
-
-    /// [`Self::adopt`] for a directory that appeared: there is nobody to tell an error to.
-    pub(super) fn adopt_later(&mut self, id: u64, rel: PathBuf) {
-        if let Err(error) = self.adopt(id, rel, true) {
-            tracing::warn!(%error, "a new directory is not watched");
+    /// As [`Self::watch_at`], of a directory that is open.
+    pub(super) fn watch_place(&self, place: &Place, rel: &Path) -> Result<Wd, Errno> {
+        match place.is_open() {
+            true => self.inotify.add_watch(&place.at, EVENTS),
+            false => self.watch_at(&place.at, rel),
         }
     }
 
-    /// Whether the directory is new to the watcher, who now wants it under this name.
-    fn subscribe(&mut self, id: u64, rel: &Path, wd: Wd, path: &Path, announce: bool) -> bool {
-        match self.watchers.get(&id).and_then(|root| root.rels.get(rel)) {
-            Some(old) if *old == wd => return false,
-            // Another directory had this name, and its end is not told yet.
-            Some(_) => self.detach(id, rel),
-            None => {}
-        }
-        if !self.dirs.contains_key(&wd) {
-            let found = scan(path);
-            if announce && self.fresh.len() < MAX_KNOWN_NAMES {
-                self.fresh.extend(found.iter().map(|(name, _)| (wd, name.clone())));
-            }
-            self.dirs.insert(wd, Dir { subs: Vec::new(), known: None });
-            self.set_known(wd, found);
-        }
-        let Some(dir) = self.dirs.get_mut(&wd) else {
-            return false;
-        };
-        if let Some(sub) = dir.subs.iter().find(|sub| sub.watcher == id) {
-            // The watcher has it under another name: it was moved, and we are early. (Or it is
-            // mounted twice in the tree; then the later name counts, except the root's.)
-            let old = sub.rel.clone();
-            if !old.as_os_str().is_empty() {
-                let dirs = self.take_subtree(id, &old);
-                self.put_subtree(id, rel, dirs);
-            }
-            return false;
-        }
-        dir.subs.push(Sub { watcher: id, rel: rel.to_owned() });
-        if let Some(root) = self.watchers.get_mut(&id) {
-            root.rels.insert(rel.to_owned(), wd);
-        }
-        true
-    }
-
-    fn unsubscribe(&mut self, id: u64, wd: Wd) {
+    pub(super) fn unsubscribe(&mut self, id: u64, wd: Wd) {
         let Some(dir) = self.dirs.get_mut(&wd) else {
             return;
         };
@@ -291,6 +263,7 @@ impl Tree {
 
     /// A watcher no longer has the directory of that name, nor those below it.
     pub(super) fn detach(&mut self, id: u64, rel: &Path) {
+        self.drop_unwatched(id, rel);
         for (_, wd) in self.take_subtree(id, rel) {
             self.unsubscribe(id, wd);
         }
@@ -301,12 +274,9 @@ impl Tree {
         let Some(root) = self.watchers.get_mut(&id) else {
             return Vec::new();
         };
-        // Paths are ordered part by part, so a subtree is one range.
-        let range = root.rels.range::<Path, _>((Bound::Included(rel), Bound::Unbounded));
-        let paths: Vec<PathBuf> =
-            range.map(|(path, _)| path).take_while(|path| path.starts_with(rel)).cloned().collect();
-        let taken = paths.into_iter().filter_map(|path| {
-            let wd = root.rels.remove(&path)?;
+        let paths = root.below(rel);
+        let taken = paths.into_iter().filter_map(|(path, wd)| {
+            root.rels.remove(&path)?;
             Some((path.strip_prefix(rel).ok()?.to_owned(), wd))
         });
         taken.collect()
@@ -330,17 +300,88 @@ impl Tree {
     }
 
     /// Tells a watcher of something of its own.
-    pub(super) fn emit(&self, id: u64, kind: WatchKind, rel: &Path) {
+    pub(super) fn emit(&self, id: u64, kind: WatchKind, rel: &Path) -> Pushed {
+        let Some(root) = self.watchers.get(&id) else {
+            return Pushed::Queued;
+        };
+        let entry = if root.queue.0.is_merging() { None } else { self.entry_of(id, kind, rel) };
+        root.queue.0.push(rel, WatchEvent { name: shown(rel), kind, entry })
+    }
+
+    /// Tells a watcher that a directory of its own has another name. Upstream does not tell what is
+    /// in it; who keeps account of names needs that.
+    pub(super) fn emit_moved(&self, id: u64, rel: &Path) {
+        let cursors = self.watchers.get(&id).is_some_and(|root| root.options.cursors);
+        if self.emit(id, WatchKind::Create, rel) == Pushed::Merged || cursors {
+            self.announce_below(id, rel);
+        }
+    }
+
+    /// Tells a CREATE for all that is known below a directory.
+    pub(super) fn announce_below(&self, id: u64, rel: &Path) {
         let Some(root) = self.watchers.get(&id) else {
             return;
         };
-        let whole = rel.as_os_str().is_empty();
-        let name = if whole { ".".to_owned() } else { rel.to_string_lossy().into_owned() };
-        let wanted = root.options.include_entry
-            && matches!(kind, WatchKind::Create | WatchKind::Write | WatchKind::Chmod)
-            && !root.queue.0.is_full();
-        let path = if wanted { self.path_of(id, rel) } else { None };
-        let entry = path.and_then(|path| entry::stat(&path, &self.users).ok());
-        root.queue.0.push(WatchEvent { name, kind, entry });
+        for (path, wd) in root.below(rel) {
+            let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            for name in known.into_iter().flat_map(Names::keys) {
+                self.emit(id, WatchKind::Create, &path.join(name));
+            }
+        }
+    }
+
+    /// A directory if it is not watched, else those known below it that are not.
+    pub(super) fn missing_below(&self, id: u64, rel: &Path) -> Vec<PathBuf> {
+        let Some(root) = self.watchers.get(&id) else {
+            return Vec::new();
+        };
+        if !root.rels.contains_key(rel) {
+            return vec![rel.to_owned()];
+        }
+        let mut missing = Vec::new();
+        for (path, wd) in root.below(rel) {
+            let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
+            let dirs = known.into_iter().flatten().filter(|(_, is_dir)| **is_dir);
+            let dirs = dirs.map(|(name, _)| path.join(name));
+            missing.extend(dirs.filter(|path| !root.rels.contains_key(path)));
+        }
+        missing
+    }
+
+    /// Declares to a watcher that changes were missed.
+    pub(super) fn miss(&self, id: u64, rescan: Rescan) {
+        if let Some(root) = self.watchers.get(&id) {
+            root.queue.0.miss(rescan);
+        }
+    }
+
+    /// Turns a watcher's merged changes into events, once it has taken those before.
+    pub(super) fn refill(&self, id: u64) {
+        let Some(root) = self.watchers.get(&id) else {
+            return;
+        };
+        root.queue.0.refill(|rel, kind| WatchEvent {
+            name: shown(rel),
+            kind,
+            entry: self.entry_of(id, kind, rel),
+        });
+    }
+
+    fn entry_of(&self, id: u64, kind: WatchKind, rel: &Path) -> Option<Box<Entry>> {
+        let root = self.watchers.get(&id)?;
+        if !root.options.include_entry || matches!(kind, WatchKind::Remove | WatchKind::Rename) {
+            return None;
+        }
+        entry::stat(&self.path_of(id, rel)?, &self.users).ok().map(Box::new)
+    }
+}
+
+impl Root {
+    /// A directory and those below it.
+    fn below(&self, rel: &Path) -> Vec<(PathBuf, Wd)> {
+        // Paths are ordered part by part, so a subtree is one range.
+        let range = self.rels.range::<Path, _>((Bound::Included(rel), Bound::Unbounded));
+        let range = range.take_while(|(path, _)| path.starts_with(rel));
+        range.map(|(path, wd)| (path.clone(), *wd)).collect()
     }
 }

@@ -1,0 +1,362 @@
+//! One search: what its two threads share.
+
+use std::{
+    collections::VecDeque,
+    ffi::{OsStr, OsString},
+    fmt,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
+};
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::{
+    Found, Match, Query, SearchError, Skip, Summary, Truncation,
+    content::{search_file, searcher},
+    walk::walk,
+};
+use crate::{
+    blocking::Pool,
+    fs::{
+        FsError, PathError,
+        entry::{Entry, EntryKind, Owners, stat_at},
+        path::{self, base_name, dir_of},
+    },
+    guest::users::Users,
+};
+
+/// The matches that wait for the client; the search waits with them.
+pub const MAX_WAITING_MATCHES: usize = 64;
+/// The files that wait for the second thread; beyond it the first one searches them.
+pub const MAX_QUEUED_FILES: usize = 64;
+
+/// A file to be searched: its name in a directory that is held open.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub(super) dir: Arc<OwnedFd>,
+    pub(super) name: OsString,
+    pub(super) rel: PathBuf,
+}
+
+/// A running search.
+pub struct Search {
+    pub(super) query: Query,
+    /// As it is shown.
+    root: PathBuf,
+    /// The root is a file.
+    is_file: bool,
+    users: Arc<Users>,
+    deadline: Instant,
+    out: mpsc::Sender<Found>,
+    matches: AtomicU64,
+    searched: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_returned: AtomicU64,
+    skipped: [AtomicU64; Skip::ALL.len()],
+    /// 0, or one more than the place in [`TRUNCATIONS`].
+    truncated: AtomicU8,
+    work: Mutex<Work>,
+    news: Condvar,
+}
+
+const TRUNCATIONS: [Truncation; 4] =
+    [Truncation::Matches, Truncation::BytesRead, Truncation::BytesReturned, Truncation::Timeout];
+
+/// What is between the walker and its helper.
+#[derive(Default)]
+struct Work {
+    files: VecDeque<Candidate>,
+    /// The helper searches a file.
+    helping: bool,
+    /// There will be no more.
+    walked: bool,
+}
+
+/// Where a search begins.
+enum Start {
+    Dir(OwnedFd),
+    File(Candidate),
+}
+
+impl fmt::Debug for Search {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Search").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+/// Starts a search on a pool's threads; what it finds comes out of the channel, last a summary. It
+/// stops when the channel is dropped. `slot` is held while it runs.
+///
+/// # Errors
+/// [`SearchError`]. A search that breaks down later ends without a summary.
+pub async fn start(
+    query: Query,
+    path: PathBuf,
+    users: Arc<Users>,
+    files: &Arc<Pool>,
+    slot: OwnedSemaphorePermit,
+) -> Result<mpsc::Receiver<Found>, SearchError> {
+    let at = path.clone();
+    let begin = files.run(move || open_root(&at)).await.map_err(FsError::from)??;
+    let (out, found) = mpsc::channel(MAX_WAITING_MATCHES);
+    let search = Arc::new(Search {
+        deadline: Instant::now() + query.timeout,
+        query,
+        root: path::clean(&path),
+        is_file: matches!(begin, Start::File(_)),
+        users,
+        out,
+        matches: AtomicU64::new(0),
+        searched: AtomicU64::new(0),
+        bytes_read: AtomicU64::new(0),
+        bytes_returned: AtomicU64::new(0),
+        skipped: Default::default(),
+        truncated: AtomicU8::new(0),
+        work: Mutex::default(),
+        news: Condvar::new(),
+    });
+    if search.query.matcher.is_some() && !search.is_file {
+        let (helped, files) = (Arc::clone(&search), Arc::clone(files));
+        // Without a second thread the first one does everything.
+        tokio::spawn(async move {
+            let _ = files.run(move || helped.help()).await;
+        });
+    }
+    let files = Arc::clone(files);
+    tokio::spawn(async move {
+        let done = files.run_next_step(move || {
+            let _slot = slot;
+            search.run(begin);
+        });
+        if let Err(error) = done.await {
+            tracing::error!(%error, "a search has ended without its end");
+        }
+    });
+    Ok(found)
+}
+
+fn open_root(at: &Path) -> Result<Start, SearchError> {
+    let failed = |path: &Path, errno| match errno {
+        Errno::ENOENT => SearchError::NotFound(PathError::new("open", path, errno)),
+        _ => SearchError::Open(PathError::new("open", path, errno)),
+    };
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    match open(at, flags, Mode::empty()) {
+        Ok(fd) => return Ok(Start::Dir(fd)),
+        Err(Errno::ENOTDIR) => {}
+        Err(errno) => return Err(failed(at, errno)),
+    }
+    let meta = std::fs::metadata(at).map_err(|error| failed(at, crate::fs::errno::of(&error)))?;
+    if !meta.is_file() {
+        return Err(SearchError::Special(at.to_owned()));
+    }
+    let real = path::eval_symlinks(at).unwrap_or_else(|_| at.to_owned());
+    let (parent, name) = (dir_of(&real), base_name(&real).to_owned());
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let dir = open(&parent, flags, Mode::empty()).map_err(|errno| failed(&parent, errno))?;
+    Ok(Start::File(Candidate { dir: Arc::new(dir), rel: PathBuf::from(&name), name }))
+}
+
+impl Search {
+    fn run(&self, start: Start) {
+        // However it ends, the helper must not wait for more.
+        let _walked = Walked(self);
+        match start {
+            Start::Dir(fd) => walk(self, fd),
+            Start::File(file) if self.query.excludes(&file.rel, false) => {}
+            Start::File(file) if !self.query.includes(&file.rel, false) => {}
+            Start::File(file) if self.query.matcher.is_none() => {
+                self.found_name(&file.dir, &file.name, &file.rel, EntryKind::File);
+            }
+            Start::File(file) => self.search_one(&file),
+        }
+        let mut work = self.work.lock();
+        work.walked = true;
+        self.news.notify_all();
+        loop {
+            if let Some(file) = work.files.pop_front() {
+                drop(work);
+                self.search_one(&file);
+                work = self.work.lock();
+            } else if work.helping {
+                self.news.wait(&mut work);
+            } else {
+                break;
+            }
+        }
+        drop(work);
+        // Fails when nobody listens.
+        let _ = self.out.blocking_send(Found::Summary(self.summary()));
+    }
+
+    /// Searches files that the walker has found, beside it.
+    fn help(&self) {
+        let Some(matcher) = &self.query.matcher else {
+            return;
+        };
+        let mut searcher = searcher(&self.query.options);
+        let mut work = self.work.lock();
+        loop {
+            let Some(file) = work.files.pop_front() else {
+                if work.walked {
+                    return;
+                }
+                self.news.wait(&mut work);
+                continue;
+            };
+            work.helping = true;
+            drop(work);
+            let helping = Helping(self);
+            search_file(self, &mut searcher, matcher, &file);
+            drop(helping);
+            work = self.work.lock();
+        }
+    }
+
+    fn search_one(&self, file: &Candidate) {
+        if let Some(matcher) = &self.query.matcher
+            && !self.is_over()
+        {
+            search_file(self, &mut searcher(&self.query.options), matcher, file);
+        }
+    }
+
+    /// Whether to stop.
+    pub(super) fn is_over(&self) -> bool {
+        if self.truncated.load(Ordering::Relaxed) == 0 && Instant::now() >= self.deadline {
+            self.truncate(Truncation::Timeout);
+        }
+        self.truncated.load(Ordering::Relaxed) != 0 || self.out.is_closed()
+    }
+
+    fn truncate(&self, by: Truncation) {
+        let at = TRUNCATIONS.iter().position(|one| *one == by).and_then(|at| u8::try_from(at).ok());
+        let value = at.map_or(1, |at| at + 1);
+        // What was first is told.
+        let _ = self.truncated.compare_exchange(0, value, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    pub(super) fn skip(&self, reason: Skip, count: u64) {
+        let at = Skip::ALL.iter().position(|one| *one == reason);
+        if let Some(skipped) = at.and_then(|at| self.skipped.get(at)) {
+            skipped.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn searched(&self, count: u64) {
+        self.searched.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn read_bytes(&self, count: usize) {
+        let before = self.bytes_read.fetch_add(count as u64, Ordering::Relaxed);
+        if before + count as u64 >= self.query.options.max_bytes_read {
+            self.truncate(Truncation::BytesRead);
+        }
+    }
+
+    /// A name that matches.
+    pub(super) fn found_name(&self, dir: &OwnedFd, name: &OsStr, rel: &Path, kind: EntryKind) {
+        self.searched(1);
+        let entry = self.entry(dir.as_raw_fd(), name, rel);
+        self.tell(Match { path: self.shown(rel), kind, line: None, entry });
+    }
+
+    /// A file that may have matches in it.
+    pub(super) fn found_file(&self, file: Candidate) {
+        let mut work = self.work.lock();
+        if work.files.len() < MAX_QUEUED_FILES {
+            work.files.push_back(file);
+            self.news.notify_all();
+            return;
+        }
+        drop(work);
+        self.search_one(&file);
+    }
+
+    /// Tells a match; whether to go on.
+    pub(super) fn tell(&self, found: Match) -> bool {
+        if self.is_over() {
+            return false;
+        }
+        let options = &self.query.options;
+        let line = found.line.as_ref();
+        if !line.is_some_and(|line| line.context) {
+            let before = self.matches.fetch_add(1, Ordering::Relaxed);
+            if before >= options.max_matches.into() {
+                self.matches.fetch_sub(1, Ordering::Relaxed);
+                self.truncate(Truncation::Matches);
+                return false;
+            }
+        }
+        let bytes = (found.path.len() + line.map_or(0, |line| line.bytes.len())) as u64;
+        let before = self.bytes_returned.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > options.max_bytes_returned {
+            if !line.is_some_and(|line| line.context) {
+                self.matches.fetch_sub(1, Ordering::Relaxed);
+            }
+            self.truncate(Truncation::BytesReturned);
+            return false;
+        }
+        self.out.blocking_send(Found::Match(found)).is_ok()
+    }
+
+    /// A path as the client sees it.
+    pub(super) fn shown(&self, rel: &Path) -> String {
+        let path = if self.is_file { self.root.clone() } else { self.root.join(rel) };
+        path.to_string_lossy().into_owned()
+    }
+
+    /// The entry, if it was asked for, read through the directory that is held open.
+    pub(super) fn entry(&self, dir: RawFd, name: &OsStr, rel: &Path) -> Option<Box<Entry>> {
+        if !self.query.options.include_entry {
+            return None;
+        }
+        let at = Path::new("/proc/self/fd").join(dir.to_string()).join(name);
+        let shown = if self.is_file { self.root.clone() } else { self.root.join(rel) };
+        stat_at(&at, &shown, &mut Owners::new(&self.users)).ok().map(Box::new)
+    }
+
+    fn summary(&self) -> Summary {
+        let skipped = Skip::ALL.into_iter().zip(&self.skipped);
+        let skipped = skipped.map(|(reason, count)| (reason, count.load(Ordering::Relaxed)));
+        let truncated = usize::from(self.truncated.load(Ordering::Relaxed));
+        Summary {
+            matches: self.matches.load(Ordering::Relaxed),
+            searched: self.searched.load(Ordering::Relaxed),
+            bytes_read: self.bytes_read.load(Ordering::Relaxed),
+            skipped: skipped.filter(|(_, count)| *count > 0).collect(),
+            truncated: truncated.checked_sub(1).and_then(|at| TRUNCATIONS.get(at).copied()),
+        }
+    }
+}
+
+/// Lets the helper go.
+struct Walked<'a>(&'a Search);
+
+impl Drop for Walked<'_> {
+    fn drop(&mut self) {
+        self.0.work.lock().walked = true;
+        self.0.news.notify_all();
+    }
+}
+
+/// Says that the helper is done with a file, even if it broke down over it.
+struct Helping<'a>(&'a Search);
+
+impl Drop for Helping<'_> {
+    fn drop(&mut self) {
+        self.0.work.lock().helping = false;
+        self.0.news.notify_all();
+    }
+}

@@ -8,10 +8,8 @@ cd "$(dirname "$0")/.."
 
 VERSION=v1.9.4
 
-fail() {
-  echo "grpcurl: $*" >&2
-  exit 1
-}
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
 
 target=${CARGO_TARGET_DIR:-target}
 tools=$(mkdir -p "$target/tools" && cd "$target/tools" && pwd)
@@ -27,29 +25,8 @@ if [ $# -eq 0 ]; then
 fi
 
 scratch=$(mktemp -d)
-daemon=
-clean_up() {
-  if [ -n "$daemon" ] && kill "$daemon" 2>/dev/null; then
-    wait "$daemon" || echo "grpcurl: the daemon ended with status $?" >&2
-  fi
-  rm -rf "$scratch"
-}
-trap clean_up EXIT
-
-log=$scratch/log
 socket=$scratch/envd.sock
-"$envd" --listen tcp://127.0.0.1:0 --listen "unix://$socket" 2>"$log" </dev/null &
-daemon=$!
-
-# The daemon logs that it is ready behind the addresses that it listens on.
-deadline=$((SECONDS + 30))
-until grep -q '"message":"ready"' "$log"; do
-  kill -0 "$daemon" 2>/dev/null || fail "the daemon ended: $(cat "$log")"
-  [ "$SECONDS" -lt "$deadline" ] || fail "the daemon is not ready after 30 s: $(cat "$log")"
-  sleep 0.05
-done
-tcp=$(sed -n 's/.*"address":"tcp:\/\/\([^"]*\)".*/\1/p' "$log")
-[ -n "$tcp" ] || fail "no TCP address in the log: $(cat "$log")"
+serve "$envd" --listen "unix://$socket"
 
 # call NAME ARGUMENT...: runs grpcurl and keeps what it prints in $answer, in one line.
 call() {
@@ -111,12 +88,11 @@ session() {
   expect "$transport: Stat of a missing file" 'Code: NotFound' "$scratch/missing"
 }
 
-session tcp "$tcp"
+session tcp "$address"
 session unix -unix "$socket"
 
 kill -TERM "$daemon"
 status=0
 wait "$daemon" || status=$?
-daemon=
 [ "$status" -eq 0 ] || fail "the daemon ended with status $status: $(cat "$log")"
 echo "ok: the daemon ends when it is told to"

@@ -2,6 +2,8 @@
 # What the scripts share. A script sources it; messages carry the script's own name.
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# Removed in the end, so it must not come from the environment.
+unset scratch
 
 say() {
   printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2
@@ -49,12 +51,12 @@ hash_of() {
 }
 
 # serve ENVD ARGUMENT...: starts the daemon on a free TCP port of the loopback and waits until it is
-# ready. Sets daemon (its pid), address (HOST:PORT), scratch (a directory) and log; all are gone when
-# the script ends.
+# ready. Sets daemon (its pid), address (HOST:PORT), scratch (a directory, unless it is set) and log;
+# all are gone when the script ends.
 serve() {
   local envd=$1 deadline=$((SECONDS + 30))
   shift
-  scratch=$(mktemp -d)
+  scratch=${scratch:-$(mktemp -d)}
   log=$scratch/log
   trap stop_serving EXIT
   "$envd" --listen tcp://127.0.0.1:0 "$@" 2>"$log" </dev/null &

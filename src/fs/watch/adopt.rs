@@ -215,14 +215,10 @@ impl Tree {
             return Place::open(&root, rel);
         };
         let up = Place::open(&root, above)?;
-        let found = self.watch_place(&up, above)?;
-        if found == wanted {
-            return Place::open(&up.at, Path::new(name));
+        match self.found_at(&up, above)? == wanted {
+            true => Place::open(&up.at, Path::new(name)),
+            false => Err(Errno::ENOENT),
         }
-        if !self.dirs.contains_key(&found) {
-            let _ = self.inotify.rm_watch(found);
-        }
-        Err(Errno::ENOENT)
     }
 
     /// Watches what has a name now. If the watcher has it under another name, or between the halves
@@ -236,10 +232,19 @@ impl Tree {
             .find(|sub| sub.watcher == id && sub.rel != rel && !sub.rel.as_os_str().is_empty());
         if let Some(old) = elsewhere.map(|sub| sub.rel.clone()) {
             self.detach(id, &old);
+            self.expect_news(id, &old);
         } else if !given_up {
             return Ok(wd);
         }
         self.watch_place(place, rel)
+    }
+
+    /// What was told of a name is no longer so, and the event that says it is still to come.
+    fn expect_news(&mut self, id: u64, rel: &Path) {
+        let above = rel.parent().and_then(|above| self.watchers.get(&id)?.rels.get(above).copied());
+        if let (Some(above), Some(name)) = (above, rel.file_name()) {
+            self.fresh.remove(&(above, name.to_owned()));
+        }
     }
 
     /// Tells what a scan has found.

@@ -1,6 +1,8 @@
 //! What each event of the kernel means for whom.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path, time::SystemTime};
+use std::{
+    collections::BTreeSet, ffi::OsStr, os::unix::ffi::OsStrExt, path::Path, time::SystemTime,
+};
 
 use nix::{
     errno::Errno,
@@ -16,6 +18,10 @@ use super::{
 /// end cannot keep a command waiting for ever. More than the kernel queues (16,384 unless
 /// `fs.inotify.max_queued_events` was raised), so that a flush tells all that came before it.
 pub const MAX_EVENTS_AT_ONCE: usize = 131_072;
+
+/// The renames that are looked at one by one; if there are more at once, everything is compared
+/// instead.
+const MAX_DOUBTS: usize = 4096;
 
 impl Tree {
     /// Handles the events that the kernel has queued.
@@ -80,10 +86,12 @@ impl Tree {
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {
             let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
-            let was_dir = known.is_some_and(|known| known.get(name) == Some(&true));
+            let was = known.and_then(|known| known.get(name).copied());
+            let was_dir = was == Some(true);
             self.learn(wd, name, is_dir);
             self.arrived = moved_to.then(|| (wd, name.to_owned()));
-            let told = self.was_told(wd, name, true);
+            // What was told may have come later, and be of another sort.
+            let told = self.was_told(wd, name, true) && was.is_none_or(|was| was == is_dir);
             for sub in subs {
                 let rel = sub.rel.join(name);
                 let deep = is_dir && self.is_recursive(sub.watcher);
@@ -91,11 +99,14 @@ impl Tree {
                     // It was found elsewhere, and its leaving here has been lost.
                     self.emit(sub.watcher, WatchKind::Remove, &rel);
                 }
-                let replaced = self.settle(sub.watcher, &rel);
+                let replaced = self.settle(sub.watcher, &rel, is_dir);
                 if deep && moved_to && self.arrive(sub.watcher, cookie, &rel) {
                     self.emit_moved(sub.watcher, &rel);
                 } else if !told || replaced {
                     self.emit(sub.watcher, WatchKind::Create, &rel);
+                } else if moved_to && !is_dir {
+                    // The scan can have found what it has replaced.
+                    self.emit(sub.watcher, WatchKind::Write, &rel);
                 }
                 if deep {
                     self.adopt_missing(sub.watcher, &rel);
@@ -106,12 +117,14 @@ impl Tree {
         let moved_from = mask.contains(AddWatchFlags::IN_MOVED_FROM);
         if moved_from || mask.contains(AddWatchFlags::IN_DELETE) {
             let exchanged = if moved_from { self.exchanged(wd, subs, name) } else { None };
+            // What is known under the name may be what came, not what goes.
+            let exchange = exchanged.is_some();
             self.forget(wd, name);
             let told = self.was_told(wd, name, false);
             // It is here again before that was noticed, or never left; to those who are told that it
             // has left, all of it is new.
             let back = subs.iter().any(|sub| self.is_at(sub.watcher, &sub.rel.join(name)));
-            let there = if back { Some(true) } else { exchanged };
+            let there = if back { Some(true) } else { exchanged.flatten() };
             if let Some(is_dir) = there {
                 self.learn(wd, name, is_dir);
             }
@@ -121,7 +134,7 @@ impl Tree {
                     let kind = if moved_from { WatchKind::Rename } else { WatchKind::Remove };
                     self.emit(sub.watcher, kind, &rel);
                 }
-                if is_dir && moved_from && !back {
+                if is_dir && moved_from && !back && !exchange {
                     self.depart(sub.watcher, cookie, &rel);
                 } else {
                     self.detach(sub.watcher, &rel);
@@ -194,35 +207,50 @@ impl Tree {
     }
 
     /// RENAME_EXCHANGE of `a` and `b` is told as if `a` became `b`, and then `b` became `a`, but
-    /// `b` does not go away by that. Whether this is the second of these, and if so, whether there is
-    /// a directory at `b` now.
-    fn exchanged(&mut self, wd: Wd, subs: &[Sub], name: &OsStr) -> Option<bool> {
+    /// `b` does not go away by that. Whether this may be the second of these, and if so, whether there
+    /// is a directory at `b` now: it may as well have been renamed there and on at once, or its path
+    /// lead elsewhere by now, so the directory is compared as well.
+    fn exchanged(&mut self, wd: Wd, subs: &[Sub], name: &OsStr) -> Option<Option<bool>> {
         let (last, arrived) = self.arrived.take()?;
         let sub = subs.first().filter(|_| last == wd && arrived == name)?;
+        self.doubtful.entry(wd).or_default().insert(name.to_owned());
+        if self.doubtful.values().map(BTreeSet::len).sum::<usize>() > MAX_DOUBTS {
+            self.doubtful.clear();
+            self.overflowed = true;
+        }
         let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
-        path.symlink_metadata().ok().map(|meta| meta.is_dir())
+        Some(path.symlink_metadata().ok().map(|meta| meta.is_dir()))
     }
 
     /// Tells the end of a directory that was not told by the one above.
     fn lost(&mut self, id: u64, rel: &Path) {
-        self.emit(id, WatchKind::Remove, rel);
         let above = rel.parent().and_then(|above| self.watchers.get(&id)?.rels.get(above).copied());
-        if let (Some(above), Some(name)) = (above, rel.file_name()) {
-            self.forget(above, name);
+        let (Some(above), Some(name)) = (above, rel.file_name()) else {
+            self.emit(id, WatchKind::Remove, rel);
+            return;
+        };
+        self.forget(above, name);
+        // Others can have found another directory there, but what is known is known for all.
+        let subs = self.dirs.get(&above).map(|dir| dir.subs.clone()).unwrap_or_default();
+        for sub in subs {
+            let rel = sub.rel.join(name);
+            self.emit(sub.watcher, WatchKind::Remove, &rel);
+            self.detach(sub.watcher, &rel);
         }
     }
 
     /// Something appears under a name that a watcher has another directory of: the end of that was
-    /// lost, or it was empty and is replaced. Whether that was so.
-    fn settle(&mut self, id: u64, rel: &Path) -> bool {
-        if !self.has_dir(id, rel) || self.is_at(id, rel) {
+    /// lost, or it was empty and is replaced. Whether its end is told by this.
+    fn settle(&mut self, id: u64, rel: &Path, is_dir: bool) -> bool {
+        if !self.has_dir(id, rel) || (is_dir && self.is_at(id, rel)) {
             return false;
         }
-        if self.knows_below(id, rel) {
+        let told = self.knows_below(id, rel);
+        if told {
             self.emit(id, WatchKind::Remove, rel);
         }
         self.detach(id, rel);
-        true
+        told
     }
 
     /// Whether a scan has told already that a name appeared, or went away. What it told of the
@@ -269,9 +297,20 @@ impl Tree {
             return false;
         };
         let moving = self.moving.swap_remove(at);
+        if self.is_at(id, rel) {
+            // What is there now was found before, and has come later than this.
+            self.lose(vec![moving]);
+            return false;
+        }
         // An empty directory of that name can have been replaced.
         self.detach(id, rel);
         self.put_subtree(id, rel, moving.dirs);
+        // What had the old name when that was watched can have been another by then.
+        self.arrivals.insert((id, rel.to_owned()));
+        if self.arrivals.len() > MAX_DOUBTS {
+            self.arrivals.clear();
+            self.overflowed = true;
+        }
         true
     }
 

@@ -16,9 +16,9 @@
 //! Watchers belong to a stream ([`Hub::watch`]), or are asked for their events (`polled`), or go on
 //! while their stream is away (`cursor`).
 
-mod covered;
 mod adopt;
 mod changes;
+mod covered;
 mod cursor;
 mod events;
 mod known;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     path::Path,
     time::{Instant, SystemTime},
 };
@@ -40,8 +40,13 @@ impl Tree {
             self.verify(*wd);
         }
         for wd in all {
-            self.compare(wd, since);
+            if !self.compare(wd, |_, at| has_changed(at, since)) {
+                // It has just moved; wherever it is, it is still to be compared.
+                self.overflowed = true;
+            }
         }
+        self.arrivals.clear();
+        self.doubtful.clear();
         self.look_at_unwatched();
         if self.fresh.len() + self.gone.len() > MAX_KNOWN_NAMES {
             // At worst some events are told twice.
@@ -71,39 +76,71 @@ impl Tree {
             if found == Ok(wd) {
                 continue;
             }
-            self.detach(sub.watcher, &sub.rel);
             if sub.rel.as_os_str().is_empty() {
+                self.detach(sub.watcher, Path::new(""));
                 self.emit(sub.watcher, WatchKind::Remove, Path::new(""));
             } else if found.is_ok() {
-                self.emit(sub.watcher, WatchKind::Remove, &sub.rel);
-                self.emit(sub.watcher, WatchKind::Create, &sub.rel);
-                self.adopt_later(sub.watcher, sub.rel);
+                self.replace(sub.watcher, &sub.rel);
+            } else {
+                // The directory above misses it.
+                self.detach(sub.watcher, &sub.rel);
             }
-            // Else the directory above misses it.
         }
     }
 
-    fn compare(&mut self, wd: Wd, since: SystemTime) {
+    /// A watcher is told that another directory has a name.
+    fn replace(&mut self, id: u64, rel: &Path) {
+        self.detach(id, rel);
+        self.emit(id, WatchKind::Remove, rel);
+        self.emit(id, WatchKind::Create, rel);
+        self.adopt_later(id, rel.to_owned());
+    }
+
+    /// Looks for directories that were renamed where they should be, and compares those of which
+    /// events could not tell what is in them now. `flush` says that somebody waits for all of it.
+    pub(super) fn resolve_doubts(&mut self, flush: bool) {
+        for (id, rel) in std::mem::take(&mut self.arrivals) {
+            let Some(wd) = self.watchers.get(&id).and_then(|root| root.rels.get(&rel).copied())
+            else {
+                continue;
+            };
+            match self.look_up(id, &rel) {
+                Ok(found) if found == wd => {}
+                Ok(_) => self.replace(id, &rel),
+                // It has just moved on, or gone, and the event that says so is on its way.
+                Err(_) => _ = self.arrivals.insert((id, rel)),
+            }
+        }
+        for (wd, names) in std::mem::take(&mut self.doubtful) {
+            if !self.compare(wd, |name, _| names.contains(name)) {
+                // As above.
+                self.doubtful.insert(wd, names);
+            }
+        }
+        self.overflowed |= flush && !(self.doubtful.is_empty() && self.arrivals.is_empty());
+    }
+
+    /// Tells what is in a directory against what was known of it, and a WRITE for the files that
+    /// may have changed. False when it is not where it was.
+    fn compare(&mut self, wd: Wd, changed: impl Fn(&OsStr, &Path) -> bool) -> bool {
         let Some(dir) = self.dirs.get(&wd) else {
-            return;
+            return true;
         };
         let (Some(known), Some(sub)) = (dir.known.as_ref(), dir.subs.first()) else {
-            return;
+            return true;
         };
         let Some(root) = self.path_of(sub.watcher, Path::new("")) else {
-            return;
+            return true;
         };
         let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
         let place = Place::open(&root, &rel);
-        let place = place.ok().filter(|place| self.watch_place(place, &rel) == Ok(wd));
-        let Some(place) = place else {
-            // It has just moved; wherever it is, it is still to be compared.
-            self.overflowed = true;
-            return;
+        let Some(place) = place.ok().filter(|place| self.found_at(place, &rel) == Ok(wd)) else {
+            return false;
         };
         let found = scan(&place.at);
         self.set_known(wd, found.clone());
-        self.tell_difference(Some(wd), &subs, &place.at, (&known, found), since);
+        self.tell_difference(Some(wd), &subs, &place.at, (&known, found), changed);
+        true
     }
 
     /// Tells what is in a directory now against what was known of it.
@@ -113,7 +150,7 @@ impl Tree {
         subs: &[Sub],
         path: &Path,
         (known, found): (&Names, Vec<(OsString, bool)>),
-        since: SystemTime,
+        changed: impl Fn(&OsStr, &Path) -> bool,
     ) {
         let now: Names = found.into_iter().collect();
         // A directory that is not watched any more: its end was told by itself alone, and what has
@@ -136,6 +173,7 @@ impl Tree {
             if let Some(wd) = wd
                 && !now.contains_key(name)
             {
+                self.fresh.remove(&(wd, name.clone()));
                 self.gone.insert((wd, name.clone()));
             }
             for sub in subs {
@@ -147,7 +185,7 @@ impl Tree {
         for (name, is_dir) in now {
             let at = path.join(&name);
             if same.contains(&name) {
-                if !is_dir && has_changed(&at, since) {
+                if !is_dir && changed(&name, &at) {
                     for sub in subs {
                         self.emit(sub.watcher, WatchKind::Write, &sub.rel.join(&name));
                     }
@@ -162,6 +200,7 @@ impl Tree {
                 }
             }
             if let Some(wd) = wd {
+                self.gone.remove(&(wd, name.clone()));
                 self.fresh.insert((wd, name));
             }
         }

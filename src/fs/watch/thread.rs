@@ -165,6 +165,7 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
             return;
         }
         let flush = commands.iter().any(|command| matches!(command, Command::Flush(..)));
+        tree.resolve_doubts(flush);
         if tree.overflowed && (flush || Instant::now() >= tree.rescan_at) {
             tree.rescan();
         }

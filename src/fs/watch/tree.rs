@@ -4,7 +4,7 @@
 //! goes from a descriptor to everyone who wants it. Directories come into it in [`super::adopt`].
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     ffi::OsString,
     ops::Bound,
     path::{Path, PathBuf},
@@ -26,7 +26,7 @@ use super::{
     shown,
 };
 use crate::{
-    fs::entry::{self, Entry},
+    fs::entry::{self, Entry, EntryKind},
     guest::users::Users,
 };
 
@@ -71,6 +71,10 @@ pub(super) struct Tree {
     pub(super) fresh: HashSet<(Wd, OsString)>,
     /// The same for names that a scan missed.
     pub(super) gone: HashSet<(Wd, OsString)>,
+    /// Directories of watchers that have their name by a rename since they were looked for last.
+    pub(super) arrivals: BTreeSet<(u64, PathBuf)>,
+    /// Names in directories of which an event could not tell what has them now.
+    pub(super) doubtful: HashMap<Wd, BTreeSet<OsString>>,
     /// The names known of all directories together.
     pub(super) names: usize,
     /// The kernel's queue has overflowed, and files have not been compared since.
@@ -143,6 +147,8 @@ impl Tree {
             moving: Vec::new(),
             fresh: HashSet::new(),
             gone: HashSet::new(),
+            arrivals: BTreeSet::new(),
+            doubtful: HashMap::new(),
             names: 0,
             overflowed: false,
             rescan_at: Instant::now(),
@@ -210,7 +216,12 @@ impl Tree {
     /// The watch of the directory that has a name now, if there is one; nothing is watched by this.
     pub(super) fn look_up(&self, id: u64, rel: &Path) -> Result<Wd, Errno> {
         let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
-        let wd = self.watch_place(&Place::open(&root, rel)?, rel)?;
+        self.found_at(&Place::open(&root, rel)?, rel)
+    }
+
+    /// The same of a directory that is open.
+    pub(super) fn found_at(&self, place: &Place, rel: &Path) -> Result<Wd, Errno> {
+        let wd = self.watch_place(place, rel)?;
         if !self.dirs.contains_key(&wd) {
             let _ = self.inotify.rm_watch(wd);
         }
@@ -257,6 +268,7 @@ impl Tree {
         let Some(dir) = self.dirs.remove(&wd) else {
             return Vec::new();
         };
+        self.doubtful.remove(&wd);
         self.names -= dir.known.map_or(0, |known| known.len());
         dir.subs
     }
@@ -372,7 +384,16 @@ impl Tree {
         if !root.options.include_entry || matches!(kind, WatchKind::Remove | WatchKind::Rename) {
             return None;
         }
-        entry::stat(&self.path_of(id, rel)?, &self.users).ok().map(Box::new)
+        let entry = entry::stat(&self.path_of(id, rel)?, &self.users).ok()?;
+        // Something else can have the name by now, and the event that says so may be lost.
+        let is_dir = entry.kind == EntryKind::Directory && !entry.is_symlink;
+        self.sort_of(root, rel).is_none_or(|known| known == is_dir).then(|| Box::new(entry))
+    }
+
+    /// Whether a name of a watcher is known to be a directory's, or that of something else.
+    fn sort_of(&self, root: &Root, rel: &Path) -> Option<bool> {
+        let dir = self.dirs.get(root.rels.get(rel.parent()?)?)?;
+        dir.known.as_ref()?.get(rel.file_name()?).copied()
     }
 }
 

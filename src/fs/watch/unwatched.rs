@@ -3,7 +3,7 @@
 //! they can be watched.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     ops::Bound,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use super::{
     Rescan, RescanReason,
     adopt::MAX_WATCHED_DIRS,
-    known::{MAX_KNOWN_NAMES, scan},
+    known::{MAX_KNOWN_NAMES, has_changed, scan},
     place::Place,
     tree::{Names, Sub, Tree},
 };
@@ -106,6 +106,7 @@ impl Tree {
     /// Tells what has changed in them, and watches those that can be.
     pub(super) fn look_at_unwatched(&mut self) {
         let (since, now, start) = (self.looked, SystemTime::now(), Instant::now());
+        let changed = |_: &OsStr, at: &Path| has_changed(at, since);
         let all: Vec<(u64, PathBuf)> = self.unwatched.keys().cloned().collect();
         for key in all {
             // A difference above can have taken it away.
@@ -134,7 +135,7 @@ impl Tree {
                     let found = self.dirs.get(&wd).and_then(|dir| dir.known.clone());
                     let found =
                         found.map_or_else(|| scan(&path), |known| known.into_iter().collect());
-                    self.tell_difference(Some(wd), &subs, &path, (&known, found), since);
+                    self.tell_difference(Some(wd), &subs, &path, (&known, found), changed);
                 }
                 Ok(_) | Err(Errno::ENOSPC) => {
                     let Some(known) = self.drop_one(&key) else {
@@ -143,7 +144,7 @@ impl Tree {
                     let found = scan(&path);
                     self.names += found.len();
                     self.unwatched.insert(key.clone(), found.iter().cloned().collect());
-                    self.tell_difference(None, &subs, &path, (&known, found), since);
+                    self.tell_difference(None, &subs, &path, (&known, found), changed);
                 }
                 // The directory above tells it.
                 Err(_) => {

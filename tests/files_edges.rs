@@ -15,14 +15,14 @@ use std::{
 
 use common::{
     able, able_as_root, eventually,
-    house::{Cut, House, failure, rest_error, written},
+    house::{Cut, House, Mounted, failure, rest_error, written},
     noise,
     raw::Raw,
 };
 use envd::proto::filesystem::{
     CopyRequest, CopyResponse, FileType, WriteRequest, WriteResponse, write_request,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use proptest::{
     prelude::*,
     strategy::ValueTree,
@@ -30,32 +30,6 @@ use proptest::{
 };
 use reqwest::StatusCode;
 use serde_json::json;
-
-/// A mount that goes with the test.
-struct Mounted(String);
-
-impl Mounted {
-    /// A small disk; none where this machine allows no mounts.
-    fn tmpfs(at: &str, options: &str) -> Option<Self> {
-        if !able_as_root() {
-            return None;
-        }
-        fs::create_dir_all(at).unwrap();
-        let done = mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options));
-        able("the right to mount", done.is_ok()).then(|| Self(at.to_owned()))
-    }
-
-    fn remount_read_only(&self) {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, self.0.as_str(), None::<&str>, flags, None::<&str>).unwrap();
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.as_str(), MntFlags::MNT_DETACH);
-    }
-}
 
 async fn put(
     house: &House,
@@ -82,7 +56,7 @@ async fn put(
 async fn a_full_disk_is_507_and_leaves_the_old_file() {
     let house = House::new();
     let Some(disk) = Mounted::tmpfs(&house.at("disk"), "size=2m,nr_inodes=20") else { return };
-    let at = |name: &str| format!("{}/{name}", disk.0);
+    let at = |name: &str| format!("{}/{name}", disk.path());
     fs::write(at("old"), "old").unwrap();
     let big = noise(3 << 20);
     for (name, shown) in [
@@ -108,7 +82,7 @@ async fn a_full_disk_is_507_and_leaves_the_old_file() {
     assert_eq!(rest_error(response, 507).await, "not enough disk space available");
     assert!(Path::new(&house.at("source")).exists());
     assert_eq!(fs::read(at("old")).unwrap(), b"old");
-    assert_eq!(fs::read_dir(&disk.0).unwrap().count(), 1, "nothing half is left");
+    assert_eq!(fs::read_dir(&disk.path()).unwrap().count(), 1, "nothing half is left");
 
     // No inodes are left.
     for number in 0..40 {
@@ -125,7 +99,7 @@ async fn a_full_disk_is_507_and_leaves_the_old_file() {
 async fn a_read_only_disk_is_told_and_nothing_changes() {
     let house = House::new();
     let Some(disk) = Mounted::tmpfs(&house.at("disk"), "size=1m") else { return };
-    let at = |name: &str| format!("{}/{name}", disk.0);
+    let at = |name: &str| format!("{}/{name}", disk.path());
     fs::write(at("old"), "old").unwrap();
     disk.remount_read_only();
     for name in ["old", "new"] {
@@ -153,15 +127,17 @@ async fn a_read_only_disk_is_told_and_nothing_changes() {
 async fn mounts_are_not_removed_nor_emptied() {
     let house = House::new();
     let Some(disk) = Mounted::tmpfs(&house.at("top/mid/disk"), "size=1m") else { return };
-    fs::write(format!("{}/kept", disk.0), "x").unwrap();
+    fs::write(format!("{}/kept", disk.path()), "x").unwrap();
     fs::write(house.at("top/other"), "x").unwrap();
-    let error = house.remove(&disk.0).await.unwrap_err();
-    let text =
-        format!("error removing file or directory: {}: refusing to remove a mount point", disk.0);
+    let error = house.remove(&disk.path()).await.unwrap_err();
+    let text = format!(
+        "error removing file or directory: {}: refusing to remove a mount point",
+        disk.path()
+    );
     assert_eq!(error, failure("invalid_argument", text));
     let error = house.remove(&house.at("top")).await.unwrap_err();
     assert!(error.message.ends_with("device or resource busy"), "{error:?}");
-    assert_eq!(fs::read(format!("{}/kept", disk.0)).unwrap(), b"x");
+    assert_eq!(fs::read(format!("{}/kept", disk.path())).unwrap(), b"x");
 }
 
 #[tokio::test]
@@ -176,7 +152,7 @@ async fn a_file_that_is_a_mount_point_keeps_its_place() {
     if !able("the right to mount", bound.is_ok()) {
         return;
     }
-    let _mounted = Mounted(over.clone());
+    let _mounted = Mounted::there(&over);
     put(&house, &over, b"by RPC").await.unwrap();
     assert_eq!(fs::read(&real).unwrap(), b"by RPC");
     written(house.upload(&over, &[], "by HTTP").await).await;

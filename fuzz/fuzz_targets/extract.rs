@@ -1,7 +1,7 @@
 //! Archives of any bytes: nothing is written outside of the target, and nothing panics.
 #![no_main]
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::atomic::AtomicBool};
 
 use envd::{
     fs::archive::{Compression, extract},
@@ -19,7 +19,7 @@ fuzz_target!(|input: (u8, &[u8])| {
     };
     let top = PathBuf::from(format!("/tmp/envd-fuzz-{}", std::process::id()));
     let user = User { name: "me".into(), uid: 0, gid: 0, home: "/".into(), groups: vec![0] };
-    let _ = extract(&top.join("target"), &user, bytes, compression, false);
+    let _ = extract(&top.join("target"), &user, bytes, compression, false, &AtomicBool::new(false));
     for entry in fs::read_dir(&top).into_iter().flatten().flatten() {
         assert_eq!(entry.file_name(), "target");
     }

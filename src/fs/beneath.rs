@@ -7,15 +7,19 @@
 
 use std::{
     ffi::OsStr,
-    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Component, Path},
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2},
-    sys::stat::{Mode, mkdirat},
+    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2},
+    sys::stat::{Mode, SFlag, fstat, mkdirat},
+    unistd::{Gid, Uid, fchownat},
 };
 
 /// How often a resolution is begun again that a rename elsewhere in the system has disturbed.
@@ -151,6 +155,26 @@ impl Root {
     fn without_openat2(mut self) -> Self {
         self.walk = true;
         self
+    }
+}
+
+/// Gives what was just made in a directory to its owner; without root it is so already. Whoever may
+/// rename there could put a file of root's under the name: what is of another `kind` is `ESTALE`.
+pub(super) fn own(
+    dir: &impl AsFd,
+    name: &OsStr,
+    kind: SFlag,
+    owner: (u32, u32),
+) -> nix::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let made = openat(dir, name, flags, Mode::empty())?;
+    if fstat(&made)?.st_mode & SFlag::S_IFMT.bits() != kind.bits() {
+        return Err(Errno::ESTALE);
+    }
+    let (uid, gid) = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
+    match fchownat(&made, "", uid, gid, AtFlags::AT_EMPTY_PATH) {
+        Err(Errno::EPERM) if !nix::unistd::geteuid().is_root() => Ok(()),
+        other => other,
     }
 }
 

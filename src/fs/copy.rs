@@ -18,17 +18,19 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat, readlinkat},
+    fcntl::{OFlag, openat, readlinkat},
     sys::{
         stat::{FileStat, Mode, SFlag, UtimensatFlags, futimens, mkdirat, mknodat, utimensat},
         time::TimeSpec,
     },
-    unistd::{Gid, Uid, fchownat, symlinkat},
+    unistd::symlinkat,
 };
 use xattr::FileExt;
 
 use super::{
-    CAREFULLY, FsError, PathError, errno, path,
+    CAREFULLY, FsError, PathError,
+    beneath::own,
+    errno, path,
     remove::remove,
     staged::{change_owner, doing},
     tree::{Found, Step, Walk},
@@ -311,13 +313,8 @@ impl Copying<'_> {
             mknodat(to, name, kind, mode, stat.st_rdev)
         };
         made.map_err(|error| self.failed("create", found, &error.into()))?;
-        let (uid, gid) = self.owner_of(stat);
-        let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
-        let owned = fchownat(to, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags);
-        match owned {
-            Err(Errno::EPERM) if !nix::unistd::geteuid().is_root() => {}
-            other => other.map_err(|error| self.failed("chown", found, &error.into()))?,
-        }
+        own(to, name, kind, self.owner_of(stat))
+            .map_err(|error| self.failed("chown", found, &error.into()))?;
         if self.options.preserve {
             let (accessed, modified) = times(stat);
             utimensat(to, name, &accessed, &modified, UtimensatFlags::NoFollowSymlink)

@@ -15,7 +15,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Buf, Bytes, BytesMut};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::{
     Body, BoxError,
@@ -258,7 +258,14 @@ impl http_body::Body for RequestStream {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let Self(envelopes, share) = &mut *self;
         let message = ready!(envelopes.poll_next(cx, share));
-        Poll::Ready(message.map(|message| message.map(|m| Frame::data(envelope::wrap(0, &m)))))
+        Poll::Ready(message.map(|message| match message {
+            Ok(message) => Ok(Frame::data(envelope::wrap(0, &message))),
+            // tonic takes it for the end of the stream, as if the client had sent all there is.
+            Err(status) if status.code() == Code::Cancelled => {
+                Err(Status::unknown(status.message()))
+            }
+            Err(status) => Err(status),
+        }))
     }
 }
 

@@ -6,12 +6,13 @@ use envd::proto::filesystem::{
     EntryInfo, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, MoveRequest,
     MoveResponse, RemoveRequest, RemoveResponse, StatRequest, StatResponse,
 };
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use reqwest::{Method, Response, multipart};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    Daemon, able,
+    Daemon, able, able_as_root,
     raw::Raw,
     rpc::{Client, Failure, Wire},
     soon,
@@ -159,6 +160,41 @@ impl House {
         let possible = xattr::set(&probe, "user.probe", b"x").is_ok();
         fs::remove_file(probe).unwrap();
         able("a file system with extended attributes under the temporary directory", possible)
+    }
+}
+
+/// A mount that goes with the test.
+pub struct Mounted(String);
+
+impl Mounted {
+    /// What is mounted already.
+    pub fn there(at: &str) -> Self {
+        Self(at.to_owned())
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+
+    /// A small disk; none where this machine allows no mounts.
+    pub fn tmpfs(at: &str, options: &str) -> Option<Self> {
+        if !able_as_root() {
+            return None;
+        }
+        fs::create_dir_all(at).unwrap();
+        let done = mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options));
+        able("the right to mount", done.is_ok()).then(|| Self(at.to_owned()))
+    }
+
+    pub fn remount_read_only(&self) {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, self.0.as_str(), None::<&str>, flags, None::<&str>).unwrap();
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(self.0.as_str(), MntFlags::MNT_DETACH);
     }
 }
 

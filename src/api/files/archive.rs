@@ -127,10 +127,12 @@ pub(in crate::api) async fn extract(
     let (user, preserve) = (call.user, start.preserve);
     let slot = files.tree_slot().await?;
     let (sender, chunks) = mpsc::channel(MESSAGES);
+    let stop = Arc::new(AtomicBool::new(false));
+    let _left = SetOnDrop(Arc::clone(&stop));
     let mut work = pin!(files.pool().run(move || {
         let _slot = slot;
         let input = Input { chunks, now: Bytes::new(), ended: false };
-        archive::extract(&path, &user, input, compression, preserve)
+        archive::extract(&path, &user, input, compression, preserve, &stop)
     }));
     let done = tokio::select! {
         biased;

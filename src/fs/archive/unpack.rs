@@ -3,13 +3,14 @@
 //! Every entry is made relative to a descriptor of the directory that holds it, which was resolved
 //! [beneath](Root) the target: an archive cannot get out by `..`, by an absolute name, or through a
 //! link that it made before; nor can somebody who renames directories meanwhile. Absolute names lose
-//! their slash, as tar does it. What is in the way of a file is replaced, and never written through.
+//! their slash, as tar does it. What is in the way of a file is replaced once the new one is whole, and
+//! never written through ([`content`]).
 
 use std::{
     cell::Cell,
     ffi::{OsStr, OsString},
     fs::{File, Permissions},
-    io::{self, BufReader, Read, Write},
+    io::{self, BufReader, Read},
     os::{
         fd::OwnedFd,
         unix::{
@@ -19,17 +20,18 @@ use std::{
     },
     path::{Component, Path, PathBuf},
     rc::Rc,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use flate2::bufread::MultiGzDecoder;
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat},
+    fcntl::{AtFlags, OFlag},
     sys::{
-        stat::{Mode, SFlag, UtimensatFlags, futimens, makedev, mknodat, utimensat},
+        stat::{Mode, SFlag, UtimensatFlags, makedev, mknodat, utimensat},
         time::TimeSpec,
     },
-    unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat},
+    unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat},
 };
 use tar::{Entry, EntryType};
 use xattr::FileExt;
@@ -38,7 +40,7 @@ use super::{Compression, XATTR};
 use crate::{
     fs::{
         FsError, PathError,
-        beneath::{Root, is_name},
+        beneath::{Root, is_name, own},
         errno,
         metadata::MAX_TOTAL_BYTES,
         path::{PATH_MAX, ensure_dirs},
@@ -47,9 +49,13 @@ use crate::{
     guest::users::User,
 };
 
+mod content;
 mod input;
+mod sparse;
 
+use content::PIECE;
 use input::{Bounded, Zstd, guess};
+use sparse::Sparse;
 
 pub use input::MAX_ZSTD_WINDOW;
 
@@ -58,8 +64,6 @@ const EXTRACTING: &str = "extracting";
 /// The most bytes from one entry's content to the next: names and attributes, which are held in
 /// memory.
 pub const MAX_ENTRY_HEAD: u64 = 1 << 20;
-/// The bytes of content that are written at a time.
-const PIECE: usize = 64 << 10;
 /// The most bytes behind the end of an archive that are looked at: padding and checksums.
 const MAX_REST: u64 = 1 << 20;
 
@@ -77,13 +81,15 @@ pub struct Extracted {
 ///
 /// # Errors
 /// [`FsError::Escapes`], [`FsError::BadArchive`], [`FsError::Special`], [`FsError::Exists`] where a
-/// directory is in the way, or the call that failed. What was unpacked before stays.
+/// directory is in the way, [`FsError::Abandoned`] once `stop` is set, or the call that failed. What
+/// was unpacked before stays, whole files only.
 pub fn extract(
     path: &Path,
     user: &User,
     input: impl Read,
     compression: Option<Compression>,
     preserve: bool,
+    stop: &AtomicBool,
 ) -> Result<Extracted, FsError> {
     let owner = (user.uid, user.gid);
     ensure_dirs(path, owner)?;
@@ -96,7 +102,8 @@ pub fn extract(
         Some(compression) => compression,
         None => guess(&mut input).map_err(|error| bad(&error))?,
     };
-    let mut unpacking = Unpacking { path, root, owner, preserve, done: Extracted::default() };
+    let done = Extracted::default();
+    let mut unpacking = Unpacking { path, root, owner, preserve, stop, done };
     match compression {
         Compression::None => unpacking.everything(input)?,
         Compression::Gzip => unpacking.everything(MultiGzDecoder::new(input))?,
@@ -115,6 +122,7 @@ struct Unpacking<'a> {
     root: Root,
     owner: (u32, u32),
     preserve: bool,
+    stop: &'a AtomicBool,
     done: Extracted,
 }
 
@@ -125,19 +133,30 @@ impl Unpacking<'_> {
         let mut archive = tar::Archive::new(bounded);
         let mut entries = archive.entries().map_err(|error| bad(&error))?;
         loop {
+            self.check()?;
             allowance.set(MAX_ENTRY_HEAD);
             let Some(entry) = entries.next() else { break };
             let mut entry = entry.map_err(|error| bad(&error))?;
             allowance.set(u64::MAX);
             self.entry(&mut entry)?;
             // Whatever it is, what belongs to it does not count for the next.
-            io::copy(&mut entry, &mut io::sink()).map_err(|error| bad(&error))?;
+            let mut piece = [0; 4 << 10];
+            while entry.read(&mut piece).map_err(|error| bad(&error))? > 0 {
+                self.check()?;
+            }
         }
         // A compressed archive tells at its end whether it was whole.
         allowance.set(u64::MAX);
         let rest = archive.into_inner();
         io::copy(&mut rest.take(MAX_REST), &mut io::sink()).map_err(|error| bad(&error))?;
         Ok(())
+    }
+
+    fn check(&self) -> Result<(), FsError> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(FsError::Abandoned(self.path.to_owned())),
+            false => Ok(()),
+        }
     }
 
     fn failed(&self, op: &'static str, relative: &Path, errno: Errno) -> FsError {
@@ -151,7 +170,7 @@ impl Unpacking<'_> {
     /// Opens the directory that holds an entry, for the user where it has to be made.
     fn parent<'p>(&self, relative: &'p Path) -> Result<(OwnedFd, &'p OsStr), FsError> {
         let owner = self.owner;
-        let made = |dir: &OwnedFd, name: &OsStr| own(dir, name, owner);
+        let made = |dir: &OwnedFd, name: &OsStr| own(dir, name, SFlag::S_IFDIR, owner);
         let (dir, name) = self
             .root
             .parent_of(relative, made)
@@ -167,7 +186,11 @@ impl Unpacking<'_> {
         if kind.is_pax_global_extensions() {
             return Ok(());
         }
-        let relative = inside(&entry.path_bytes())?;
+        let sparse = Sparse::of(entry)?;
+        let relative = match sparse.as_ref().and_then(|sparse| sparse.name.as_deref()) {
+            Some(name) => inside(name)?,
+            None => inside(&entry.path_bytes())?,
+        };
         if relative.as_os_str().is_empty() {
             // The target itself, `./`.
             return Ok(());
@@ -178,7 +201,7 @@ impl Unpacking<'_> {
         match kind {
             EntryType::Directory => self.directory(&relative, mode, entry)?,
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                self.file(&relative, mode, entry)?;
+                self.file(&relative, mode, sparse, entry)?;
             }
             EntryType::Link => self.hard_link(&relative, entry)?,
             EntryType::Symlink => {
@@ -191,7 +214,7 @@ impl Unpacking<'_> {
                 self.replacing(&relative, &dir, name, "symlink", || {
                     symlinkat(OsStr::from_bytes(&target), &dir, name)
                 })?;
-                self.dress(&dir, name, &relative, entry)?;
+                self.dress(&dir, name, SFlag::S_IFLNK, &relative, entry)?;
             }
             EntryType::Fifo | EntryType::Char | EntryType::Block => {
                 self.node(kind, &relative, mode, entry)?;
@@ -213,49 +236,27 @@ impl Unpacking<'_> {
         entry: &mut Entry<'_, R>,
     ) -> Result<(), FsError> {
         let owner = self.owner;
-        let mut made = |dir: &OwnedFd, name: &OsStr| own(dir, name, owner);
+        let mut new = false;
+        let mut made = |dir: &OwnedFd, name: &OsStr| {
+            new = Some(name) == relative.file_name();
+            own(dir, name, SFlag::S_IFDIR, owner)
+        };
         self.root
             .make_dirs(relative, &mut made)
             .map_err(|errno| self.failed("mkdir", relative, errno))?;
+        // One that was there is somebody's already: `/etc` does not become the caller's because
+        // something is unpacked below it.
+        if !new && !self.preserve {
+            return Ok(());
+        }
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let dir = self.root.open_at(relative, flags, Mode::empty());
         let dir = File::from(dir.map_err(|errno| self.failed("open", relative, errno))?);
         change_owner(&dir, &self.path.join(relative), self.owner_of(entry))?;
+        self.attributes(&dir, relative, entry)?;
         // Without root, what comes below could not be written.
         let mode = if nix::unistd::geteuid().is_root() { mode } else { mode | 0o700 };
-        self.set_mode(&dir, relative, mode)?;
-        self.attributes(&dir, relative, entry)
-    }
-
-    fn file<R: Read>(
-        &mut self,
-        relative: &Path,
-        mode: u32,
-        entry: &mut Entry<'_, R>,
-    ) -> Result<(), FsError> {
-        let (dir, name) = self.parent(relative)?;
-        let flags =
-            OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-        let private = Mode::S_IRUSR | Mode::S_IWUSR;
-        let file =
-            self.replacing(relative, &dir, name, "create", || openat(&dir, name, flags, private))?;
-        let mut file = File::from(file);
-        let mut piece = vec![0; PIECE];
-        loop {
-            let read = entry.read(&mut piece).map_err(|error| bad(&error))?;
-            let Some(read) = piece.get(..read).filter(|read| !read.is_empty()) else {
-                break;
-            };
-            file.write_all(read)
-                .map_err(|error| self.failed("write", relative, errno::of(&error)))?;
-            self.done.bytes += read.len() as u64;
-        }
-        change_owner(&file, &self.path.join(relative), self.owner_of(entry))?;
-        self.set_mode(&file, relative, mode)?;
-        self.attributes(&file, relative, entry)?;
-        let modified = mtime(entry);
-        futimens(&file, &modified, &modified)
-            .map_err(|errno| self.failed("utimes", relative, errno))
+        self.set_mode(&dir, relative, mode)
     }
 
     fn hard_link<R: Read>(&self, relative: &Path, entry: &mut Entry<'_, R>) -> Result<(), FsError> {
@@ -277,7 +278,7 @@ impl Unpacking<'_> {
         mode: u32,
         entry: &mut Entry<'_, R>,
     ) -> Result<(), FsError> {
-        let kind = match kind {
+        let node = match kind {
             EntryType::Fifo => SFlag::S_IFIFO,
             _ if !self.preserve => return Err(FsError::Special(relative.to_owned())),
             EntryType::Char => SFlag::S_IFCHR,
@@ -287,14 +288,14 @@ impl Unpacking<'_> {
             number.map(|number| number.unwrap_or(0).into()).map_err(|error| bad(&error))
         };
         let header = entry.header();
-        let device = match kind {
+        let device = match node {
             SFlag::S_IFIFO => 0,
             _ => makedev(number(header.device_major())?, number(header.device_minor())?),
         };
         let (dir, name) = self.parent(relative)?;
         let mode = Mode::from_bits_truncate(mode);
-        self.replacing(relative, &dir, name, "mknod", || mknodat(&dir, name, kind, mode, device))?;
-        self.dress(&dir, name, relative, entry)
+        self.replacing(relative, &dir, name, "mknod", || mknodat(&dir, name, node, mode, device))?;
+        self.dress(&dir, name, node, relative, entry)
     }
 
     /// Makes something that must not exist yet, in the place of what does.
@@ -323,10 +324,11 @@ impl Unpacking<'_> {
         &self,
         dir: &OwnedFd,
         name: &OsStr,
+        kind: SFlag,
         relative: &Path,
         entry: &Entry<'_, R>,
     ) -> Result<(), FsError> {
-        own(dir, name, self.owner_of(entry))
+        own(dir, name, kind, self.owner_of(entry))
             .map_err(|errno| self.failed("chown", relative, errno))?;
         let modified = mtime(entry);
         utimensat(dir, name, &modified, &modified, UtimensatFlags::NoFollowSymlink)
@@ -377,15 +379,6 @@ impl Unpacking<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// Gives what a directory holds to its owner; without root it is so already.
-fn own(dir: &OwnedFd, name: &OsStr, owner: (u32, u32)) -> nix::Result<()> {
-    let (uid, gid) = (Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)));
-    match fchownat(dir, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Err(Errno::EPERM) if !nix::unistd::geteuid().is_root() => Ok(()),
-        other => other,
     }
 }
 

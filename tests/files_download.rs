@@ -52,6 +52,33 @@ async fn files_that_say_they_are_empty_and_are_not() {
 }
 
 #[tokio::test]
+async fn files_that_say_they_are_longer_than_they_are() {
+    let house = House::new();
+    // Those of /sys say 4096.
+    let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+    if !common::able("sysfs with transparent huge pages", fs::metadata(path).is_ok()) {
+        return;
+    }
+    let content = fs::read(path).unwrap();
+    assert!(fs::metadata(path).unwrap().len() > content.len() as u64);
+    for headers in [&[][..], &[("range", "bytes=0-3")]] {
+        let response = house.get(path, headers).await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.bytes().await.unwrap(), content);
+    }
+    let request = envd::proto::filesystem::ReadRequest { path: path.into(), ..Default::default() };
+    let mut messages: common::rpc::Messages<envd::proto::filesystem::ReadResponse> =
+        house.client.stream("/filesystem.Filesystem/Read", &request).await.unwrap();
+    let mut read = Vec::new();
+    while let Some(message) = messages.next().await.unwrap() {
+        if let Some(envd::proto::filesystem::read_response::Event::Data(data)) = message.event {
+            read.extend_from_slice(&data);
+        }
+    }
+    assert_eq!(read, content);
+}
+
+#[tokio::test]
 async fn what_cannot_be_downloaded() {
     let house = House::new();
     let missing = house.at("<missing> & gone");

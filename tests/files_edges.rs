@@ -310,6 +310,18 @@ async fn parts_become_one_file() {
 }
 
 #[tokio::test]
+async fn a_part_that_is_the_destination_by_another_name_is_not_removed() {
+    let house = House::new();
+    let (to, part) = (house.put("to", "old "), house.put("part", "new"));
+    fs::create_dir(house.at("dir")).unwrap();
+    let same = house.at("dir/../to");
+    let response = house.compose(&json!({ "source_paths": [same, part], "destination": to })).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(fs::read(&to).unwrap(), b"old new");
+    assert_eq!(house.names(), ["dir", "to"]);
+}
+
+#[tokio::test]
 async fn compositions_that_are_refused_leave_everything_as_it_was() {
     let house = House::new();
     let (part, to) = (house.put("part", "part"), house.put("to", "old"));

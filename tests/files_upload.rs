@@ -351,6 +351,30 @@ async fn a_big_form_in_bounded_memory() {
     }
 }
 
+#[tokio::test]
+async fn a_form_of_more_files_than_can_be_told_ends_and_keeps_what_came() {
+    let house = House::new();
+    // What is told of each file has its metadata.
+    let value = "v".repeat(4000);
+    let part = |number: usize| {
+        let path = house.at(&number.to_string());
+        let head = "--b\r\ncontent-disposition: form-data; name=\"file\"; filename=";
+        format!("{head}\"{path}\"\r\n\r\n{number}\r\n")
+    };
+    if !house.keeps_metadata() {
+        return;
+    }
+    let body: String = (0..4500).map(part).collect::<String>() + "--b--\r\n";
+    let request = house.http.post(house.files(&[])).header("x-metadata-k", &value);
+    let request = request.header("content-type", "multipart/form-data; boundary=b");
+    let response = common::soon("a form", request.body(body).send()).await.unwrap();
+    let text = rest_error(response, 413).await;
+    assert!(text.starts_with("too many files in one form: "), "{text}");
+    let count = house.names().len();
+    assert!((3000..4500).contains(&count), "{count} files");
+    assert_eq!(fs::read(house.at("2999")).unwrap(), b"2999");
+}
+
 // What one client cannot take from the others.
 
 /// As `MAX_UPLOADS`.

@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::{self, Seek},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -82,7 +83,13 @@ pub fn compose(parts: &[Part], to: &Path, user: &User) -> Result<(), FsError> {
         )?;
     }
     new.replace(to).map_err(|error| failed("error finalizing compose", "rename", to, &error))?;
+    let made = new.file().metadata().map(|meta| (meta.dev(), meta.ino()));
     for part in parts {
+        // A path can lead to the destination and not look like it: through `..`, or a link above.
+        let there = fs::symlink_metadata(&part.path).map(|meta| (meta.dev(), meta.ino()));
+        if there.is_ok_and(|there| made.as_ref().is_ok_and(|made| *made == there)) {
+            continue;
+        }
         if let Err(error) = fs::remove_file(&part.path) {
             tracing::debug!(part = %part.path.display(), %error, "a part of a composed file stays");
         }

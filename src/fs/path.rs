@@ -115,14 +115,14 @@ pub(super) fn without_trailing_slashes(path: &Path) -> &Path {
 }
 
 /// Makes every directory of `path` that is missing, 0755, and gives the new ones to `owner`.
-/// Directories that exist stay untouched.
+/// Directories that exist stay untouched. Tells how many are new.
 ///
 /// # Errors
 /// [`FsError::PathIsFile`], or the call that failed.
-pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
+pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<usize, FsError> {
     // The common case in one call; everything above a directory is one.
     if fs::metadata(path).is_ok_and(|meta| meta.is_dir()) {
-        return Ok(());
+        return Ok(0);
     }
     let above = dir_of(path);
     let mut prefixes: Vec<&Path> = above
@@ -130,12 +130,14 @@ pub fn ensure_dirs(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
         .filter(|prefix| !matches!(prefix.as_os_str().as_bytes(), b"" | b"." | b"/"))
         .collect();
     prefixes.reverse();
-    prefixes.into_iter().chain([path]).try_for_each(|prefix| ensure_dir(prefix, owner))
+    let all = prefixes.into_iter().chain([path]);
+    all.map(|prefix| ensure_dir(prefix, owner).map(usize::from)).sum()
 }
 
-fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
+/// Whether it had to be made.
+fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<bool, FsError> {
     match fs::metadata(path) {
-        Ok(meta) if meta.is_dir() => return Ok(()),
+        Ok(meta) if meta.is_dir() => return Ok(false),
         Ok(_) => return Err(FsError::PathIsFile(path.to_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(FsError::StatDirectory(PathError::io("stat", path, &error))),
@@ -156,7 +158,8 @@ fn ensure_dir(path: &Path, owner: (u32, u32)) -> Result<(), FsError> {
     // not be given that file.
     lchown(path, Some(owner.0), Some(owner.1))
         .or_else(|error| tolerate_own(error, owner.0, || fs::symlink_metadata(path)))
-        .map_err(|error| FsError::ChownDirectory(PathError::io("chown", path, &error)))
+        .map_err(|error| FsError::ChownDirectory(PathError::io("chown", path, &error)))?;
+    Ok(true)
 }
 
 /// Lets a daemon without root keep a file that is its own already: it may be refused the group,
@@ -306,8 +309,8 @@ mod tests {
     fn makes_missing_directories_only() {
         let tmp = tempfile::tempdir().unwrap();
         let own = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
-        ensure_dirs(&tmp.path().join("a/b/c"), own).unwrap();
-        ensure_dirs(&tmp.path().join("a/b/c/"), own).unwrap();
+        let made = |path: &str| ensure_dirs(&tmp.path().join(path), own).unwrap();
+        assert_eq!([made("a/b/c"), made("a/b/c/"), made("a/b/d")], [3, 0, 1]);
         let meta = fs::metadata(tmp.path().join("a/b/c")).unwrap();
         assert_eq!(meta.mode() & 0o7777, 0o755);
 

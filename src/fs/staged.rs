@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, Metadata, Permissions},
     io::{self, Seek, Write},
-    os::unix::fs::{MetadataExt, PermissionsExt, fchown},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -20,7 +20,9 @@ use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 use xattr::FileExt;
 
-use super::{FsError, PathError, errno, metadata, path, read, transfer::Writers, unnamed::Unnamed};
+use super::{
+    CAREFULLY, FsError, PathError, errno, metadata, path, read, transfer::Writers, unnamed::Unnamed,
+};
 use crate::guest::users::User;
 
 /// What is done to the target.
@@ -54,6 +56,8 @@ pub struct Staged {
     path: PathBuf,
     /// Where it is, links followed.
     real: PathBuf,
+    /// How many directories above it are new.
+    made: usize,
     owner: (u32, u32),
     new: Unnamed,
     length: u64,
@@ -73,14 +77,14 @@ impl Staged {
         if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return Err(FsError::WriteOfDirectory(path.to_owned()));
         }
-        path::ensure_dirs(&path::dir_of(path), owner)
+        let made = path::ensure_dirs(&path::dir_of(path), owner)
             .map_err(|error| FsError::EnsureDirectories(Box::new(error)))?;
         let real = follow(path)?;
         look(path, &real, options)?;
         let new = Unnamed::create(&path::dir_of(&real), 0o666)
             .map_err(|error| doing("opening file", path, "open", &error))?;
         let (length, hash) = (0, Sha256::new());
-        Ok(Self { path: path.to_owned(), real, owner, new, length, hash })
+        Ok(Self { path: path.to_owned(), real, made, owner, new, length, hash })
     }
 
     /// The path that it is for.
@@ -204,7 +208,7 @@ impl Staged {
             (Err(error), _) => return Err(doing("writing file", &self.path, "rename", &error)),
         }
         if options.fsync {
-            sync_dir(&self.real)
+            sync_names(&self.path, &self.real, self.made)
                 .map_err(|error| doing("writing file", &self.path, "fsync", &error))?;
         }
         let meta = self.new.file().metadata();
@@ -216,15 +220,16 @@ impl Staged {
     fn dress(&self, old: Option<&Metadata>, options: &WriteOptions) -> Result<(), FsError> {
         let file = self.new.file();
         change_owner(file, &self.path, self.owner)?;
+        if old.is_some() {
+            keep_attributes(&self.real, file);
+        }
+        metadata::replace(file, &self.path, &options.metadata)?;
+        // Last: it may forbid attributes to all but root, and a change of the owner takes setuid bits.
         if let Some(mode) = options.mode.or_else(|| old.map(Metadata::mode)) {
             let mode = Permissions::from_mode(mode & 0o7777);
             file.set_permissions(mode)
                 .map_err(|error| doing("changing file mode", &self.path, "chmod", &error))?;
         }
-        if old.is_some() {
-            keep_attributes(&self.real, file);
-        }
-        metadata::replace(file, &self.path, &options.metadata)?;
         if options.fsync {
             file.sync_all().map_err(|error| doing("writing file", &self.path, "fsync", &error))?;
         }
@@ -239,17 +244,17 @@ impl Staged {
         };
         let mut from = self.new.file();
         from.rewind().map_err(failed("seek"))?;
-        let mut to = fs::OpenOptions::new().write(true).open(&self.real).map_err(failed("open"))?;
+        let mut to = open_in_place(&self.real).map_err(failed("open"))?;
         if super::transfer::room_for(&to, old).is_some_and(|room| room < self.length) {
             return Err(FsError::NoSpace(None));
         }
         change_owner(&to, &self.path, self.owner)?;
         io::copy(&mut from, &mut to).map_err(failed("write"))?;
         to.set_len(self.length).map_err(failed("truncate"))?;
+        metadata::replace(&to, &self.path, &options.metadata)?;
         if let Some(mode) = options.mode {
             to.set_permissions(Permissions::from_mode(mode)).map_err(failed("chmod"))?;
         }
-        metadata::replace(&to, &self.path, &options.metadata)?;
         if options.fsync {
             to.sync_all().map_err(failed("fsync"))?;
         }
@@ -328,9 +333,22 @@ pub(super) fn keep_attributes(from: &Path, to: &File) {
     }
 }
 
-/// Waits until the names in the directory of `path` are on the disk.
-pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path::dir_of(path))?.sync_all()
+/// Waits until the name of a file is on the disk: in its directory, at `real`, and those of `made` new
+/// directories above `path` in theirs.
+pub(super) fn sync_names(path: &Path, real: &Path, made: usize) -> io::Result<()> {
+    File::open(path::dir_of(real))?.sync_all()?;
+    let above = path::dir_of(path);
+    above.ancestors().skip(1).take(made).try_for_each(|dir| File::open(dir)?.sync_all())
+}
+
+/// Opens a file to write it in place: no link, and nothing that blocks.
+fn open_in_place(path: &Path) -> io::Result<File> {
+    let mut options = fs::OpenOptions::new();
+    let file = options.write(true).custom_flags(CAREFULLY | libc::O_NOFOLLOW).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(Errno::EINVAL.into()),
+    }
 }
 
 pub(super) fn doing(
@@ -345,4 +363,24 @@ pub(super) fn doing(
 /// Bytes in hexadecimal.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Somebody may put something else in the place of a file with several names.
+    #[test]
+    fn nothing_but_a_file_is_written_in_place() {
+        let tmp = tempfile::tempdir().unwrap();
+        let at = |name: &str| tmp.path().join(name);
+        fs::write(at("file"), "x").unwrap();
+        nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        open_in_place(&at("file")).unwrap();
+        for name in ["fifo", "link", "."] {
+            open_in_place(&at(name)).unwrap_err();
+        }
+        open_in_place(Path::new("/dev/null")).unwrap_err();
+    }
 }

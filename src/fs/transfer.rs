@@ -36,7 +36,7 @@ use parking_lot::Mutex;
 
 use super::{
     CAREFULLY, FsError, PathError, errno, metadata, path,
-    staged::{self, sync_dir},
+    staged::{self, sync_names},
 };
 use crate::guest::users::User;
 
@@ -68,6 +68,8 @@ pub struct Writer {
     path: PathBuf,
     /// Where the file is, when the path is a link to a file that did not exist.
     real: PathBuf,
+    /// How many directories above it are new.
+    made: usize,
     owner: (u32, u32),
     expected: Option<u64>,
     fsync: bool,
@@ -96,7 +98,7 @@ impl Writer {
     pub fn create(writers: &Arc<Writers>, path: &Path, owner: &User) -> Result<Self, FsError> {
         let owner = (owner.uid, owner.gid);
         let live = Live::new(writers);
-        path::ensure_dirs(&path::dir_of(path), owner)
+        let made = path::ensure_dirs(&path::dir_of(path), owner)
             .map_err(|error| FsError::EnsureDirectories(Box::new(error)))?;
         let mut real = path.to_owned();
         // Again for every link to a file that does not exist, and when somebody was faster.
@@ -109,6 +111,7 @@ impl Writer {
                     let writer = Self {
                         path,
                         real,
+                        made,
                         owner,
                         expected: None,
                         fsync: false,
@@ -131,6 +134,7 @@ impl Writer {
                         return Ok(Self {
                             path,
                             real,
+                            made,
                             owner,
                             expected: None,
                             fsync: false,
@@ -226,7 +230,8 @@ impl Writer {
             }
         }
         if self.fsync && matches!(self.sink, Sink::New(_) | Sink::Existing(..)) {
-            sync_dir(&self.real).map_err(|error| self.write_failed(&error))?;
+            sync_names(&self.path, &self.real, self.made)
+                .map_err(|error| self.write_failed(&error))?;
         }
         if let Some(shared) = shared.as_mut() {
             shared.finished = true;

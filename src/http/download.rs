@@ -103,7 +103,7 @@ impl Answer {
             Refusal(StatusCode::INTERNAL_SERVER_ERROR, text)
         };
         let size = meta.len();
-        // A file of /proc says that it is empty and is not.
+        // A file of /proc says that it is empty and is not, one of /sys that it has a page.
         let length = if size == 0 { u64::MAX } else { size };
         let mut reader = Reader::new(file, 0, length).map_err(failed)?;
         let permit = (size > PIECE as u64).then(read::roomy).flatten();
@@ -114,7 +114,7 @@ impl Answer {
         }
 
         let first = reader.next(piece).map_err(failed)?;
-        let plain = size > 0 || first.is_empty();
+        let plain = first.len() as u64 == size.min(piece as u64);
         let mut headers = HeaderMap::new();
         headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
         let kind = kind::content_type(path, &first);

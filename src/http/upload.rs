@@ -47,6 +47,9 @@ const MAX_BATCH: usize = 256 << 10;
 const MAX_PART_HEAD: usize = 64 << 10;
 /// Compressed bytes that are decompressed at a time: they may grow a thousandfold in memory.
 const MAX_GZIP_PIECE: usize = 8 << 10;
+/// The most bytes of paths, names and metadata of one form's files: they are told in one answer, at
+/// its end.
+const MAX_TOLD: usize = 16 << 20;
 /// The prefix of headers that become metadata.
 const METADATA: &str = "x-metadata-";
 
@@ -220,6 +223,7 @@ where
     let mut form = multer::Multipart::new(chunks, boundary);
     let mut written = Vec::new();
     let mut seen = BTreeSet::new();
+    let mut told = 0;
     loop {
         head.store(0, Ordering::Relaxed);
         let field = form.next_field().await.map_err(|error| broken_form(&error))?;
@@ -242,6 +246,20 @@ where
             }
         };
         let path = target.resolve(&name)?;
+        let metadata: usize =
+            target.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+        // The name is a part of the path, and the path is also among those seen.
+        told += 3 * path.as_os_str().len() + metadata;
+        if told > MAX_TOLD {
+            return Err(Refusal(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!(
+                    "too many files in one form: what is to be told of the first {} and of '{}' is more than {MAX_TOLD} bytes",
+                    written.len(),
+                    quote::path(&path)
+                ),
+            ));
+        }
         if !seen.insert(path.clone()) {
             return Err(Refusal::bad(format!(
                 "you cannot upload multiple files to the same path '{}' in one upload request, only the first specified file was uploaded",

@@ -110,19 +110,23 @@ impl Upload {
         let staged = kept.map_or_else(SharedStaged::default, |kept| kept.staged);
         let pool = Arc::clone(files.pool());
         let mut upload = Self { pool, uploads, id, path, user, staged };
-        if !begun {
-            let (staged, options) = (Arc::clone(&upload.staged), options.clone());
-            let (path, user) = (upload.path.clone(), Arc::clone(&upload.user));
-            let created = files
-                .blocking(move |_| {
-                    *staged.lock() = Some(Staged::create(&path, &user, &options)?);
-                    Ok(())
-                })
-                .await;
-            if let Err(status) = created {
+        let (staged, options) = (Arc::clone(&upload.staged), options.clone());
+        let (path, user) = (upload.path.clone(), Arc::clone(&upload.user));
+        let created = files
+            .blocking(move |_| {
+                let mut staged = staged.lock();
+                // One that was kept may not have begun either: its client left too early.
+                if staged.is_none() {
+                    *staged = Some(Staged::create(&path, &user, &options)?);
+                }
+                Ok(())
+            })
+            .await;
+        if let Err(status) = created {
+            if !begun {
                 upload.forget();
-                return Err(status);
             }
+            return Err(status);
         }
         Ok(upload)
     }

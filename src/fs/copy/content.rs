@@ -24,8 +24,16 @@ pub(super) fn copy_content(
     stop: impl Fn() -> bool,
 ) -> io::Result<u64> {
     if size == 0 {
-        // A file of /proc says that it is empty and is not.
-        return io::copy(&mut from, &mut to);
+        // A file of /proc says that it is empty and is not, and may not end.
+        let mut at = 0;
+        while !stop() {
+            let copied = io::copy(&mut from.take(COPY_STEP), &mut to)?;
+            at += copied;
+            if copied < COPY_STEP {
+                break;
+            }
+        }
+        return Ok(at);
     }
     if reflink::clone_content(from, to).is_ok() {
         return Ok(size);
@@ -69,5 +77,17 @@ fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<(u64, u64)>> 
         Err(Errno::ENXIO) => Ok(None),
         Err(Errno::EINVAL) => Ok(Some((at, size))),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_without_an_end_is_given_up_when_nobody_waits() {
+        let endless = File::open("/dev/zero").unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert_eq!(copy_content(&endless, &full, 0, || true).unwrap(), 0);
     }
 }

@@ -92,6 +92,16 @@ impl IntoResponse for Refusal {
 impl From<FsError> for Refusal {
     fn from(error: FsError) -> Self {
         let status = match error.kind() {
+            // Upstream's status whatever the kernel said.
+            _ if matches!(
+                error,
+                FsError::CheckPath { .. }
+                    | FsError::OpenForReading { .. }
+                    | FsError::OpenForWriting(_)
+            ) =>
+            {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
             Kind::InvalidArgument => StatusCode::BAD_REQUEST,
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,

@@ -31,7 +31,10 @@ pub struct House {
 
 impl House {
     pub fn new() -> Self {
-        let daemon = Daemon::start(&[]);
+        Self::with(Daemon::start(&[]))
+    }
+
+    pub fn with(daemon: Daemon) -> Self {
         let client = Client::new(&daemon, Wire::Connect { json: true });
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let tmp = tempfile::tempdir().unwrap();

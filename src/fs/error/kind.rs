@@ -86,7 +86,10 @@ impl FsError {
             Self::SymlinkLoop(_) | Self::Changed { .. } | Self::Special(_) => {
                 Kind::FailedPrecondition
             }
-            Self::Doing { error, .. } => kind_of(error.errno),
+            Self::Doing { error, .. }
+            | Self::CheckPath { error }
+            | Self::OpenForReading { error }
+            | Self::OpenForWriting(error) => kind_of(error.errno),
             Self::Compose(ComposeError::Failed { error, .. }) => match kind_of(error.errno) {
                 Kind::NoSpace => Kind::NoSpace,
                 _ => Kind::Internal,
@@ -117,10 +120,7 @@ impl FsError {
             | Self::Archive { .. }
             | Self::Blocking(Busy::Panicked)
             | Self::Remove(_)
-            | Self::CheckPath { .. }
-            | Self::OpenForReading { .. }
             | Self::ChangeOwner(_)
-            | Self::OpenForWriting(_)
             | Self::WriteFile(_)
             | Self::WriteMetadata(_)
             | Self::WatchStat { .. }

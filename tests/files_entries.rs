@@ -416,6 +416,59 @@ async fn forty_thousand_entries_are_listed() {
     assert!(entries.iter().map(|entry| &entry.name).eq(&names));
 }
 
+/// How often paths are opened, as the kernel tells it.
+struct Opens(nix::sys::inotify::Inotify);
+
+impl Opens {
+    fn of(paths: &[&str]) -> Self {
+        use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        for path in paths {
+            inotify.add_watch(*path, AddWatchFlags::IN_OPEN).unwrap();
+        }
+        Self(inotify)
+    }
+
+    /// Since the last time.
+    fn count(&self) -> usize {
+        let mut count = 0;
+        while let Ok(events) = self.0.read_events() {
+            // A directory also tells of what is in it, by name.
+            count += events.iter().filter(|event| event.name.is_none()).count();
+        }
+        count
+    }
+}
+
+/// Lesson: /etc/passwd is parsed again for every entry.
+#[tokio::test]
+async fn users_are_not_looked_up_again_for_every_entry() {
+    let house = House::new();
+    for number in 0..4000 {
+        house.put(&number.to_string(), "");
+    }
+    let opens = Opens::of(&["/etc/passwd", "/etc/group"]);
+    let entries = house.list(&house.at(""), 1).await.unwrap();
+    assert_eq!(entries.len(), 4000);
+    assert!(entries.iter().all(|entry| entry.owner == me().name));
+    // Other programs of the machine may open them, too.
+    let count = opens.count();
+    assert!(count < 400, "opened {count} times for 4000 entries");
+}
+
+#[tokio::test]
+async fn no_directory_is_read_beyond_the_depth() {
+    let house = House::new();
+    fs::create_dir_all(house.at("a/b/c")).unwrap();
+    let below: Vec<_> = ["a", "a/b", "a/b/c"].iter().map(|name| house.at(name)).collect();
+    let opens = Opens::of(&below.iter().map(String::as_str).collect::<Vec<_>>());
+    for (depth, opened) in [(1, 0), (2, 1), (3, 2), (9, 3)] {
+        let entries = house.list(&house.at(""), depth).await.unwrap();
+        assert_eq!(entries.len(), 3.min(depth as usize));
+        assert_eq!(opens.count(), opened, "at depth {depth}");
+    }
+}
+
 #[tokio::test]
 async fn a_name_that_is_not_utf_8_does_not_spoil_the_listing() {
     let house = House::new();

@@ -66,16 +66,25 @@ got=$(curl -sS --fail --noproxy '*' --limit-rate 200K "$url$scratch/small" | sha
 [ "$got" = "$(hash "$scratch/small")" ] || fail "the slow reader got another file"
 say "every byte has arrived; peak $(peak)"
 
-say "a client that is killed in the middle"
+say "a client that is killed at 50 %"
 half=$scratch/half
 truncate -s 256M "$half"
 before=$(hash "$scratch/small")
-curl -sS --noproxy '*' --limit-rate 128M -X POST -H 'content-type: application/octet-stream' \
-  -T "$half" "$url$scratch/small" >"$scratch/answer" 2>&1 &
+# What has come waits in a file without a name, and nowhere else.
+spooled() {
+  find "/proc/$daemon/fd" -lname '*(deleted)' -exec stat -L -c %s {} + 2>/dev/null | sort -n | tail -n 1
+}
+mkfifo "$scratch/pipe"
+curl -sS --noproxy '*' -X POST -H 'content-type: application/octet-stream' \
+  -T - "$url$scratch/small" <"$scratch/pipe" >"$scratch/answer" 2>&1 &
 client=$!
-sleep 1
+exec 3>"$scratch/pipe"
+head -c 128M "$half" >&3
+until [ "$(spooled)" = $((128 << 20)) ]; do sleep 0.1; done
+say "$(spooled) of $((256 << 20)) bytes have come"
 kill -KILL "$client"
 wait "$client" 2>/dev/null || true
-sleep 1
+exec 3>&-
+until [ -z "$(spooled)" ]; do sleep 0.1; done
 [ "$(hash "$scratch/small")" = "$before" ] || fail "the previous file is gone"
 say "the previous file is there; peak $(peak)"

@@ -20,7 +20,7 @@ use std::{
 use common::{Daemon, is_root};
 
 /// The longest that one program may take.
-const PROGRAM: Duration = Duration::from_secs(120);
+const PROGRAM: Duration = Duration::from_secs(300);
 /// The longest that one step of an installation may take.
 const INSTALLATION: Duration = Duration::from_secs(300);
 
@@ -37,6 +37,16 @@ fn python_async() {
 #[test]
 fn javascript() {
     run(node(), "javascript.mjs");
+}
+
+#[test]
+fn python_files() {
+    run(python(), "files.py");
+}
+
+#[test]
+fn javascript_files() {
+    run(node(), "files.mjs");
 }
 
 #[test]
@@ -212,7 +222,7 @@ fn node() -> &'static Installed {
             finish(&mut npm, "npm ci", INSTALLATION)
         })?;
         // A module finds its packages beside itself.
-        for program in ["javascript.mjs", "secure.mjs"] {
+        for program in ["javascript.mjs", "files.mjs", "secure.mjs"] {
             copy(&sources().join(program), &home.join(program))?;
         }
         Ok(Runtime { interpreter: "node".into(), programs: home })

@@ -39,6 +39,25 @@ assert.deepEqual(await at(limited), [200, 'by url'])
 const late = limited.replace('signature_expiration=', 'signature_expiration=9')
 assert.deepEqual(await at(late), [401, '{"code":401,"message":"invalid signature"}\n'])
 assert.equal((await at(await sandbox.downloadUrl(path), form('x')))[0], 401)
+// With an expiration, and for a user.
+const user = (await sandbox.commands.run('id -un')).stdout.trim()
+for (const options of [{ useSignatureExpiration: 600 }, { user, useSignatureExpiration: 600 }]) {
+  assert.equal((await at(await sandbox.uploadUrl(path, options), form('again')))[0], 200)
+  assert.deepEqual(await at(await sandbox.downloadUrl(path, options)), [200, 'again'])
+}
+const soonOver = [
+  [await sandbox.downloadUrl(path, { useSignatureExpiration: 1 }), undefined],
+  [await sandbox.uploadUrl(path, { useSignatureExpiration: 1 }), form('too late')],
+]
+const end = Date.now() + 30_000
+while ((await at(soonOver[0][0]))[0] === 200) {
+  assert.ok(Date.now() < end, 'the signature never expires')
+  await new Promise((resolve) => setTimeout(resolve, 100))
+}
+for (const [url, init] of soonOver) {
+  assert.deepEqual(await at(url, init), [401, '{"code":401,"message":"signature is already expired"}\n'])
+}
+assert.equal(await sandbox.files.read(path), 'again')
 // Without a path the form names the file.
 const anywhere = new FormData()
 anywhere.append('file', new Blob(['anywhere']), `${directory}/y`)

@@ -47,9 +47,25 @@ def signed_urls(sandbox, directory):
     late = url.replace("signature_expiration=", "signature_expiration=9")
     assert fetch(late) == (401, '{"code":401,"message":"invalid signature"}\n')
     assert upload(sandbox.download_url(path), b"x")[0] == 401
+    # With an expiration, for a user, and as a body without a form.
+    user = sandbox.commands.run("id -un").stdout.strip()
+    for number, options in enumerate(
+        [{}, {"use_signature_expiration": 600}, {"user": user, "use_signature_expiration": 600}]
+    ):
+        content = f"upload {number}"
+        assert upload(sandbox.upload_url(path, **options), content.encode())[0] == 200, options
+        assert fetch(sandbox.download_url(path, **options)) == (200, content), options
+        octets = {"Content-Type": "application/octet-stream"}
+        assert fetch(sandbox.upload_url(path, **options), b"octets", octets)[0] == 200, options
+        assert sandbox.files.read(path) == "octets"
+    # A signature is of one path, one user and one direction.
+    other = sandbox.upload_url(path).replace(urllib.parse.quote(path, safe=""), "%2Ftmp%2Fother")
+    assert fetch(other, b"x", {"Content-Type": "application/octet-stream"})[0] == 401
+    assert fetch(sandbox.upload_url(path))[0] == 401
     unsigned = urllib.parse.urlencode({"path": path})
     missing = '{"code":401,"message":"missing signature query parameter"}\n'
     assert fetch(f"http://x/files?{unsigned}") == (401, missing)
+    upload_soon_over = sandbox.upload_url(path, use_signature_expiration=1)
     soon_over = sandbox.download_url(path, use_signature_expiration=1)
     end = time.monotonic() + 30
     while fetch(soon_over)[0] == 200:
@@ -57,6 +73,8 @@ def signed_urls(sandbox, directory):
         time.sleep(0.1)
     expired = '{"code":401,"message":"signature is already expired"}\n'
     assert fetch(soon_over) == (401, expired)
+    assert upload(upload_soon_over, b"too late") == (401, expired)
+    assert sandbox.files.read(path) == "octets"
 
 
 def commands_and_files(sandbox, directory):
@@ -94,7 +112,9 @@ async def asynchronous():
     path = (await sandbox.commands.run("mktemp")).stdout.strip()
     await sandbox.files.write(path, "content")
     assert await sandbox.files.read(path) == "content"
-    assert fetch(sandbox.download_url(path)) == (200, "content")
+    for options in [{}, {"use_signature_expiration": 600}]:
+        assert fetch(sandbox.download_url(path, **options)) == (200, "content")
+        assert upload(sandbox.upload_url(path, **options), b"content")[0] == 200
     await sandbox.files.remove(path)
     await sandbox.kill()
 

@@ -82,7 +82,7 @@ async fn a_full_disk_is_507_and_leaves_the_old_file() {
     assert_eq!(rest_error(response, 507).await, "not enough disk space available");
     assert!(Path::new(&house.at("source")).exists());
     assert_eq!(fs::read(at("old")).unwrap(), b"old");
-    assert_eq!(fs::read_dir(&disk.path()).unwrap().count(), 1, "nothing half is left");
+    assert_eq!(fs::read_dir(disk.path()).unwrap().count(), 1, "nothing half is left");
 
     // No inodes are left.
     for number in 0..40 {
@@ -129,7 +129,7 @@ async fn mounts_are_not_removed_nor_emptied() {
     let Some(disk) = Mounted::tmpfs(&house.at("top/mid/disk"), "size=1m") else { return };
     fs::write(format!("{}/kept", disk.path()), "x").unwrap();
     fs::write(house.at("top/other"), "x").unwrap();
-    let error = house.remove(&disk.path()).await.unwrap_err();
+    let error = house.remove(disk.path()).await.unwrap_err();
     let text = format!(
         "error removing file or directory: {}: refusing to remove a mount point",
         disk.path()

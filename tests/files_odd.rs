@@ -168,6 +168,10 @@ async fn a_dangling_link_is_written_where_it_leads() {
         assert!(error.message.ends_with(ends), "{error:?}");
         assert_eq!(error.code, code, "{error:?}");
     }
+    let path = house.at("loop");
+    let text = rest_error(house.download(&path).await, 500).await;
+    assert!(text.ends_with("too many levels of symbolic links"), "{text}");
+    assert_eq!(read(&house, &path).await.unwrap_err(), failure("failed_precondition", text));
     assert_eq!(house.names(), ["link", "loop", "lost", "new"]);
 }
 
@@ -278,6 +282,9 @@ async fn a_directory_that_may_not_be_written_lets_its_files_be_replaced() {
     assert_eq!(error.code, "permission_denied", "{error:?}");
     let error = write_with(&client, &format!("{dir}/old"), b"x").await.unwrap_err();
     assert_eq!(error.code, "permission_denied", "{error:?}");
+    // In place, since nothing can be made beside it.
+    written(upload(&format!("{dir}/old"), "new").await).await;
+    assert_eq!(fs::read(format!("{dir}/old")).unwrap(), b"new");
     let text = rest_error(upload(&format!("{dir}/theirs"), "x").await, 500).await;
     assert!(text.ends_with("permission denied"), "{text}");
     let error = read_with(&client, &format!("{dir}/theirs")).await.unwrap_err();

@@ -153,3 +153,54 @@ async fn searches_that_clients_leave_make_room_for_others() {
     let peak = daemon.memory("VmHWM");
     assert!(peak < 96 << 10, "the daemon grew to {peak} KiB");
 }
+
+#[tokio::test]
+async fn a_hostile_tree_is_searched_to_its_end_and_costs_little() {
+    use std::os::unix::fs::symlink;
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("a/b")).unwrap();
+    fs::write(at("a/b/real"), "needle\n").unwrap();
+    fs::write(at("new\nline"), "needle\n").unwrap();
+    // Links in circles, out, and to nowhere.
+    symlink("..", at("a/b/up")).unwrap();
+    symlink("loop", at("loop")).unwrap();
+    symlink("/", at("root")).unwrap();
+    symlink("/nowhere", at("dangling")).unwrap();
+    nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // One line of a hole of a gibibyte, which is NUL bytes, and one of what is no hole.
+    fs::File::create(at("hole")).unwrap().set_len(1 << 30).unwrap();
+    fs::write(at("line"), vec![b'x'; 9 << 20]).unwrap();
+    fs::write(at("binary"), b"needle\0needle\n").unwrap();
+    let client = Client::new(&daemon, Wire::Grpc);
+    let (found, summary) = search(&client, &text(dir.path(), "needle")).await.unwrap();
+    let mut names: Vec<_> = found
+        .iter()
+        .map(|one| one.path.strip_prefix(dir.path().to_str().unwrap()).unwrap())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["/a/b/real", "/new\nline"]);
+    let skipped = |reason: SkipReason| {
+        let all = summary.skipped.iter().filter(|skipped| skipped.reason() == reason);
+        all.map(|skipped| skipped.count).sum::<u64>()
+    };
+    assert_eq!(skipped(SkipReason::Binary), 2, "{summary:?}");
+    assert_eq!(skipped(SkipReason::LineTooLong), 1, "{summary:?}");
+    assert_eq!(skipped(SkipReason::Special), 1, "{summary:?}");
+    assert_eq!(summary.truncated(), Truncation::Unspecified, "{summary:?}");
+    let peak = daemon.memory("VmHWM");
+    assert!(peak < 64 << 10, "the daemon grew to {peak} KiB");
+
+    // With bytes of every kind, and an expression that others would take for ever over.
+    let everything = SearchRequest { binary: true, ..text(dir.path(), "(x+x+)+y|needle") };
+    let (found, summary) = search(&client, &everything).await.unwrap();
+    assert!(found.len() >= 3, "{} lines", found.len());
+    assert!(skipped_at_least(&summary, SkipReason::LineTooLong, 2), "{summary:?}");
+    let peak = daemon.memory("VmHWM");
+    assert!(peak < 96 << 10, "the daemon grew to {peak} KiB");
+}
+
+fn skipped_at_least(summary: &SearchSummary, reason: SkipReason, count: u64) -> bool {
+    summary.skipped.iter().any(|skipped| skipped.reason() == reason && skipped.count >= count)
+}

@@ -14,6 +14,7 @@ use crate::{
         self,
         options::{MAX_OUTPUT_WINDOW, MIN_OUTPUT_WINDOW, MIN_RETENTION},
     },
+    telemetry::{Collector, TelemetryError},
     wire::{
         listen::{Address, ListenError, Place},
         peer::Trust,
@@ -93,6 +94,11 @@ Processes:
                           (default 600, at least 30)
   --max-retained N        ended processes that are kept (default 256)
 
+Telemetry:
+  --otlp ADDRESS          an OpenTelemetry collector (gRPC), if that was built in:
+                          http://HOST:PORT, unix:///PATH or vsock://[CID:]PORT
+                          (default OTEL_EXPORTER_OTLP_ENDPOINT of the environment)
+
 Other:
   -isnotfc                not in a Firecracker VM
   -resume-handover        closed until /init: this envd goes on for another one
@@ -169,6 +175,8 @@ pub struct Config {
     pub cgroup_root: PathBuf,
     /// Log more.
     pub verbose: bool,
+    /// The OpenTelemetry collector, if it is not in the environment.
+    pub otlp: Option<Collector>,
 }
 
 /// What is wrong with the command line.
@@ -185,6 +193,9 @@ pub enum ConfigError {
         /// What is wrong with the address.
         source: ListenError,
     },
+    /// A collector that is none.
+    #[error("--otlp: {0}")]
+    Otlp(TelemetryError),
     /// A value out of range.
     #[error("--{flag}: {value} is not between {min} and {max}")]
     Range {
@@ -239,6 +250,7 @@ impl Config {
             no_cgroups: false,
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
             verbose: false,
+            otlp: None,
         };
         let (mut port, mut mmds) = (None, None);
         let mut parser = Parser::from_args(args.into_iter().map(with_two_dashes));
@@ -342,6 +354,13 @@ impl Config {
                 Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,
                 Arg::Long("no-cgroups") => config.no_cgroups = switch(&mut parser)?,
                 Arg::Long("verbose") => config.verbose = switch(&mut parser)?,
+                Arg::Long("otlp") => {
+                    let text = parser.value()?.string()?;
+                    if !cfg!(feature = "otlp") {
+                        return Err(ConfigError::Otlp(TelemetryError::NotBuilt));
+                    }
+                    config.otlp = Some(text.parse().map_err(ConfigError::Otlp)?);
+                }
                 Arg::Long("version") => {
                     if switch(&mut parser)? {
                         return Ok(Command::Print(env!("CARGO_PKG_VERSION").to_owned()));

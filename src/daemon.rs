@@ -21,7 +21,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
-use tower::{Service, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -40,6 +40,7 @@ use crate::{
         self, Body, Limits,
         listen::{self, Address, ListenError, Listener, Place},
         server::Server,
+        spans::Requests,
     },
 };
 
@@ -95,9 +96,11 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
     let router = router.merge(http::router(&sandbox)).fallback(http::not_found);
+    let requests = Requests::new(&methods, &http::ROUTES);
     let identity = api::identity::Identity::new(router, Arc::clone(&sandbox));
     let access = Arc::clone(&sandbox.access);
     let service = wire::stack(identity, methods, &limits, access, config.trust.clone());
+    let service = requests.layer(service);
 
     announce(&sandbox, !config.is_not_fc).await;
 

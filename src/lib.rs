@@ -14,6 +14,7 @@
 //! * [`sandbox`] is what those two share; [`access`] knows its token, and [`setup`] initialises it.
 //! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
 //!   be itself; and whom to tell that the daemon is ready.
+//! * [`telemetry`] logs, and tells a collector.
 //! * [`blocking`] runs what may block, [`quote`] cuts what messages quote; anyone may use them.
 //! * [`sys`] holds every `unsafe` block, each behind a safe function.
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
@@ -34,6 +35,7 @@ pub mod sandbox;
 pub mod setup;
 mod sync;
 pub mod sys;
+pub mod telemetry;
 pub mod template;
 pub mod wait;
 pub mod wire;

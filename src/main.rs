@@ -2,7 +2,8 @@
 
 use std::{
     ffi::OsString,
-    io::{self, IsTerminal, Write},
+    fmt::Display,
+    io::{self, Write},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -14,10 +15,8 @@ use envd::{
         inherited,
         init::{self, Duty},
     },
-    wait,
+    telemetry, wait,
 };
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::{Layer, filter::Targets, fmt, prelude::*, registry};
 
 /// Threads that run tasks. The daemon waits more than it computes; more threads only cost memory.
 const WORKERS: usize = 2;
@@ -55,7 +54,6 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    log(config.verbose);
     inherited::keep_secrets();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -63,44 +61,44 @@ fn main() -> ExitCode {
         .thread_name("envd")
         .enable_all()
         .build();
-    let result = match runtime {
-        Ok(runtime) => {
-            let result = runtime.block_on(daemon::run(config));
-            let deadline = Instant::now() + CLEANUP_TIME;
-            // It drops every call, and with it the file that the call was writing.
-            runtime.shutdown_timeout(CLEANUP_TIME);
-            result.map(|ended| ended.clean_up(deadline)).map_err(|error| error.to_string())
-        }
-        Err(error) => Err(format!("cannot start the runtime: {error}")),
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&format!("cannot start the runtime: {error}")),
     };
+    let started = {
+        let _within = runtime.enter();
+        telemetry::start(config.verbose, config.otlp.as_ref())
+    };
+    let telemetry = match started {
+        Ok(telemetry) => telemetry,
+        Err(error) => return failed(&error),
+    };
+    let result = runtime.block_on(daemon::run(config));
+    if let Err(error) = &result {
+        tracing::error!("{error}");
+    }
+    runtime.block_on(telemetry.flush());
+    let deadline = Instant::now() + CLEANUP_TIME;
+    // It drops every call, and with it the file that the call was writing.
+    runtime.shutdown_timeout(CLEANUP_TIME);
     match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error}");
-            ExitCode::FAILURE
+        Ok(ended) => {
+            ended.clean_up(deadline);
+            ExitCode::SUCCESS
         }
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
 fn ask(ending: init::Ending) -> ExitCode {
     match init::ask(ending) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "envd: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error),
     }
 }
 
-/// Logs to stderr: text for a person at a terminal, JSON lines for a machine. Of the libraries
-/// below only warnings are of interest.
-fn log(verbose: bool) {
-    let level = if verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    let of_interest = Targets::new().with_target("envd", level).with_default(LevelFilter::WARN);
-    let lines = fmt::layer().with_writer(io::stderr);
-    if io::stderr().is_terminal() {
-        registry().with(lines.with_filter(of_interest)).init();
-    } else {
-        registry().with(lines.json().flatten_event(true).with_filter(of_interest)).init();
-    }
+/// Says why on stderr: there is no log yet, or this is no daemon.
+fn failed(error: &dyn Display) -> ExitCode {
+    let _ = writeln!(io::stderr(), "envd: {error}");
+    ExitCode::FAILURE
 }

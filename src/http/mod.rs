@@ -36,6 +36,18 @@ use crate::{
     },
 };
 
+/// The paths of the routes.
+pub const ROUTES: [&str; 8] = [
+    "/health",
+    "/livez",
+    "/files",
+    "/files/compose",
+    "/init",
+    "/envs",
+    "/metrics",
+    "/metrics/prometheus",
+];
+
 /// The routes.
 pub fn router(sandbox: &Arc<Sandbox>) -> Router {
     Router::new()

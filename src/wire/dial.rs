@@ -3,15 +3,20 @@
 use std::io;
 
 use tokio::{
-    io::AsyncWrite,
+    io::{AsyncRead, AsyncWrite},
     net::{TcpStream, UnixStream},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 use super::listen::{Address, Place};
 
-/// A connection that can be written to.
-pub type Outgoing = Box<dyn AsyncWrite + Send + Unpin>;
+/// A connection, whatever it leads through.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// A connection of the daemon's own.
+pub type Outgoing = Box<dyn Duplex>;
 
 /// Connects to an address. A vsock address without a context id means the host.
 ///

@@ -73,6 +73,11 @@ impl Methods {
         self
     }
 
+    /// The paths of all methods.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.by_path.keys().map(String::as_str)
+    }
+
     /// The method at a path.
     pub fn get(&self, path: &str) -> Option<Method> {
         self.by_path.get(path).copied()

@@ -4,6 +4,7 @@
 //!
 //! 1. [`listen`] binds TCP (with TLS, [`tls`]), unix and vsock sockets and [`server`] accepts from them; [`connection`]
 //!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
+//!    [`spans`] tells a collector of each request, if there is one.
 //! 2. [`cors`] answers browsers.
 //! 3. [`gate`] lets pass who has the sandbox's token, or is trusted by the kernel's word ([`peer`]).
 //! 4. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
@@ -35,6 +36,7 @@ pub mod protocol;
 pub mod request;
 pub mod response;
 pub mod server;
+pub mod spans;
 pub mod timeout;
 pub mod tls;
 pub mod translate;

@@ -24,7 +24,7 @@ use super::{
     error,
     metadata::{ResponseMetadata, append_all},
     protocol::{Framing, Protocol},
-    timeout,
+    spans, timeout,
 };
 
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
@@ -100,6 +100,7 @@ impl Writer {
             }
             Framing::Grpc | Framing::GrpcWeb { .. } if extra.is_empty() => {
                 // Trailers-Only, as gRPC has it: the status is in the headers.
+                spans::rpc_ended(code(&trailers));
                 let mut headers = trailers;
                 append_all(&mut headers, self.metadata.take_trailers());
                 headers.insert(header::CONTENT_TYPE, self.protocol.content_type);
@@ -155,6 +156,7 @@ impl Writer {
         if message.len() < envelope::HEADER_BYTES {
             return self.error(&Status::internal("the service answered without a message"));
         }
+        spans::rpc_ended(Code::Ok);
         let mut message = message.split_off(envelope::HEADER_BYTES).freeze();
         for name in OWN_HEADERS {
             headers.remove(name);
@@ -172,6 +174,7 @@ impl Writer {
     fn connect_unary_error(self, mut headers: HeaderMap, trailers: HeaderMap) -> Response<Body> {
         let status = Status::from_header_map(&trailers)
             .unwrap_or_else(|| Status::unknown("the service gave no status"));
+        spans::rpc_ended(status.code());
         for name in OWN_HEADERS {
             headers.remove(name);
         }
@@ -194,6 +197,12 @@ impl Writer {
             }
         }
     }
+}
+
+/// The outcome that trailers tell.
+fn code(trailers: &HeaderMap) -> Code {
+    let code = trailers.get(Status::GRPC_STATUS);
+    code.map_or(Code::Unknown, |code| Code::from_bytes(code.as_bytes()))
 }
 
 /// Cuts a status message that quotes more of the request than anyone reads: it travels in headers,
@@ -258,6 +267,7 @@ impl Outgoing {
 
     fn finish(&mut self, mut trailers: HeaderMap) {
         shorten(&mut trailers);
+        spans::rpc_ended(code(&trailers));
         self.inner = None;
         self.deadline = None;
         append_all(&mut trailers, self.metadata.take_trailers());

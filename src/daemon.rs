@@ -36,6 +36,7 @@ use crate::{
     sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_SEARCHES, MAX_UPLOADS, Sandbox},
     setup::{self, Machine, Setup},
     template::{self, Template},
+    version,
     wire::{
         self, Body, Limits,
         listen::{self, Address, ListenError, Listener, Place},
@@ -179,7 +180,7 @@ async fn tell_ready<S>(
 {
     let times = Times::now();
     let Times { kernel_us, init_us, ready_us } = times;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), kernel_us, init_us, ready_us, "ready");
+    tracing::info!(version = version::OWN, kernel_us, init_us, ready_us, "ready");
     if let Some(manager) = manager {
         manager.ready().await;
         launch::tell_manager(sandbox, Arc::clone(&manager));

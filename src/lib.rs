@@ -18,6 +18,7 @@
 //! * [`blocking`] runs what may block, [`quote`] cuts what messages quote; anyone may use them.
 //! * [`sys`] holds every `unsafe` block, each behind a safe function.
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
+//! * [`version`] says what this envd calls itself.
 //! * [`proto`] is what build.rs generates from `proto/`.
 
 pub mod access;
@@ -37,5 +38,6 @@ mod sync;
 pub mod sys;
 pub mod telemetry;
 pub mod template;
+pub mod version;
 pub mod wait;
 pub mod wire;

@@ -182,8 +182,12 @@ fn a_call_that_never_ends_holds_the_exit_for_the_grace_only() {
 
 #[test]
 fn flags() {
+    // What an orchestrator of E2B's runs and compares, and what a person wants to know.
     let (code, version, _) = run(&["-version"]);
-    assert_eq!((code, version.trim()), (0, env!("CARGO_PKG_VERSION")));
+    assert_eq!((code, version.as_str()), (0, "0.6.2\n"));
+    let (code, version, _) = run(&["--version"]);
+    let own = env!("CARGO_PKG_VERSION");
+    assert_eq!((code, version), (0, format!("envd {own} (for E2B {})\n", envd::version::E2B)));
     assert_eq!(run(&["--commit"]).0, 0);
     let (code, stdout, usage) = run(&["-h"]);
     assert_eq!((code, stdout.as_str()), (0, ""));

@@ -50,7 +50,7 @@ impl<'a> Message<'a> {
         reason: Option<&'a str>,
     ) -> Self {
         let Times { kernel_us, init_us, ready_us } = times;
-        let version = env!("CARGO_PKG_VERSION");
+        let version = crate::version::OWN;
         Self { version, kernel_us, init_us, ready_us, addresses, state, reason }
     }
 

@@ -70,7 +70,7 @@ fn exposition(metrics: &Metrics, processes: usize) -> String {
     gauge("envd_sandbox_disk_bytes", "Size of the root file system.", &metrics.disk_total);
     gauge("envd_sandbox_disk_used_bytes", "Used or reserved of it.", &metrics.disk_used);
     gauge("envd_processes", "Processes that envd started and that run.", &processes);
-    let version = env!("CARGO_PKG_VERSION");
+    let version = crate::version::OWN;
     let _ = writeln!(
         text,
         "# HELP envd_build_info The running envd.\n# TYPE envd_build_info gauge\n\

@@ -26,7 +26,10 @@ use super::{
     Collector, TelemetryError,
     batch::{self, Export, Queue, Sending},
 };
-use crate::wire::{dial, spans::TARGET};
+use crate::{
+    version,
+    wire::{dial, spans::TARGET},
+};
 
 /// How long connecting to a collector may take.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
@@ -160,7 +163,7 @@ fn channel(collector: Collector) -> Channel {
 /// Who sends this.
 fn resource() -> Resource {
     let builder = Resource::builder()
-        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+        .with_attribute(opentelemetry::KeyValue::new("service.version", version::OWN));
     let named = variable("OTEL_SERVICE_NAME").is_some()
         || variable("OTEL_RESOURCE_ATTRIBUTES").is_some_and(|list| list.contains("service.name="));
     match named {

@@ -433,6 +433,39 @@ async fn a_broken_template_leaves_the_sandbox_reachable() {
 }
 
 #[tokio::test]
+async fn why_a_file_is_broken_is_told_without_what_it_holds() {
+    let image = Image::new("start = \"exec sleep 1000\"");
+    fs::create_dir(image.path("template.d")).unwrap();
+    fs::write(image.path("template.d/9.toml"), "[env]\nKEY = \"secret-of-the-image").unwrap();
+    let daemon = image.boot();
+    // Everybody may ask, without a token.
+    let unhealthy = health(&daemon).await.unwrap();
+    let why = unhealthy["last_error"].as_str().unwrap();
+    assert!(why.contains("9.toml") && why.contains("line 2"), "{unhealthy}");
+    let status = status(&daemon).await.status.unwrap();
+    let log = serde_json::to_string(&daemon.wait_for_log("ready")).unwrap();
+    for text in [unhealthy.to_string(), format!("{status:?}"), log] {
+        assert!(!text.contains("secret-of"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_output_that_nobody_takes_holds_up_nothing() {
+    let image = Image::new(
+        "start = \"exec yes flood\"\nready = [\"/bin/sh\", \"-c\", \"yes | head -c 3000000\"]",
+    );
+    let daemon = image.boot();
+    // Who watches and does not read.
+    let watching = watch(&daemon, Wire::Connect { json: true }).await;
+    let template = until(&daemon, TemplateState::Ready).await;
+    assert_eq!(template.attempts.last().unwrap().output.len(), 4096);
+    let grown = daemon.memory("VmRSS");
+    assert!(grown < 128 << 10, "{grown} KiB");
+    assert_eq!(get(&daemon, "/health").await.0, 204);
+    drop(watching);
+}
+
+#[tokio::test]
 async fn e2bs_helper_strings() {
     let tools = ["/bin/bash", "ss", "curl", "pgrep"];
     let there = tools.iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());

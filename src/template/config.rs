@@ -5,7 +5,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -146,13 +147,29 @@ struct File {
     ready: Option<ReadyValue>,
     user: Option<String>,
     workdir: Option<String>,
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Variable>,
     interval: Option<Span>,
     attempt_timeout: Option<Span>,
     timeout: Option<Span>,
     restart: Option<Restart>,
     health: Option<Health>,
     start_after: Option<StartAfter>,
+}
+
+/// The value of a variable. What is wrong with one is told without it.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "Value")]
+struct Variable(String);
+
+impl TryFrom<Value> for Variable {
+    type Error = &'static str;
+
+    fn try_from(value: Value) -> Result<Self, &'static str> {
+        match value {
+            Value::String(text) => Ok(Self(text)),
+            _ => Err("a variable is a string"),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -283,15 +300,22 @@ pub fn from_text(text: &str) -> Result<Option<Config>, ConfigError> {
 
 fn read(path: &Path) -> Result<Option<String>, ConfigError> {
     let failed = |source| ConfigError::Read { path: path.to_owned(), source };
-    let length = match fs::metadata(path) {
-        Ok(meta) => meta.len(),
+    let meta = match fs::metadata(path) {
+        Ok(meta) => meta,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     };
-    if length > MAX_FILE {
+    // A FIFO would hold up the start, and a device has no end.
+    if !meta.is_file() {
+        return Err(failed(io::Error::other("it is no regular file")));
+    }
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_FILE {
         return Err(failed(io::Error::other("it is larger than 1 MiB")));
     }
-    fs::read_to_string(path).map(Some).map_err(failed)
+    Ok(Some(text))
 }
 
 fn drop_ins(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
@@ -316,9 +340,20 @@ fn drop_ins(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
 }
 
 fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
-    toml::from_str(text).map_err(|error| ConfigError::Parse {
-        path: path.to_owned(),
-        why: error.to_string().trim_end().to_owned(),
+    toml::from_str(text).map_err(|error| {
+        // The place and not the line: it may hold a secret, and everybody may ask why the template has
+        // failed.
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let why = error.message().trim_end();
+        let why = before.map_or_else(
+            || why.to_owned(),
+            |before| {
+                let column = before.rsplit('\n').next().map_or(0, |line| line.chars().count());
+                let line = before.matches('\n').count();
+                format!("line {}, column {}: {why}", line + 1, column + 1)
+            },
+        );
+        ConfigError::Parse { path: path.to_owned(), why }
     })
 }
 
@@ -372,7 +407,7 @@ impl File {
             return wrong("user", "it is empty");
         }
         if let Some(name) = self.env.iter().find_map(|(name, value)| {
-            let bad = name.is_empty() || name.contains(['=', '\0']) || value.contains('\0');
+            let bad = name.is_empty() || name.contains(['=', '\0']) || value.0.contains('\0');
             bad.then_some(name)
         }) {
             let why = format!("the variable {name:?} cannot be given to a program");
@@ -383,7 +418,7 @@ impl File {
             ready,
             user: self.user,
             workdir: self.workdir,
-            env: self.env,
+            env: self.env.into_iter().map(|(name, value)| (name, value.0)).collect(),
             interval,
             attempt_timeout,
             timeout,
@@ -461,12 +496,28 @@ mod tests {
             ("restart = \"always\"", "always"),
             ("health = \"dead\"", "dead"),
             ("workdir = \"x\"", "workdir"),
-            ("[env]\nA = 1", "A"),
+            ("[env]\nA = 5150", "line 2, column 5: a variable is a string"),
+            ("[env]\nA = [\"secret\"]", "a variable is a string"),
+            ("[env]\nA = \"secret", "line 2, column"),
+            ("[env]\nA = secret", "line 2, column"),
             ("[env]\n\"A=B\" = \"secret\"", "A=B"),
         ] {
             let error = from_text(text).unwrap_err().to_string();
-            assert!(error.contains(named) && !error.contains("secret\""), "{text}: {error}");
+            assert!(error.contains(named), "{text}: {error}");
+            assert!(!error.contains("secret") && !error.contains("5150"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_no_file_does_not_hold_up_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let main = dir.path().join("template.toml");
+        nix::unistd::mkfifo(&main, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = load(Some(&main)).unwrap_err().to_string();
+        assert!(error.contains("template.toml") && error.contains("no regular file"), "{error}");
+        fs::remove_file(&main).unwrap();
+        fs::write(&main, "#".repeat((1 << 20) + 1)).unwrap();
+        assert!(load(Some(&main)).unwrap_err().to_string().contains("larger than 1 MiB"));
     }
 
     #[test]

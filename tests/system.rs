@@ -12,7 +12,8 @@ use common::{
     soon,
 };
 use envd::proto::v1::{
-    InfoRequest, InfoResponse, MetricsRequest, MetricsResponse, SyncRequest, SyncResponse,
+    InfoRequest, InfoResponse, MetricsRequest, MetricsResponse, PortsRequest, PortsResponse,
+    SyncRequest, SyncResponse,
     sync_request::{Variables, Volume},
     sync_response::step::Outcome,
 };
@@ -46,11 +47,38 @@ async fn info_in_every_protocol() {
         let info: InfoResponse =
             Client::new(&daemon, wire).unary(INFO, &InfoRequest {}).await.unwrap();
         assert_eq!(info.version, env!("CARGO_PKG_VERSION"), "{wire:?}");
+        assert_eq!(info.e2b_version, envd::version::E2B, "{wire:?}");
         assert!(info.features.iter().any(|feature| feature == "sync"), "{wire:?}");
         assert!(!info.kernel.is_empty() && !info.architecture.is_empty(), "{wire:?}");
         assert_eq!(info.is_root, is_root(), "{wire:?}");
         assert_eq!(info.limits.unwrap().connections, 77, "{wire:?}");
     }
+}
+
+#[tokio::test]
+async fn who_listens_in_every_protocol() {
+    let daemon = Daemon::start(&[]);
+    let own = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (own_port, envds) = (own.local_addr().unwrap().port(), daemon.tcp());
+    for wire in WIRES {
+        let client = Client::new(&daemon, wire);
+        let open = async || -> PortsResponse {
+            client.unary("/envd.v1.System/Ports", &PortsRequest {}).await.unwrap()
+        };
+        let told = open().await;
+        let of = |port: u32| told.ports.iter().find(|open| open.port == port);
+        let mine = of(own_port.into()).unwrap();
+        assert_eq!(mine.pid, Some(std::process::id()), "{wire:?}");
+        assert_eq!((mine.address.as_str(), mine.command.is_empty()), ("127.0.0.1", false));
+        let port = envds.rsplit_once(':').unwrap().1.parse().unwrap();
+        assert_eq!(of(port).unwrap().pid, Some(daemon.pid()), "{wire:?}");
+        assert!(!told.truncated);
+    }
+    drop(own);
+    let client = Client::new(&daemon, Wire::Grpc);
+    let told: PortsResponse =
+        client.unary("/envd.v1.System/Ports", &PortsRequest {}).await.unwrap();
+    assert!(told.ports.iter().all(|open| open.pid != Some(std::process::id())));
 }
 
 #[tokio::test]

@@ -15,12 +15,14 @@ use super::outcome::{duration, span, timestamp};
 use crate::{
     access::Token,
     guest::{clock::Moment, metrics::Meter},
+    process,
     proto::v1::{
-        self as pb, info_response::Limits, sync_response,
+        self as pb, info_response::Limits, ports_response::Port, sync_response,
         sync_response::step::Outcome as PbOutcome, system_server::System,
     },
     sandbox::{MAX_UPLOADS, Sandbox},
     setup::{self, Invalid, Outcome, Report, SetupError, TokenChange},
+    version,
     wire::gate::Granted,
 };
 
@@ -30,13 +32,14 @@ const MIN_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_INTERVAL: Duration = Duration::from_secs(86_400);
 
 /// What this envd has. Names are only ever added; a client may ask for what it needs.
-const FEATURES: [&str; 13] = [
+const FEATURES: [&str; 14] = [
     "access-token",
     "grpc",
     "grpc-web",
     "connect",
     "init",
     "metrics",
+    "ports",
     "prometheus",
     "signed-urls",
     "sync",
@@ -102,6 +105,22 @@ impl System for Systems {
         Ok(Response::new(Box::pin(answers)))
     }
 
+    async fn ports(
+        &self,
+        _: Request<pb::PortsRequest>,
+    ) -> Result<Response<pb::PortsResponse>, Status> {
+        let looked = self.sandbox.files.run(process::ports::open).await;
+        let (open, truncated) =
+            looked.map_err(|busy| Status::resource_exhausted(busy.to_string()))?;
+        let ports = open.into_iter().map(|open| Port {
+            port: open.address.port().into(),
+            address: open.address.ip().to_string(),
+            pid: open.pid,
+            command: open.command,
+        });
+        Ok(Response::new(pb::PortsResponse { ports: ports.collect(), truncated }))
+    }
+
     async fn sync(
         &self,
         request: Request<pb::SyncRequest>,
@@ -136,14 +155,16 @@ fn info(sandbox: &Sandbox) -> pb::InfoResponse {
     let controllers = std::fs::read_to_string(&root).ok();
     let limits = &sandbox.limits;
     pb::InfoResponse {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: option_env!("ENVD_COMMIT").unwrap_or("unknown").to_owned(),
+        version: version::OWN.to_owned(),
+        e2b_version: version::E2B.to_owned(),
+        commit: version::COMMIT.to_owned(),
         kernel,
         architecture,
         started_at: Some(timestamp(sandbox.started)),
         features: FEATURES
             .into_iter()
             .chain(cfg!(feature = "tls").then_some("tls"))
+            .chain(cfg!(feature = "otlp").then_some("otlp"))
             .map(str::to_owned)
             .collect(),
         cgroup_root: controllers
@@ -237,6 +258,6 @@ fn done(report: Report) -> pb::SyncResponse {
         stale: report.stale,
         steps: steps.collect(),
         took: Some(duration(report.took)),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: version::OWN.to_owned(),
     }
 }

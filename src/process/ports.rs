@@ -1,7 +1,7 @@
 //! The TCP ports on which processes listen, from /proc (proc_pid_net(5)).
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
@@ -9,6 +9,9 @@ use std::{
 
 /// The state of a socket that listens, in /proc/PID/net/tcp.
 const TCP_LISTEN: &str = "0A";
+
+/// The most sockets that are told of at a time.
+const MAX_OPEN: usize = 4096;
 
 /// A socket that listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +42,53 @@ pub(super) fn listening(pids: &[u32], port: u16) -> Option<Listening> {
         }
     }
     None
+}
+
+/// A socket that listens, and a process that has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// The process, if it is known.
+    pub pid: Option<u32>,
+    /// What the kernel calls the process.
+    pub command: String,
+}
+
+/// Blocks: the sockets of this machine that listen, by their ports, and whether there are more than
+/// [`MAX_OPEN`].
+pub fn open() -> (Vec<Open>, bool) {
+    let mut sockets: Vec<_> = ["tcp", "tcp6"]
+        .iter()
+        .filter_map(|table| fs::read_to_string(format!("/proc/self/net/{table}")).ok())
+        .flat_map(|table| table.lines().skip(1).filter_map(listener).collect::<Vec<_>>())
+        .collect();
+    sockets.sort_by_key(|(address, _)| (address.port(), address.ip()));
+    let truncated = sockets.len() > MAX_OPEN;
+    sockets.truncate(MAX_OPEN);
+    let mut missing: HashSet<u64> = sockets.iter().map(|(_, inode)| *inode).collect();
+    let mut owners = HashMap::new();
+    let processes = fs::read_dir("/proc").into_iter().flatten();
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    for pid in pids {
+        if missing.is_empty() {
+            break;
+        }
+        let found: Vec<u64> = open_sockets(pid).intersection(&missing).copied().collect();
+        for inode in found {
+            missing.remove(&inode);
+            owners.insert(inode, pid);
+        }
+    }
+    let open = sockets.into_iter().map(|(address, inode)| {
+        let pid = owners.get(&inode).copied();
+        let name = pid.and_then(|pid| fs::read(format!("/proc/{pid}/comm")).ok());
+        let command = name.map_or(String::new(), |name| {
+            String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
+        });
+        Open { address, pid, command }
+    });
+    (open.collect(), truncated)
 }
 
 /// The inodes of a process's sockets.

@@ -22,7 +22,8 @@ use crate::{
     guest::clock::Moment,
     sandbox::Sandbox,
     setup::{self, Invalid, SetupError, TokenChange},
-    wire::{Body, gate::Granted},
+    version,
+    wire::{Body, connection::Inner, gate::Granted},
 };
 
 /// The most bytes of a request: certificates and variables.
@@ -36,7 +37,8 @@ const BODY_PATIENCE: Duration = Duration::from_secs(10);
 // What strangers can make wait in memory.
 const _: () =
     assert!(setup::MAX_REQUESTS * ORDINARY_BODY + setup::MAX_LARGE * MAX_BODY <= 64 << 20);
-/// The header with envd's version, by which hosts decide what it can do.
+const _: () = assert!(setup::KEPT.0 * ORDINARY_BODY + setup::KEPT.1 * MAX_BODY <= 16 << 20);
+/// The header with upstream's version, by which hosts decide what this envd can do.
 const VERSION_HEADER: &str = "x-envd-version";
 
 pub(super) async fn init(State(sandbox): Shared, request: Request) -> Response<Body> {
@@ -47,7 +49,7 @@ pub(super) async fn init(State(sandbox): Shared, request: Request) -> Response<B
     let mut response = Response::new(Body::from(text.clone()));
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(VERSION_HEADER, HeaderValue::from_static(env!("CARGO_PKG_VERSION")));
+    headers.insert(VERSION_HEADER, HeaderValue::from_static(version::E2B));
     if status == StatusCode::NO_CONTENT {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     } else if !text.is_empty() {
@@ -62,10 +64,10 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
     let bad = || (StatusCode::BAD_REQUEST, String::new());
     // The header with the token means nothing here; only the token in the body does.
     let granted = request.extensions().get() == Some(&Granted::ByPeer);
-    let busy =
-        |_| (StatusCode::SERVICE_UNAVAILABLE, "too many calls of /init at a time".to_owned());
+    let inner = request.extensions().get::<Inner>().is_some();
+    let busy = || (StatusCode::SERVICE_UNAVAILABLE, "too many calls of /init at a time".to_owned());
     // Held to the end: what waits for its turn is in memory, too.
-    let _place = sandbox.setup.requests.try_acquire().map_err(busy)?;
+    let _place = sandbox.setup.place(inner).ok_or_else(busy)?;
     let mut large = None;
     let reading = async {
         let mut chunks = request.into_body().into_data_stream();
@@ -77,7 +79,7 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
                 return Err(bad());
             }
             if length > ORDINARY_BODY && large.is_none() {
-                large = Some(sandbox.setup.large.try_acquire().map_err(busy)?);
+                large = Some(sandbox.setup.place_of_large(inner).ok_or_else(busy)?);
             }
             body.extend_from_slice(&chunk);
         }

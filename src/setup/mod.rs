@@ -18,25 +18,25 @@
 //!
 //! [`Access::authorise`]: crate::access::Access::authorise
 
+mod metadata;
+mod report;
 mod request;
 
 use std::{
-    fmt::Display,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::Semaphore,
-    time::{Instant, sleep, timeout},
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, timeout},
 };
 
+pub use metadata::{search as search_metadata, write_marker};
+pub use report::{Outcome, Report, Step};
 pub use request::{Invalid, Request, TokenChange, address, certificates, env, text, volumes};
 
 use crate::{
@@ -52,19 +52,14 @@ use crate::{
     sandbox::Sandbox,
 };
 
-/// How long an initialisation waits for the host's metadata if it does not need it: the caller's
-/// patience is 50 ms.
-const METADATA_BUDGET: Duration = Duration::from_millis(20);
-/// How long the metadata is looked for afterwards, and at boot.
-const METADATA_SEARCH: Duration = Duration::from_secs(60);
-/// The pauses of that search: the first, and the longest that it grows to.
-const METADATA_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How long volumes may take to be mounted (upstream's).
 const VOLUMES_PATIENCE: Duration = Duration::from_secs(10);
 /// The requests at a time, waiting for their turn included; more are refused.
 pub const MAX_REQUESTS: usize = 512;
 /// Of those, the ones that are larger than usual.
 pub const MAX_LARGE: usize = 8;
+/// How many more requests of both kinds there may be from outside the machine.
+pub const KEPT: (usize, usize) = (64, 2);
 /// Threads that mount: a server that does not answer holds one until the kernel gives up.
 const MOUNT_THREADS: usize = 2;
 
@@ -90,53 +85,6 @@ pub enum SetupError {
     Broken,
 }
 
-/// What became of one part of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// It was done.
-    Applied,
-    /// It was so already.
-    Unchanged,
-    /// It failed, and the rest was done all the same.
-    Failed(String),
-}
-
-/// One part of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
-    /// What it is about.
-    pub name: &'static str,
-    /// What became of it.
-    pub outcome: Outcome,
-    /// How long it took.
-    pub took: Duration,
-}
-
-/// What was done.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Whether the request was older than one before it, and nothing was done.
-    pub stale: bool,
-    /// The parts that the request had, in the order in which they were done.
-    pub steps: Vec<Step>,
-    /// How long all took, without waiting for the turn.
-    pub took: Duration,
-}
-
-impl Report {
-    fn note<E: Display>(&mut self, name: &'static str, since: Instant, done: Result<bool, E>) {
-        let outcome = match done {
-            Ok(true) => Outcome::Applied,
-            Ok(false) => Outcome::Unchanged,
-            Err(error) => {
-                tracing::warn!(step = name, %error, "initialising went on without this");
-                Outcome::Failed(error.to_string())
-            }
-        };
-        self.steps.push(Step { name, outcome, took: since.elapsed() });
-    }
-}
-
 /// What the machine around allows.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -160,10 +108,37 @@ pub struct Setup {
     ledger: Arc<Mutex<Ledger>>,
     mounts: Arc<Pool>,
     searching: AtomicBool,
-    /// Places for requests: [`MAX_REQUESTS`].
-    pub requests: Semaphore,
-    /// Places for large ones: [`MAX_LARGE`].
-    pub large: Semaphore,
+    requests: Places,
+    large: Places,
+}
+
+/// Places for requests, and more of them for callers from outside the machine: those inside cannot keep
+/// out the host.
+#[derive(Debug)]
+struct Places {
+    all: Semaphore,
+    inner: Semaphore,
+}
+
+/// A place, until it is dropped.
+#[derive(Debug)]
+pub struct PlaceOf<'a> {
+    _all: SemaphorePermit<'a>,
+    _inner: Option<SemaphorePermit<'a>>,
+}
+
+impl Places {
+    fn new(inner: usize, kept: usize) -> Self {
+        Self { all: Semaphore::new(inner + kept), inner: Semaphore::new(inner) }
+    }
+
+    fn take(&self, inner: bool) -> Option<PlaceOf<'_>> {
+        let inner = match inner {
+            true => Some(self.inner.try_acquire().ok()?),
+            false => None,
+        };
+        Some(PlaceOf { _all: self.all.try_acquire().ok()?, _inner: inner })
+    }
 }
 
 impl Setup {
@@ -176,9 +151,19 @@ impl Setup {
             ledger: Arc::default(),
             mounts: Pool::new("mount", 0, MOUNT_THREADS),
             searching: AtomicBool::new(false),
-            requests: Semaphore::new(MAX_REQUESTS),
-            large: Semaphore::new(MAX_LARGE),
+            requests: Places::new(MAX_REQUESTS, KEPT.0),
+            large: Places::new(MAX_LARGE, KEPT.1),
         }
+    }
+
+    /// A place for a request, one of [`MAX_REQUESTS`] or [`KEPT`]. `inner` says that it comes from inside.
+    pub fn place(&self, inner: bool) -> Option<PlaceOf<'_>> {
+        self.requests.take(inner)
+    }
+
+    /// As well, for a large one, one of [`MAX_LARGE`] or [`KEPT`].
+    pub fn place_of_large(&self, inner: bool) -> Option<PlaceOf<'_>> {
+        self.large.take(inner)
     }
 
     /// The machine that it sets up.
@@ -249,11 +234,11 @@ async fn apply(
     let events = hosts_of(sandbox, &request, &mut report).await;
     let document = match document {
         Some(document) => Some(document),
-        None => metadata_at_once(sandbox).await,
+        None => metadata::at_once(sandbox).await,
     };
     commit(sandbox, request, events, document.as_ref(), &mut report);
     if let Some(document) = &document {
-        write_ids(sandbox, document).await;
+        metadata::write_ids(sandbox, document).await;
     }
     report.took = begun.elapsed();
     Ok(report)
@@ -293,7 +278,7 @@ fn commit(
             defaults.own_env.insert(markers::EVENTS_ADDRESS.to_owned(), url);
         }
         if let Some(document) = document {
-            name(&mut defaults.own_env, document);
+            metadata::name(&mut defaults.own_env, document);
             report.note("identity", since, applied(true));
         }
     });
@@ -370,73 +355,4 @@ async fn hosts_of(sandbox: &Sandbox, request: &Request, report: &mut Report) -> 
     let pointed = pointed.and_then(|done| done.map_err(|error| format!("/etc/hosts: {error}")));
     report.note("hosts", since, pointed);
     Some(address)
-}
-
-/// The host's metadata if it is to be had at once; else it is looked for after the answer.
-async fn metadata_at_once(sandbox: &Arc<Sandbox>) -> Option<Document> {
-    let address = sandbox.setup.machine.mmds?;
-    if let Ok(Ok(document)) = timeout(METADATA_BUDGET, mmds::fetch(address)).await {
-        return Some(document);
-    }
-    search_metadata(sandbox);
-    None
-}
-
-/// Looks for the host's metadata for a while, on a task of its own. There is never a second one.
-pub fn search_metadata(sandbox: &Arc<Sandbox>) {
-    let Some(address) = sandbox.setup.machine.mmds else { return };
-    if sandbox.setup.searching.swap(true, Ordering::AcqRel) {
-        return;
-    }
-    let sandbox = Arc::clone(sandbox);
-    tokio::spawn(async move {
-        let end = Instant::now() + METADATA_SEARCH;
-        let mut pause = METADATA_PAUSES.0;
-        let found = loop {
-            match mmds::fetch(address).await {
-                Ok(document) => break Some(document),
-                Err(error) if Instant::now() + pause >= end => {
-                    tracing::info!(%error, "no metadata from the host");
-                    break None;
-                }
-                Err(_) => sleep(pause).await,
-            }
-            pause = (pause * 2).min(METADATA_PAUSES.1);
-        };
-        if let Some(document) = found {
-            sandbox.defaults.update(|defaults| name(&mut defaults.own_env, &document));
-            write_ids(&sandbox, &document).await;
-        }
-        sandbox.setup.searching.store(false, Ordering::Release);
-    });
-}
-
-fn ids(document: &Document) -> impl Iterator<Item = (&'static str, &String)> {
-    [(markers::SANDBOX_ID, &document.sandbox_id), (markers::TEMPLATE_ID, &document.template_id)]
-        .into_iter()
-        .filter(|(_, id)| !id.is_empty() && !id.contains('\0'))
-}
-
-fn name(env: &mut std::collections::BTreeMap<String, String>, document: &Document) {
-    for (name, id) in ids(document) {
-        env.insert(name.to_owned(), id.clone());
-    }
-}
-
-async fn write_ids(sandbox: &Sandbox, document: &Document) {
-    let ids: Vec<_> = ids(document).map(|(name, id)| (name, id.clone())).collect();
-    for (name, id) in ids {
-        write_marker(sandbox, name, id).await;
-    }
-}
-
-/// Writes a file of `/run/e2b`; a sandbox without them works as well.
-pub async fn write_marker(sandbox: &Sandbox, name: &'static str, value: String) {
-    let root = sandbox.setup.machine.root.clone();
-    let written = sandbox.files.run(move || markers::write(&root, name, &value)).await;
-    match written {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(name, %error, "the file below /run/e2b is not written"),
-        Err(error) => tracing::debug!(name, %error, "the file below /run/e2b is not written"),
-    }
 }

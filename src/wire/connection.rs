@@ -60,11 +60,25 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a connection without a call may take to end once that was asked of it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// In a request's extensions: its caller is a program of this machine ([`super::KEPT_SHARE`]).
+#[derive(Debug, Clone, Copy)]
+pub struct Inner;
+
+/// One of the connections that there may be.
+#[derive(Debug)]
+pub struct Slot {
+    /// Of all; held, and never looked at.
+    #[allow(dead_code)]
+    pub(super) all: OwnedSemaphorePermit,
+    /// Of those for peers of this machine, if it is one.
+    pub(super) inner: Option<OwnedSemaphorePermit>,
+}
+
 /// The client's place on a connection.
 #[derive(Debug)]
 pub struct Place {
     /// Held while the connection lives.
-    pub permit: OwnedSemaphorePermit,
+    pub slot: Slot,
     /// Who is at the other end.
     pub peer: Peer,
     /// Present when the connection is one too many.
@@ -106,6 +120,7 @@ pub async fn serve<I, S>(
         inner: service,
         activity: Arc::clone(&activity),
         peer: place.peer,
+        from_inside: place.slot.inner.is_some(),
         refused: place.refused,
     };
     let io = TokioIo::new(io);
@@ -142,7 +157,7 @@ pub async fn serve<I, S>(
             let _ = io.shutdown().await;
         }
     }
-    drop(place.permit);
+    drop(place.slot);
 }
 
 /// Runs a connection; true when it is to be told that its request came too slowly.
@@ -300,6 +315,7 @@ struct Calls<S> {
     inner: S,
     activity: Arc<Activity>,
     peer: Peer,
+    from_inside: bool,
     refused: Option<Refused>,
 }
 
@@ -321,6 +337,9 @@ where
             false => Body::new(body),
         });
         request.extensions_mut().insert(self.peer);
+        if self.from_inside {
+            request.extensions_mut().insert(Inner);
+        }
         let close = http1 && refused.is_some();
         if let Some(refused) = refused {
             request.extensions_mut().insert(refused);

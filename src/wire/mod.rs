@@ -73,6 +73,10 @@ pub const MAX_HEADER_LINES: usize = 256;
 /// `unavailable` in the caller's protocol.
 pub const MAX_CONNECTIONS: usize = 1024;
 
+/// For so many connections there is one more for peers from elsewhere: programs of the sandbox, which
+/// reach the daemon's TCP and vsock ports too, cannot take it from whoever runs the sandbox.
+pub const KEPT_SHARE: usize = 8;
+
 /// The most connections beyond [`MAX_CONNECTIONS`] that are told so at the same time; more are
 /// closed without an answer.
 pub const MAX_REFUSALS: usize = 64;

@@ -1,6 +1,10 @@
 //! Accepts connections from every listener and serves them, up to a limit over all of them.
+//!
+//! Beyond that limit some are kept for peers from elsewhere ([`KEPT_SHARE`]): a program of the sandbox
+//! that opens all the connections it gets does not keep out who runs the sandbox. Peers over unix
+//! sockets count as from elsewhere: whom those serve, their mode says.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use futures_util::future::ready;
 use http::{Request, Response};
@@ -10,10 +14,11 @@ use tokio::{
     sync::{Semaphore, watch},
     time::timeout,
 };
+use tokio_vsock::VMADDR_CID_HOST;
 use tower::Service;
 
 use super::{
-    Body, Limits, MAX_REFUSALS,
+    Body, KEPT_SHARE, Limits, MAX_REFUSALS,
     connection::{self, Place},
     listen::Listener,
     peer::Peer,
@@ -34,6 +39,8 @@ pub struct Server<S> {
     service: S,
     limits: Limits,
     slots: Arc<Semaphore>,
+    /// Of those, the ones that peers of this machine may have.
+    inner_slots: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
     shutdown: watch::Receiver<bool>,
 }
@@ -48,7 +55,8 @@ where
     pub fn new(service: S, limits: Limits, shutdown: watch::Receiver<bool>) -> Arc<Self> {
         Arc::new(Self {
             service,
-            slots: Arc::new(Semaphore::new(limits.connections)),
+            slots: Arc::new(Semaphore::new(all(&limits))),
+            inner_slots: Arc::new(Semaphore::new(limits.connections)),
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
             limits,
             shutdown,
@@ -66,7 +74,7 @@ where
 
     /// Waits until no connection is left.
     pub async fn drained(&self) {
-        let all = u32::try_from(self.limits.connections).unwrap_or(u32::MAX);
+        let all = u32::try_from(all(&self.limits)).unwrap_or(u32::MAX);
         let _ = self.slots.acquire_many(all).await;
     }
 
@@ -75,24 +83,28 @@ where
             let accepted = match listener {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
-                    self.spawn(ready(Ok((stream, Peer::Tcp))), &address);
+                    let inner = is_inner(&stream, address);
+                    self.spawn(ready(Ok((stream, Peer::Tcp))), &address, inner);
                 }),
                 Listener::Tls(tcp, tls) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
+                    let inner = is_inner(&stream, address);
                     let greeting = tls.clone().accept(stream);
                     let greeting = async {
                         let (stream, verified) = greeting.await?;
                         Ok((stream, Peer::Tls { verified }))
                     };
-                    self.spawn(greeting, &address);
+                    self.spawn(greeting, &address, inner);
                 }),
                 Listener::Unix(unix, _) => unix.accept().await.map(|(stream, address)| {
                     let uid = stream.peer_cred().ok().map(|peer| peer.uid());
-                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), &address);
+                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), &address, false);
                 }),
                 Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, address)| {
                     let cid = address.cid();
-                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), &address);
+                    // Else it is the machine itself, or a sibling.
+                    let inner = cid != VMADDR_CID_HOST;
+                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), &address, inner);
                 }),
             };
             if let Err(error) = accepted
@@ -104,21 +116,32 @@ where
         }
     }
 
+    /// A place for a connection.
+    fn slot(&self, inner: bool) -> Option<connection::Slot> {
+        let inner = match inner {
+            true => Some(Arc::clone(&self.inner_slots).try_acquire_owned().ok()?),
+            false => None,
+        };
+        let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        Some(connection::Slot { all: slot, inner })
+    }
+
     /// Serves a connection once its client has been greeted, if there is a place for it.
     fn spawn<I>(
         self: &Arc<Self>,
         greeting: impl Future<Output = io::Result<(I, Peer)>> + Send + 'static,
         address: &dyn std::fmt::Debug,
+        inner: bool,
     ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (permit, refused) = if let Ok(permit) = Arc::clone(&self.slots).try_acquire_owned() {
-            (permit, None)
+        let (slot, refused) = if let Some(slot) = self.slot(inner) {
+            (slot, None)
         } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             let limit = self.limits.connections;
             tracing::warn!(peer = ?address, limit, "too many connections");
             let why = format!("too many connections: the limit is {limit}");
-            (permit, Some(Refused(why.into())))
+            (connection::Slot { all: permit, inner: None }, Some(Refused(why.into())))
         } else {
             return;
         };
@@ -130,11 +153,16 @@ where
                 Ok(Err(error)) => return tracing::debug!(%error, "connection not greeted"),
                 Err(_) => return tracing::debug!("connection not greeted within the time for it"),
             };
-            let place = Place { permit, peer, refused };
+            let place = Place { slot, peer, refused };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &server.limits, shutdown).await;
         });
     }
+}
+
+/// The connections that there may be, those for peers from elsewhere included.
+fn all(limits: &Limits) -> usize {
+    limits.connections + limits.connections / KEPT_SHARE
 }
 
 /// Sets up a TCP connection. Each of these is a help, and none a condition.
@@ -147,6 +175,12 @@ fn prepare(stream: &TcpStream) {
     let _ = setsockopt(stream, sockopt::KeepAlive, &true);
     let _ = setsockopt(stream, sockopt::TcpKeepIdle, &seconds);
     let _ = setsockopt(stream, sockopt::TcpKeepInterval, &seconds);
+}
+
+/// Whether a TCP peer is a program of this machine.
+fn is_inner(stream: &TcpStream, peer: SocketAddr) -> bool {
+    let peer = peer.ip().to_canonical();
+    peer.is_loopback() || stream.local_addr().is_ok_and(|own| own.ip().to_canonical() == peer)
 }
 
 /// Errors of accept(2) that concern the connection, not the listener.

@@ -33,8 +33,8 @@ FLAT_OUT = "exec yes"
 BURN = "echo; exec timeout 30 yes >/dev/null"
 
 
-def start(envd, nice):
-    flags = ["--listen", "tcp://127.0.0.1:0", "-isnotfc", "--no-clock"]
+def start(envd, nice, more=()):
+    flags = ["--listen", "tcp://127.0.0.1:0", "-isnotfc", "--no-clock", *more]
     daemon = subprocess.Popen(
         ["nice", "-n", str(nice), envd, *flags],
         stderr=subprocess.PIPE,

@@ -305,6 +305,58 @@ async fn signed_urls() {
 }
 
 #[tokio::test]
+async fn signatures_are_over_the_text_as_it_is_decoded_and_not_as_it_is_resolved() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = locked(&[]);
+    let base = dir.path().to_str().unwrap();
+    for name in ["a:b", "ü/é", "a%2Fb", "a&b=c#d?e", " x ", "a+b", "日本語", "\u{1}", "x:read:root"]
+    {
+        let file = dir.path().join(name);
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(&file, name).unwrap();
+        let path = format!("{base}//{name}");
+        let mut url = reqwest::Url::parse(&daemon.url("/files")).unwrap();
+        let signature = sign(&path, "read", "", TOKEN, None);
+        url.query_pairs_mut().append_pair("path", &path).append_pair("signature", &signature);
+        let answer = soon("a download", http().get(url.clone()).send()).await.unwrap();
+        let (status, text) = (answer.status(), answer.text().await.unwrap());
+        assert_eq!((status.as_u16(), text.as_str()), (200, name), "{name:?}");
+        // Of the path that it leads to, or of the text in the URL, it is another.
+        let resolved = sign(file.to_str().unwrap(), "read", "", TOKEN, None);
+        let escaped: String =
+            url.query_pairs_mut().clear().append_pair("", &path).finish().query().unwrap()[1..]
+                .to_owned();
+        for wrong in [resolved, sign(&escaped, "read", "", TOKEN, None)] {
+            url.query_pairs_mut()
+                .clear()
+                .append_pair("path", &path)
+                .append_pair("signature", &wrong);
+            let answer = soon("a download", http().get(url.clone()).send()).await.unwrap();
+            assert_eq!(answer.status(), 401, "{name:?}");
+        }
+    }
+    // A number that fits no clock, and a parameter twice.
+    for query in [
+        "signature_expiration=99999999999999999999&signature=x",
+        "signature_expiration=1.5&signature=x",
+        "signature=x&signature=y",
+        "path=/a&path=/b&signature=x",
+    ] {
+        let (status, text) = call(&daemon, "GET", &format!("/files?{query}"), &[]).await;
+        assert_eq!(status, 400, "{query}: {text}");
+        assert!(!text.contains(TOKEN), "{text}");
+    }
+    let end = i64::MIN;
+    let signature = sign("", "read", "", TOKEN, Some(end));
+    let mut url = reqwest::Url::parse(&daemon.url("/files")).unwrap();
+    url.query_pairs_mut()
+        .append_pair("signature_expiration", &end.to_string())
+        .append_pair("signature", &signature);
+    let answer = soon("a download", http().get(url).send()).await.unwrap();
+    assert!(answer.text().await.unwrap().contains("signature is already expired"));
+}
+
+#[tokio::test]
 async fn a_peer_is_trusted_by_its_uid_and_by_configuration_only() {
     let dir = tempfile::tempdir().unwrap();
     let own = nix::unistd::geteuid().as_raw();

@@ -83,7 +83,7 @@ impl Replay {
             .filter_map(|(path, size)| Some((path, size, told.get(path)?)))
             .filter(|(_, size, told)| size != told)
             .collect();
-        let first = missing.first().or(extra.first()).map(|(path, _)| (*path).clone());
+        let first = missing.first().or_else(|| extra.first()).map(|(path, _)| (*path).clone());
         let about = |path: &PathBuf| {
             first.as_ref().is_some_and(|first| first.starts_with(path) || path.starts_with(first))
         };

@@ -334,7 +334,7 @@ async fn a_collector_sees_each_call_in_its_callers_trace_and_no_secret() {
     };
     let mut events =
         missing.stream::<_, StartResponse>("/process.Process/Connect", &select).await.unwrap();
-    assert!(events.next().await.is_err());
+    assert_eq!(events.next().await.unwrap_err().code, "not_found");
     let span = collector.span("Connect", |span| span.name == "process.Process/Connect").await;
     assert!(span.has("rpc.response.status_code", "NOT_FOUND"), "{span:?}");
     assert_ne!(span.status.unwrap_or_default().code, ERROR);

@@ -58,7 +58,6 @@ impl Exports {
 /// Starts to send to a collector, if there is one.
 pub(super) fn start(
     collector: Option<&Collector>,
-    level: LevelFilter,
 ) -> Result<Option<(Exports, Layers)>, TelemetryError> {
     if variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
         return Ok(None);
@@ -97,9 +96,9 @@ pub(super) fn start(
         let provider =
             SdkLoggerProvider::builder().with_resource(resource).with_log_processor(queue).build();
         // What sending has to say is not sent: it would have no end. Nor is what libraries say, who
-        // are what sends.
+        // are what sends, nor what `-verbose` adds: the output of a template is among it.
         let own = Targets::new()
-            .with_target("envd", level)
+            .with_target("envd", LevelFilter::INFO)
             .with_target("envd::telemetry", LevelFilter::OFF);
         layers.push(OpenTelemetryTracingBridge::new(&provider).with_filter(own).boxed());
         providers.1 = Some(provider);

@@ -55,7 +55,7 @@ pub fn start(verbose: bool, collector: Option<&Collector>) -> Result<Telemetry, 
     };
     #[cfg(feature = "otlp")]
     {
-        let (exports, layers) = export::start(collector, level)?.unzip();
+        let (exports, layers) = export::start(collector)?.unzip();
         registry().with(layers).with(lines).init();
         Ok(Telemetry { exports })
     }

@@ -132,6 +132,7 @@ impl Condition {
             }
             Self::Url { url, status } => {
                 let answer = timeout(REQUEST, get(url)).await;
+                let url = without_secrets(url);
                 return match answer {
                     Ok(Ok(answered)) if answered == *status => Ok(()),
                     Ok(Ok(answered)) => Err(format!("{url} answered {answered}, not {status}")),
@@ -200,6 +201,13 @@ impl FromStr for Condition {
             _ => Err(unknown()),
         }
     }
+}
+
+/// A URL as everybody may read it in `/health`: a password or a key may be in the rest.
+fn without_secrets(url: &Uri) -> String {
+    let authority = url.authority().map_or("", http::uri::Authority::as_str);
+    let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
+    format!("http://{place}{}", url.path())
 }
 
 /// The status that a GET is answered with.
@@ -301,6 +309,15 @@ mod tests {
         ] {
             assert!(text.parse::<Condition>().is_err(), "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_a_url_may_hide_is_not_told() {
+        let pool = Pool::new("test", 0, 1);
+        let url = Condition::url("http://user:secret@127.0.0.1:1/up?key=secret", 200).unwrap();
+        let error = url.check(&pool).await.unwrap_err();
+        assert!(error.starts_with("http://127.0.0.1:1/up: "), "{error}");
+        assert!(!error.contains("secret"), "{error}");
     }
 
     #[test]

@@ -243,15 +243,14 @@ fn half_requests_to_init_do_not_keep_out_the_host() {
         let head = format!("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
         stream.write_all(head.as_bytes()).unwrap();
     };
-    // More than there are places, of ordinary ones and of large ones.
+    // More than there are places, and as many large ones as there may be.
     let large = vec![b' '; 100 << 10];
     let mut held: Vec<_> = (0..600)
         .map(|number| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
             init(&mut stream, 200 << 10);
-            if number < 20 {
-                // It may be refused meanwhile.
-                let _ = stream.write_all(&large);
+            if number < envd::setup::MAX_LARGE {
+                stream.write_all(&large).unwrap();
             }
             stream
         })

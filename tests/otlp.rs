@@ -466,6 +466,14 @@ fn what_is_no_collector_is_told_by_name() {
         (&[("OTEL_EXPORTER_OTLP_ENDPOINT", "nowhere")][..], &[][..], "OTEL_EXPORTER_OTLP_ENDPOINT"),
         (&[("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "https://x")], &[], "without TLS"),
         (&[("OTEL_TRACES_EXPORTER", "zipkin")], &[], "OTEL_TRACES_EXPORTER"),
+        (
+            &[
+                ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318"),
+            ],
+            &[],
+            "OTEL_EXPORTER_OTLP_PROTOCOL: this envd speaks grpc",
+        ),
         (&[], &["--otlp", "http://x:1/v1/traces"], "--otlp"),
     ] {
         let output = command(variables, args).stdin(Stdio::null()).output().unwrap();

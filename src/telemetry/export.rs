@@ -1,7 +1,7 @@
 //! OpenTelemetry's SDK, put together: exporters over this daemon's connections, queues of its own.
 //!
 //! What a flag does not say is read from the standard variables: `OTEL_EXPORTER_OTLP_ENDPOINT` and
-//! `..._TRACES_ENDPOINT`, `..._LOGS_ENDPOINT`, `..._HEADERS`, `OTEL_SERVICE_NAME`,
+//! `..._TRACES_ENDPOINT`, `..._LOGS_ENDPOINT`, `..._PROTOCOL`, `..._HEADERS`, `OTEL_SERVICE_NAME`,
 //! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` with its `_ARG`, `OTEL_TRACES_EXPORTER` and
 //! `OTEL_LOGS_EXPORTER` (`none`), `OTEL_SDK_DISABLED`.
 
@@ -137,6 +137,7 @@ fn place(
     }
     for name in [endpoint, "OTEL_EXPORTER_OTLP_ENDPOINT"] {
         if let Some(text) = variable(name) {
+            speaks_grpc()?;
             let parsed = text.parse::<Collector>();
             let wrong = |error: TelemetryError| error.to_string();
             return parsed
@@ -145,6 +146,18 @@ fn place(
         }
     }
     Ok(None)
+}
+
+/// Whether what is named by the environment is to be spoken to as this daemon can.
+fn speaks_grpc() -> Result<(), TelemetryError> {
+    let name = "OTEL_EXPORTER_OTLP_PROTOCOL";
+    match variable(name).as_deref() {
+        None | Some("grpc") => Ok(()),
+        Some(_) => {
+            let why = "this envd speaks grpc to collectors".to_owned();
+            Err(TelemetryError::Variable { name, why })
+        }
+    }
 }
 
 /// Connects when there is something to send.

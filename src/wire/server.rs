@@ -83,12 +83,12 @@ where
             let accepted = match listener {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
-                    let inner = is_inner(&stream, address);
+                    let inner = is_own(address);
                     self.spawn(ready(Ok((stream, Peer::Tcp))), &address, inner);
                 }),
                 Listener::Tls(tcp, tls) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
-                    let inner = is_inner(&stream, address);
+                    let inner = is_own(address);
                     let greeting = tls.clone().accept(stream);
                     let greeting = async {
                         let (stream, verified) = greeting.await?;
@@ -177,10 +177,12 @@ fn prepare(stream: &TcpStream) {
     let _ = setsockopt(stream, sockopt::TcpKeepInterval, &seconds);
 }
 
-/// Whether a TCP peer is a program of this machine.
-fn is_inner(stream: &TcpStream, peer: SocketAddr) -> bool {
-    let peer = peer.ip().to_canonical();
-    peer.is_loopback() || stream.local_addr().is_ok_and(|own| own.ip().to_canonical() == peer)
+/// Whether an address is one of this machine's, and so a peer a program of it: its programs may send from
+/// any of them, wherever they connect to. Only those can be bound (EADDRNOTAVAIL of bind(2)); where
+/// `ip_nonlocal_bind` lets all be, nobody counts as from elsewhere.
+fn is_own(mut peer: SocketAddr) -> bool {
+    peer.set_port(0);
+    peer.ip().to_canonical().is_loopback() || std::net::UdpSocket::bind(peer).is_ok()
 }
 
 /// Errors of accept(2) that concern the connection, not the listener.
@@ -191,4 +193,30 @@ fn is_of_one_connection(error: &io::Error) -> bool {
             | io::ErrorKind::ConnectionAborted
             | io::ErrorKind::ConnectionReset
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_of_this_machine_are_told_from_others_whichever_address_they_have() {
+        let mut own: Vec<SocketAddr> =
+            ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[::ffff:127.0.0.1]:1"]
+                .map(|text| text.parse().unwrap())
+                .into();
+        // Those of its interfaces.
+        let interfaces = nix::ifaddrs::getifaddrs().unwrap();
+        own.extend(interfaces.filter_map(|interface| {
+            let address = interface.address?;
+            Some(SocketAddr::from((address.as_sockaddr_in()?.ip(), 1)))
+        }));
+        for address in own {
+            assert!(is_own(address), "{address}");
+        }
+        // For documentation, and nobody's (RFC 5737, RFC 3849).
+        for address in ["203.0.113.77:1", "[2001:db8::77]:1", "[::ffff:203.0.113.77]:1"] {
+            assert!(!is_own(address.parse().unwrap()), "{address}");
+        }
+    }
 }

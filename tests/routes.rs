@@ -58,6 +58,39 @@ async fn routes_that_are_none() {
     assert!(accepted.is_sorted() && accepted.contains(&"application/json"), "{accepted:?}");
 }
 
+/// A version as numbers.
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').map(|part| part.parse().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn what_hangs_on_the_claimed_version_is_there() {
+    let house = House::new();
+    let claimed = numbers(envd::version::E2B);
+    for (since, method, path) in [
+        ("0.1.5", Method::GET, "/metrics"),
+        ("0.2.0", Method::POST, "/init"),
+        ("0.5.2", Method::POST, "/process.Process/CloseStdin"),
+        ("0.5.7", Method::POST, "/files"),
+        ("0.6.3", Method::POST, "/freeze"),
+        ("0.6.3", Method::POST, "/unfreeze"),
+        ("0.6.5", Method::POST, "/collapse"),
+        ("0.6.6", Method::POST, "/fsfreeze"),
+        ("0.6.6", Method::POST, "/fsthaw"),
+        ("0.6.12", Method::POST, "/upgrade"),
+    ] {
+        let response = house.call(method, path, &[]).await;
+        let is_there = response.status() != 404;
+        assert!(is_there || claimed < numbers(since), "{path} is missing, and {since} is claimed");
+    }
+    // And of metrics what each version added.
+    let metrics = house.call(Method::GET, "/metrics", &[]).await;
+    let metrics: serde_json::Value = metrics.json().await.unwrap();
+    for field in ["cpu_used_pct", "mem_used", "mem_total", "mem_cache", "disk_used", "disk_total"] {
+        assert!(metrics[field].is_number(), "{field} in {metrics}");
+    }
+}
+
 #[tokio::test]
 async fn an_unknown_user_is_refused_everywhere() {
     let house = House::new();

@@ -197,11 +197,18 @@ fn with_many_files() {
 }
 
 /// Whether `/health` answers 204 here.
-fn answers(mut stream: impl Read + Write) -> bool {
+fn answers(stream: impl Read + Write) -> bool {
+    says(stream, HEALTH, b"HTTP/1.1 204")
+}
+
+/// Whether `/envs` is told here: unlike the other, not on a connection that is one too many.
+fn serves(stream: impl Read + Write) -> bool {
+    says(stream, b"GET /envs HTTP/1.1\r\nhost: x\r\n\r\n", b"HTTP/1.1 200")
+}
+
+fn says(mut stream: impl Read + Write, request: &[u8], expected: &[u8; 12]) -> bool {
     let mut first = [0; 12];
-    stream.write_all(HEALTH).is_ok()
-        && stream.read_exact(&mut first).is_ok()
-        && &first == b"HTTP/1.1 204"
+    stream.write_all(request).is_ok() && stream.read_exact(&mut first).is_ok() && &first == expected
 }
 
 #[test]
@@ -211,7 +218,7 @@ fn all_the_connections_that_it_gets_keep_nobody_out_from_elsewhere() {
     let socket = dir.path().join("socket");
     let listen = format!("--listen=unix://{}", socket.display());
     let daemon = Daemon::start(&["--max-connections", "64", &listen]);
-    let elsewhere = || answers(UnixStream::connect(&socket).unwrap());
+    let elsewhere = || serves(UnixStream::connect(&socket).unwrap());
     // Each with a request that never ends, until there are no more; the kernel accepts them all.
     let mut held = Vec::new();
     for _ in 0..200 {
@@ -220,15 +227,19 @@ fn all_the_connections_that_it_gets_keep_nobody_out_from_elsewhere() {
         held.push(stream);
     }
     eventually("programs of the sandbox are refused", || {
-        (!answers(TcpStream::connect(daemon.tcp()).unwrap())).then_some(())
+        (!serves(TcpStream::connect(daemon.tcp()).unwrap())).then_some(())
     });
     assert!(elsewhere());
     // Seven more, beside that one.
     let more: Vec<_> = (0..7).map(|_| UnixStream::connect(&socket).unwrap()).collect();
-    assert!(more.iter().all(answers));
+    assert!(more.iter().all(serves));
+    // When those that were refused have gone, whoever asks there whether the daemon lives hears it.
+    eventually("health is answered beside the flood", || {
+        answers(TcpStream::connect(daemon.tcp()).unwrap()).then_some(())
+    });
     drop(held);
     eventually("their places are free again", || {
-        answers(TcpStream::connect(daemon.tcp()).unwrap()).then_some(())
+        serves(TcpStream::connect(daemon.tcp()).unwrap()).then_some(())
     });
 }
 

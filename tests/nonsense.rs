@@ -365,16 +365,21 @@ fn one_connection_too_many_is_told_so() {
             stream
         })
         .collect();
-    let (status, head, body) = http(&daemon, "GET /health HTTP/1.1", b"");
+    let (status, head, body) = http(&daemon, "GET /envs HTTP/1.1", b"");
     assert_eq!(status, 503, "{head}");
     let (_, message) = connect_error(&body);
     assert_eq!(message, "too many connections: the limit is 2");
     let list = "POST /process.Process/List HTTP/1.1\r\ncontent-type: application/json";
     let (status, _, body) = http(&daemon, list, b"{}");
     assert_eq!((status, connect_error(&body).0.as_str()), (503, "unavailable"));
+    // Whether it lives may be asked all the same; the connection is closed behind the answer.
+    for probe in ["GET /health HTTP/1.1", "GET /livez HTTP/1.1"] {
+        let (status, head, _) = http(&daemon, probe, b"");
+        assert!(status == 204 && head.contains("connection: close"), "{status} {head}");
+    }
     held.pop();
     common::eventually("the place is free again", || {
-        (http(&daemon, "GET /health HTTP/1.1", b"").0 == 204).then_some(())
+        (http(&daemon, "GET /envs HTTP/1.1", b"").0 == 200).then_some(())
     });
 }
 

@@ -217,7 +217,9 @@ const E2B_VERSION: &str = "e2b-version";
 /// Go's single-dash flags as lexopt knows long ones.
 fn with_two_dashes(arg: OsString) -> OsString {
     match arg.to_str() {
-        Some("-version") => format!("--{E2B_VERSION}").into(),
+        Some(text) if text == "-version" || text.starts_with("-version=") => {
+            text.replacen("-version", &format!("--{E2B_VERSION}"), 1).into()
+        }
         Some(text) if text.len() > 2 && text.starts_with('-') && !text.starts_with("--") => {
             format!("-{text}").into()
         }

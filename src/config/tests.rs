@@ -22,7 +22,12 @@ fn upstream_flags_with_one_dash_and_two() {
     assert_eq!(upstream.listen, ["tcp://0.0.0.0:1234".parse().unwrap()]);
     assert_eq!(upstream.cgroup_root, PathBuf::from("/cg"));
     assert!(!config(&["-verbose=false"]).verbose);
-    for (flag, text) in [("-version", "0.6.2"), ("--version=false", ""), ("--version", "envd ")] {
+    for (flag, text) in [
+        ("-version", "0.6.2"),
+        ("-version=true", "0.6.2"),
+        ("--version=false", ""),
+        ("--version", "envd "),
+    ] {
         match parse(&[flag]) {
             Ok(Command::Print(printed)) => assert!(printed.starts_with(text), "{flag}: {printed}"),
             other => assert!(text.is_empty(), "{flag}: {other:?}"),

@@ -117,7 +117,8 @@ fn is_open_before_init(method: &Method, path: &str) -> bool {
     is_probe(method, path) || (is_init && method == Method::POST)
 }
 
-fn is_probe(method: &Method, path: &str) -> bool {
+/// Whether it only asks if the daemon lives and is ready.
+pub(super) fn is_probe(method: &Method, path: &str) -> bool {
     matches!(
         (method.as_str(), path),
         ("GET", "/health" | "/livez") | ("POST", "/grpc.health.v1.Health/Check")

@@ -78,8 +78,11 @@ pub const MAX_CONNECTIONS: usize = 1024;
 pub const KEPT_SHARE: usize = 8;
 
 /// The most connections beyond [`MAX_CONNECTIONS`] that are told so at the same time; more are
-/// closed without an answer.
+/// closed without an answer. Probes are answered on them all the same.
 pub const MAX_REFUSALS: usize = 64;
+
+/// How long such a connection may take to ask, and may stay.
+pub const REFUSAL_TIME: Duration = Duration::from_secs(2);
 
 /// The most calls at the same time on one HTTP/2 connection (`SETTINGS_MAX_CONCURRENT_STREAMS`).
 pub const MAX_CONCURRENT_STREAMS: u32 = 256;

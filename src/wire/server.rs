@@ -18,7 +18,7 @@ use tokio_vsock::VMADDR_CID_HOST;
 use tower::Service;
 
 use super::{
-    Body, KEPT_SHARE, Limits, MAX_REFUSALS,
+    Body, KEPT_SHARE, Limits, MAX_REFUSALS, REFUSAL_TIME,
     connection::{self, Place},
     listen::Listener,
     peer::Peer,
@@ -153,9 +153,18 @@ where
                 Ok(Err(error)) => return tracing::debug!(%error, "connection not greeted"),
                 Err(_) => return tracing::debug!("connection not greeted within the time for it"),
             };
+            // There are few places to be refused on: they are not for waiting.
+            let limits = match refused {
+                None => server.limits.clone(),
+                Some(_) => Limits {
+                    header_timeout: server.limits.header_timeout.min(REFUSAL_TIME),
+                    idle_timeout: server.limits.idle_timeout.min(REFUSAL_TIME),
+                    ..server.limits.clone()
+                },
+            };
             let place = Place { slot, peer, refused };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
-            connection::serve(io, service, place, &server.limits, shutdown).await;
+            connection::serve(io, service, place, &limits, shutdown).await;
         });
     }
 }

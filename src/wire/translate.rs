@@ -33,7 +33,7 @@ use super::{
     budget::{Budget, Share},
     codec,
     envelope::Encoding,
-    error,
+    error, gate,
     metadata::ResponseMetadata,
     methods::{Method, Methods},
     protocol::{self, Framing, Protocol},
@@ -106,7 +106,9 @@ impl<S> Translate<S> {
     fn recognise(&self, request: &Request<Body>) -> Result<Option<Call>, Box<Response<Body>>> {
         let path = request.uri().path();
         let protocol = Protocol::of(request.headers());
-        if let Some(Refused(why)) = request.extensions().get() {
+        if let Some(Refused(why)) = request.extensions().get()
+            && !gate::is_probe(request.method(), path)
+        {
             return Err(Box::new(refuse(protocol, why)));
         }
         let Some(method) = self.methods.get(path) else {

@@ -17,8 +17,15 @@ use std::{
 
 use serde_json::Value;
 
-/// The longest that anything in a test may take before it counts as hung.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest that anything in a test may take before it counts as hung. A build for a machine
+/// that is much slower, as an emulated one, sets the seconds in ENVD_TEST_PATIENCE.
+pub const PATIENCE: Duration = Duration::from_secs(match option_env!("ENVD_TEST_PATIENCE") {
+    Some(seconds) => match u64::from_str_radix(seconds, 10) {
+        Ok(seconds) => seconds,
+        Err(_) => panic!("ENVD_TEST_PATIENCE is no number of seconds"),
+    },
+    None => 60,
+});
 
 /// A running daemon, killed on drop.
 pub struct Daemon {

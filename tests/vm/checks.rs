@@ -30,9 +30,6 @@ const START: &str = "/process.Process/Start";
 /// Every file of a check is below this directory.
 const PLACE: &str = "/tmp/vm-check";
 
-/// The longest that one test binary may take under emulation, on a busy machine.
-const CARRIED_PATIENCE: Duration = Duration::from_secs(20 * 60);
-
 /// How a command ended, and what it said.
 #[derive(Debug)]
 pub(crate) struct Outcome {
@@ -288,11 +285,10 @@ pub(crate) async fn protected(address: &str, kind: Kind) {
     let daemon = daemon(address, kind).await;
     let score = sh(address, &format!("cat /proc/{daemon}/oom_score_adj")).await;
     assert_eq!(score, "-1000");
-    if matches!(kind, Kind::Systemd | Kind::Pid1 | Kind::Handover) {
-        // Enough for the processes of `orphans`; OpenRC leaves it at what the kernel gave init.
-        let line = format!("awk '/^Max open files/ {{ print $4 }}' /proc/{daemon}/limits");
-        assert_eq!(sh(address, &line).await, "524288");
-    }
+    // Enough for the processes of `orphans`, and the same under each init.
+    let files = format!("awk '/^Max open files/ {{ print $4 }}' /proc/{daemon}/limits");
+    assert_eq!(sh(address, &files).await, "524288");
+    assert_eq!(sh(address, "ulimit -Hn; ulimit -Sn").await, "524288\n1024");
     assert_eq!(sh(address, "cat /proc/self/oom_score_adj").await, "100");
     assert_eq!(sh(address, "nice").await, "0");
     if kind == Kind::Systemd {
@@ -463,27 +459,4 @@ pub(crate) async fn nothing_else(address: &str) {
         assert_eq!(outcome.code, code, "{command}: {outcome:?}");
         assert!(outcome.stderr.contains(text), "{command}: {outcome:?}");
     }
-}
-
-/// Mounts the disk with the project's test binaries; gives their names.
-pub(crate) async fn carried(address: &str) -> Vec<String> {
-    let list = "mkdir -p /mnt/tests && mount -o ro /dev/vdb /mnt/tests && sh /mnt/tests/place.sh && cat /mnt/tests/list";
-    let names = sh(address, list).await;
-    assert!(!names.is_empty());
-    names.lines().map(str::to_owned).collect()
-}
-
-/// Runs one of them, with its filters, as root; gives its last line.
-pub(crate) async fn run_carried(address: &str, test: &str) -> String {
-    // What a test prints while it runs is kept, and shown when it fails.
-    let line =
-        format!("cd /tmp && CI=true TMPDIR=/var/tmp /mnt/tests/bin/{test} --test-threads=2 2>&1");
-    // Signs of life, because a test may be silent for longer than an answer may take.
-    let client = root(address, Wire::Grpc).with("keepalive-ping-interval", "10");
-    let args = ["-c", line.as_str()];
-    let outcome = tokio::time::timeout(CARRIED_PATIENCE, run(&client, "sh", &args)).await;
-    let outcome = outcome.expect("it ends");
-    assert_eq!(outcome.code, 0, "{}", outcome.stdout);
-    let result = outcome.stdout.lines().rfind(|line| line.starts_with("test result: ok."));
-    result.unwrap_or_else(|| panic!("{}", outcome.stdout)).to_owned()
 }

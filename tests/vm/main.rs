@@ -26,12 +26,15 @@ mod common;
 mod checks;
 mod forward;
 mod guest;
+mod inside;
+mod report;
 mod trees;
+mod trust;
 
-use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
-use futures_util::FutureExt;
 use guest::{Disk, Guest, Kind};
+use report::Report;
 
 /// Boots in a row that must all answer.
 const BOOTS: usize = 10;
@@ -58,33 +61,10 @@ async fn main() -> ExitCode {
         boots(&mut report, Kind::Pid1).await;
     }
     if wants("inside") {
-        inside(&mut report).await;
+        inside::run(&mut report).await;
     }
-    println!("\n{} passed, {} failed", report.passed, report.failed);
-    if report.failed == 0 && report.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-#[derive(Default)]
-struct Report {
-    passed: usize,
-    failed: usize,
-}
-
-impl Report {
-    /// Runs one check; a panic in it is its failure, and only its.
-    async fn check<T>(&mut self, name: &str, check: impl Future<Output = T>) -> Option<T> {
-        let start = std::time::Instant::now();
-        let outcome = AssertUnwindSafe(check).catch_unwind().await;
-        let took = start.elapsed().as_secs_f32();
-        if let Ok(value) = outcome {
-            self.passed += 1;
-            println!("test {name} ... ok ({took:.1} s)");
-            return Some(value);
-        }
-        self.failed += 1;
-        println!("test {name} ... FAILED ({took:.1} s)");
-        None
-    }
+    report.print();
+    if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// One boot, all checks over both transports, then an orderly power-off.
@@ -94,8 +74,8 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     let Some(mut guest) = report.check(&format!("{name}: boots and answers"), boot).await else {
         return;
     };
-    println!("{name}: {}", guest.timings());
-    let failed_before = report.failed;
+    report.note(format!("{name}: {}", guest.timings()));
+    let failed_before = report.failed();
     for (transport, address) in [("tcp", guest.tcp()), ("vsock", guest.vsock())] {
         let at = |check: &str| format!("{name}: {transport}: {check}");
         let address = address.as_str();
@@ -136,6 +116,10 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     }
     let socket = guest.vsock_socket();
     report.check(&own("vsock: the example client"), checks::example(&socket)).await;
+    if kind == Kind::Systemd {
+        let trust = trust::by_context(address, socket);
+        report.check(&own("vsock: whom a daemon trusts"), trust).await;
+    }
     let replaced = async {
         guest.replace_vsock().await;
         checks::vsock_is_back(&guest.tcp()).await;
@@ -151,7 +135,7 @@ async fn with_guest(report: &mut Report, kind: Kind) {
             .check(&own("a daemon that dies is started again"), checks::restarted(address, kind))
             .await;
     }
-    if report.failed > failed_before {
+    if report.failed() > failed_before {
         guest.print_console();
     }
     if report.check(&own("powers off in order"), guest.power_off()).await.is_none() {
@@ -164,13 +148,13 @@ async fn with_guest(report: &mut Report, kind: Kind) {
 async fn minimal(report: &mut Report) {
     let boot = Guest::boot(Kind::Minimal, Disk::None);
     let Some(mut guest) = report.check("minimal: boots and answers", boot).await else { return };
-    println!("minimal: {}", guest.timings());
-    let failed_before = report.failed;
+    report.note(format!("minimal: {}", guest.timings()));
+    let failed_before = report.failed();
     let address = guest.vsock();
     report.check("minimal: vsock: the one program", checks::one_program(&address)).await;
     report.check("minimal: vsock: what is not there", checks::nothing_else(&address)).await;
     report.check("minimal: powers off in order", guest.power_off()).await;
-    if report.failed > failed_before {
+    if report.failed() > failed_before {
         guest.print_console();
     }
 }
@@ -185,7 +169,7 @@ async fn boots(report: &mut Report, kind: Kind) {
             checks::hello(&guest.tcp()).await;
             guest.answered()
         };
-        let title = format!("{name}: boot {boot} of {BOOTS} answers");
+        let title = format!("boots: {name}: boot {boot} of {BOOTS} answers");
         times.extend(report.check(&title, check).await);
     }
     for (transport, pick) in [("vsock", 0), ("tcp", 1)] {
@@ -193,30 +177,13 @@ async fn boots(report: &mut Report, kind: Kind) {
             times.iter().map(|(v, t)| if pick == 0 { *v } else { *t }).collect();
         of.sort();
         if let (Some(min), Some(med), Some(max)) = (of.first(), of.get(of.len() / 2), of.last()) {
-            println!(
+            report.note(format!(
                 "{name}: start of the machine to first answer over {transport}: {:.2}/{:.2}/{:.2} s (min/median/max of {})",
                 min.as_secs_f32(),
                 med.as_secs_f32(),
                 max.as_secs_f32(),
                 of.len()
-            );
-        }
-    }
-}
-
-/// The project's other tests, where nothing is missing.
-async fn inside(report: &mut Report) {
-    let boot = Guest::boot(Kind::Systemd, Disk::Snapshot);
-    let Some(guest) = report.check("inside: boots and answers", boot).await else { return };
-    let address = guest.tcp();
-    let Some(tests) = report.check("inside: the tests are there", checks::carried(&address)).await
-    else {
-        return guest.print_console();
-    };
-    for test in tests {
-        let run = checks::run_carried(&address, &test);
-        if let Some(summary) = report.check(&format!("inside: {test}"), run).await {
-            println!("    {summary}");
+            ));
         }
     }
 }

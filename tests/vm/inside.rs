@@ -1,0 +1,149 @@
+//! The project's own tests inside a guest, which has what they need of a kernel: root, a cgroup v2
+//! with all controllers, mounts, devices.
+//!
+//! `scripts/vm.sh` builds them with optimisation and with more patience, and carries them in on a
+//! disk; they run there as they are.
+
+use std::time::{Duration, Instant};
+
+use envd::proto::process::{
+    StartResponse,
+    process_event::{Event, data_event::Output},
+};
+
+use crate::{
+    checks::{events, next, root, sh, start},
+    common::rpc::{Messages, Wire},
+    guest::{Disk, Guest, Kind},
+    report::{Inside, Report},
+};
+
+/// The longest that one binary of tests may take under emulation, on a busy machine. It is there for
+/// one that hangs: each test has deadlines of its own.
+const CARRIED_PATIENCE: Duration = Duration::from_secs(30 * 60);
+/// Beyond it, a test's time is printed.
+const SLOW: Duration = Duration::from_secs(10);
+
+/// Boots one guest for all of them.
+pub(crate) async fn run(report: &mut Report) {
+    let boot = Guest::boot(Kind::Systemd, Disk::Snapshot);
+    let Some(guest) = report.check("inside: boots and answers", boot).await else { return };
+    let address = guest.tcp();
+    let Some(tests) = report.check("inside: the tests are there", carried(&address)).await else {
+        return guest.print_console();
+    };
+    let failed_before = report.failed();
+    for test in tests {
+        let name = test.split(' ').next().unwrap_or(&test).to_owned();
+        let mut result = Inside::default();
+        let run = run_carried(&address, &test, &mut result);
+        report.check(&format!("inside: {name}"), run).await;
+        report.ran_inside(&name, result);
+    }
+    if report.failed() > failed_before {
+        guest.print_console();
+    }
+}
+
+/// Mounts the disk with the test binaries; gives their names, with their filters.
+async fn carried(address: &str) -> Vec<String> {
+    let list = "mkdir -p /mnt/tests && mount -o ro /dev/vdb /mnt/tests && sh /mnt/tests/place.sh && cat /mnt/tests/list";
+    let names = sh(address, list).await;
+    assert!(!names.is_empty());
+    names.lines().map(str::to_owned).collect()
+}
+
+/// Runs one of them, with its filters, as root, and prints its progress; counts in `result`.
+async fn run_carried(address: &str, test: &str, result: &mut Inside) {
+    // One after another, so that the last line of a run that hangs names the test; what a test says
+    // is kept until the end.
+    let line = format!(
+        "cd /tmp && CI=true TMPDIR=/var/tmp /mnt/tests/bin/{test} --test-threads=1 --show-output 2>&1"
+    );
+    // Signs of life, because a test may be silent for longer than an answer may take.
+    let client = root(address, Wire::Grpc).with("keepalive-ping-interval", "10");
+    let (_, mut events) = events(&client, &start("sh", &["-c", &line])).await;
+    let mut log = Log::new(result);
+    let code = tokio::time::timeout(CARRIED_PATIENCE, log.follow(&mut events)).await;
+    let Ok(code) = code else {
+        panic!("it hangs; the last it said was {:?}", log.line);
+    };
+    let (sum, rest) = (log.sum, log.rest);
+    assert!(code == 0 && sum.is_some(), "it ended with {code}:\n{}", rest.join("\n"));
+    assert!(result.passed > 0, "no test ran");
+}
+
+/// The output of a test binary, line by line.
+struct Log<'a> {
+    result: &'a mut Inside,
+    /// What has come of the current line.
+    line: String,
+    /// When the current line began.
+    begun: Instant,
+    /// Whose output is being shown.
+    shown: String,
+    /// The line with the sum of a good run.
+    sum: Option<String>,
+    /// All lines that do not say that a test has passed.
+    rest: Vec<String>,
+}
+
+impl<'a> Log<'a> {
+    fn new(result: &'a mut Inside) -> Self {
+        let (line, shown) = (String::new(), String::new());
+        Self { result, line, begun: Instant::now(), shown, sum: None, rest: Vec::new() }
+    }
+
+    /// Gives the exit code.
+    async fn follow(&mut self, events: &mut Messages<StartResponse>) -> i32 {
+        loop {
+            match next(events).await {
+                Event::Data(data) => match data.output.unwrap() {
+                    Output::Stdout(bytes) | Output::Stderr(bytes) | Output::Pty(bytes) => {
+                        self.take(&String::from_utf8_lossy(&bytes));
+                    }
+                },
+                Event::End(end) => return end.exit_code,
+                _ => {}
+            }
+        }
+    }
+
+    fn take(&mut self, text: &str) {
+        for piece in text.split_inclusive('\n') {
+            self.line.push_str(piece);
+            if self.line.ends_with('\n') {
+                let line = std::mem::take(&mut self.line);
+                self.line_is_whole(line.trim_end());
+                self.begun = Instant::now();
+            }
+        }
+    }
+
+    fn line_is_whole(&mut self, line: &str) {
+        let took = self.begun.elapsed();
+        if let Some(test) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... ok"))
+        {
+            self.result.passed += 1;
+            if took > SLOW {
+                println!("    {test}: {:.0} s", took.as_secs_f32());
+            }
+            return;
+        }
+        if line.starts_with("test ") && line.ends_with(" ... FAILED") {
+            self.result.failed += 1;
+            println!("    {line}");
+        }
+        if let Some(name) = line.strip_prefix("---- ").and_then(|line| line.split(' ').next()) {
+            name.clone_into(&mut self.shown);
+        }
+        if let Some(what) = line.strip_prefix("SKIPPED: ") {
+            self.result.skipped.push(format!("{}: {what}", self.shown));
+        }
+        if line.starts_with("test result: ok.") {
+            println!("    {line}");
+            self.sum = Some(line.to_owned());
+        }
+        self.rest.push(line.to_owned());
+    }
+}

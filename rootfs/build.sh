@@ -25,8 +25,9 @@ SUITE=bookworm
 KERNEL=linux-image-cloud-amd64
 # What E2B's SDKs and templates count on finding; each kind of init adds its own.
 PACKAGES=(bash ca-certificates curl git iproute2 procps python3-minimal sudo)
-# What a guest needs before it has a disk to load modules from; what they need comes with them.
-MODULES=(virtio_pci virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng ext4)
+# What a guest needs before it has a disk to load modules from, and fuse, with which sandboxes mount
+# buckets: no module is on the disk. What they need comes with them.
+MODULES=(virtio_pci virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng ext4 fuse)
 
 base=debian init=systemd size=1G output='' applets=''
 target=${CARGO_TARGET_DIR:-$here/../target}

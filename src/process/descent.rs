@@ -2,8 +2,10 @@
 //!
 //! A list of processes is old when it is read. So it is read again until it holds nothing new, and
 //! before a tree is signalled each of its processes is stopped: what is stopped can neither fork nor
-//! exit, and so hides nobody. Then all get the signal, and those that were not stopped before go on
-//! with it, the children first: a shell that goes on before its job would take that for stopped.
+//! exit, and so hides nobody. One whose session is known is stopped as soon as it is read: a shell
+//! that does nothing but fork may live for less time than the rest of the list takes. Then all get
+//! the signal, and those that were not stopped before go on with it, the children first: a shell that
+//! goes on before its job would take that for stopped.
 //! Signals that ask a process to stop are sent without that, since one that goes on has lost them.
 //! A process is known by its pid and its start time, and is signalled through a pidfd that was
 //! opened before the start time was compared.
@@ -142,10 +144,18 @@ impl Stat {
         })
     }
 
-    fn all() -> io::Result<Vec<Self>> {
+    /// Whether it is neither of PID 1, the daemon and the kernel.
+    fn may_be_of_a_tree(&self) -> bool {
+        let own = i32::try_from(std::process::id()).unwrap_or_default();
+        self.member.pid > 1 && self.member.pid != own && self.session > 0
+    }
+
+    /// All processes; each is shown to `look` when it has been read.
+    fn all(look: &mut dyn FnMut(&Self)) -> io::Result<Vec<Self>> {
         let entries = fs::read_dir("/proc")?;
         let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        pids.filter_map(|pid| Self::read(pid).transpose()).collect()
+        let stats = pids.filter_map(|pid| Self::read(pid).transpose());
+        stats.inspect(|stat| stat.iter().for_each(&mut *look)).collect()
     }
 }
 
@@ -162,69 +172,114 @@ pub(super) fn signal(roots: &[Member], signal: i32) -> io::Result<Vec<Member>> {
 fn signal_among(
     roots: &[Member],
     signal: i32,
-    mut list: impl FnMut() -> io::Result<Vec<Stat>>,
+    mut list: impl FnMut(&mut dyn FnMut(&Stat)) -> io::Result<Vec<Stat>>,
 ) -> io::Result<Vec<Member>> {
     if roots.is_empty() {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    let asks_to_stop = matches!(signal, libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU);
-    let mut found: Vec<Member> = Vec::new();
-    let mut stopped = Vec::new();
-    let mut known = HashSet::new();
-    let mut refused = None;
-    let mut patience = STOPPING;
+    let mut hunt = Hunt::new(signal);
     for _ in 0..MAX_ROUNDS {
-        let seeds: Vec<Member> = roots.iter().chain(&found).copied().collect();
-        let all = match list() {
+        let seeds: Vec<Member> = roots.iter().chain(&hunt.found).copied().collect();
+        let before = hunt.found.len();
+        let all = match list(&mut |stat| hunt.see(stat)) {
             Ok(all) => all,
             Err(error) => {
                 // Those that were found are stopped, and must not stay so.
-                refused = Some(error);
+                hunt.refused = Some(error);
                 break;
             }
         };
-        let mut is_over = true;
-        for stat in tree(&seeds, &all).into_iter().filter(|stat| known.insert(stat.member)) {
-            is_over = false;
-            found.push(stat.member);
-            if asks_to_stop {
-                refused = stat.member.signal(signal).err().or(refused);
-            } else if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
-                stopped.push(stat.member);
-                // A parent on its way to stop still sees that its child has stopped.
-                stat.member.until_it_stops(&mut patience);
-            }
+        for stat in tree(&seeds, &all) {
+            hunt.take(stat);
         }
-        if is_over {
+        if hunt.found.len() == before {
             break;
         }
     }
-    if !asks_to_stop {
-        // Parents are found before their children.
-        for member in found.iter().rev() {
-            refused = member.signal(signal).err().or(refused);
+    hunt.end()
+}
+
+/// One search for all of a tree, for the sake of a signal.
+struct Hunt {
+    signal: i32,
+    /// Parents come before their children.
+    found: Vec<Member>,
+    known: HashSet<Member>,
+    /// The sessions of those that were stopped, which keep them: none is another's meanwhile.
+    sessions: HashSet<i32>,
+    stopped: Vec<Member>,
+    refused: Option<io::Error>,
+    patience: Duration,
+}
+
+impl Hunt {
+    fn new(signal: i32) -> Self {
+        Self {
+            signal,
+            found: Vec::new(),
+            known: HashSet::new(),
+            sessions: HashSet::new(),
+            stopped: Vec::new(),
+            refused: None,
+            // Who is killed has no time to look at its children.
+            patience: if signal == libc::SIGKILL { Duration::ZERO } else { STOPPING },
         }
     }
-    if signal != libc::SIGSTOP && signal != libc::SIGKILL {
-        for member in stopped.iter().rev() {
-            refused = member.go_on().err().or(refused);
+
+    fn asks_to_stop(&self) -> bool {
+        matches!(self.signal, libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU)
+    }
+
+    /// Any process.
+    fn see(&mut self, stat: &Stat) {
+        if stat.state != ZOMBIE && stat.may_be_of_a_tree() && self.sessions.contains(&stat.session)
+        {
+            self.take(stat);
         }
     }
-    refused.map_or(Ok(found), Err)
+
+    /// One of the tree.
+    fn take(&mut self, stat: &Stat) {
+        if !self.known.insert(stat.member) {
+            return;
+        }
+        self.found.push(stat.member);
+        if self.asks_to_stop() {
+            self.refused = stat.member.signal(self.signal).err().or(self.refused.take());
+        } else if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
+            self.stopped.push(stat.member);
+            self.sessions.insert(stat.session);
+            // A parent on its way to stop still sees that its child has stopped.
+            stat.member.until_it_stops(&mut self.patience);
+        }
+    }
+
+    /// When there is nobody else.
+    fn end(mut self) -> io::Result<Vec<Member>> {
+        if !self.asks_to_stop() {
+            for member in self.found.iter().rev() {
+                self.refused = member.signal(self.signal).err().or(self.refused);
+            }
+        }
+        if self.signal != libc::SIGSTOP && self.signal != libc::SIGKILL {
+            for member in self.stopped.iter().rev() {
+                self.refused = member.go_on().err().or(self.refused);
+            }
+        }
+        self.refused.map_or(Ok(self.found), Err)
+    }
 }
 
 /// The processes of a tree.
 pub(super) fn pids(root: Member) -> Vec<i32> {
-    let all = Stat::all().unwrap_or_default();
+    let all = Stat::all(&mut |_| {}).unwrap_or_default();
     tree(&[root], &all).into_iter().map(|stat| stat.member.pid).collect()
 }
 
 /// Those of `all` that descend from `seeds`, and the seeds that still live. Every session of a
 /// member began in the tree, since its root began one, so whoever is in such a session is a member.
 fn tree<'a>(seeds: &[Member], all: &'a [Stat]) -> Vec<&'a Stat> {
-    let own = i32::try_from(std::process::id()).unwrap_or_default();
-    let may_be =
-        |stat: &&'a Stat| stat.member.pid > 1 && stat.member.pid != own && stat.session > 0;
+    let may_be = |stat: &&'a Stat| stat.may_be_of_a_tree();
     let mut children: HashMap<i32, Vec<&Stat>> = HashMap::new();
     let mut of_session: HashMap<i32, Vec<&Stat>> = HashMap::new();
     for stat in all.iter().filter(may_be) {
@@ -349,10 +404,10 @@ mod tests {
         }
         let root = Member::of(pid).unwrap();
         let mut rounds = 0;
-        let list = || {
+        let list = |look: &mut dyn FnMut(&Stat)| {
             rounds += 1;
             match rounds {
-                1 => Stat::all(),
+                1 => Stat::all(look),
                 _ => Err(io::Error::from_raw_os_error(libc::EMFILE)),
             }
         };

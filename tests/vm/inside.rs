@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use envd::proto::process::{
-    StartResponse,
+    StartRequest, StartResponse,
     process_event::{Event, data_event::Output},
 };
 
@@ -62,7 +62,8 @@ async fn run_carried(address: &str, test: &str, result: &mut Inside) {
     );
     // Signs of life, because a test may be silent for longer than an answer may take.
     let client = root(address, Wire::Grpc).with("keepalive-ping-interval", "10");
-    let (_, mut events) = events(&client, &start("sh", &["-c", &line])).await;
+    let run = StartRequest { stop_on_disconnect: true, ..start("sh", &["-c", &line]) };
+    let (_, mut events) = events(&client, &run).await;
     let mut log = Log::new(result);
     let code = tokio::time::timeout(CARRIED_PATIENCE, log.follow(&mut events)).await;
     let Ok(code) = code else {
@@ -84,14 +85,24 @@ struct Log<'a> {
     shown: String,
     /// The line with the sum of a good run.
     sum: Option<String>,
-    /// All lines that do not say that a test has passed.
+    /// All lines that are about no test that has passed.
     rest: Vec<String>,
+    /// Whether what follows is about tests that have passed.
+    successes: bool,
 }
 
 impl<'a> Log<'a> {
     fn new(result: &'a mut Inside) -> Self {
         let (line, shown) = (String::new(), String::new());
-        Self { result, line, begun: Instant::now(), shown, sum: None, rest: Vec::new() }
+        Self {
+            result,
+            line,
+            begun: Instant::now(),
+            shown,
+            sum: None,
+            rest: Vec::new(),
+            successes: false,
+        }
     }
 
     /// Gives the exit code.
@@ -144,6 +155,13 @@ impl<'a> Log<'a> {
             println!("    {line}");
             self.sum = Some(line.to_owned());
         }
-        self.rest.push(line.to_owned());
+        match line {
+            "successes:" => self.successes = true,
+            "failures:" => self.successes = false,
+            _ => {}
+        }
+        if !self.successes || line.starts_with("test result:") {
+            self.rest.push(line.to_owned());
+        }
     }
 }

@@ -245,7 +245,8 @@ impl Hunt {
         }
         self.found.push(stat.member);
         if self.asks_to_stop() {
-            self.refused = stat.member.signal(self.signal).err().or(self.refused.take());
+            let earlier = self.refused.take();
+            self.refused = stat.member.signal(self.signal).err().or(earlier);
         } else if stat.state != STOPPED && stat.member.signal(libc::SIGSTOP).is_ok() {
             self.stopped.push(stat.member);
             self.sessions.insert(stat.session);

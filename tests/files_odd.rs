@@ -271,7 +271,8 @@ async fn a_directory_that_may_not_be_written_lets_its_files_be_replaced() {
     let dir = house.at("dir");
     fs::create_dir(&dir).unwrap();
     fs::write(format!("{dir}/old"), "old").unwrap();
-    set_mode(format!("{dir}/old"), 0o666);
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap().uid.as_raw();
+    std::os::unix::fs::chown(format!("{dir}/old"), Some(nobody), None).unwrap();
     fs::write(format!("{dir}/theirs"), "theirs").unwrap();
     set_mode(format!("{dir}/theirs"), 0o600);
     set_mode(&dir, 0o555);
@@ -318,7 +319,7 @@ async fn a_directory_that_may_not_be_written_lets_its_files_be_replaced() {
     messages.next().await.unwrap().unwrap();
     let meta = fs::metadata(house.at("own")).unwrap();
     assert_eq!(meta.permissions().mode() & 0o7777, 0o444);
-    assert_eq!(meta.uid(), nix::unistd::User::from_name("nobody").unwrap().unwrap().uid.as_raw());
+    assert_eq!(meta.uid(), nobody);
 }
 
 #[tokio::test]

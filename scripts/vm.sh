@@ -17,8 +17,8 @@ CARRIED=(process trees users listeners init files_edges)
 # Of the unit tests, those of processes and of the machine; the journal's need neither, and
 # take a quarter of an hour under emulation.
 UNITS='process:: sys:: guest:: --skip process::journal'
-# Seconds after which something in a carried test counts as hung.
-CARRIED_PATIENCE=600
+# Seconds after which something counts as hung, in a guest and in what calls one.
+PATIENCE=600
 
 need qemu-system-x86_64=qemu-system-x86 setpriv=util-linux dumpe2fs=e2fsprogs mke2fs=e2fsprogs \
   python3=python3 strip=binutils
@@ -65,7 +65,7 @@ carry() {
   local tree=$1 flags=(--lib) name executable daemon=$CARGO_TARGET_DIR/guest/envd
   for name in "${CARRIED[@]}"; do flags+=(--test "$name"); done
   mkdir -p "$tree/bin"
-  ENVD_TEST_PATIENCE=$CARRIED_PATIENCE \
+  ENVD_TEST_PATIENCE=$PATIENCE \
     cargo test --locked --profile guest --no-run --message-format json "${flags[@]}" >"$tree/messages"
   scripts/test-binaries.py <"$tree/messages" | while read -r name executable; do
     strip --strip-debug -o "$tree/bin/$name" "$executable"
@@ -91,4 +91,4 @@ fi
 for image in "$ENVD_VM_SYSTEMD" "$ENVD_VM_OPENRC" "$ENVD_VM_PID1" "$ENVD_VM_INITRD" "$ENVD_VM_MINIMAL"; do
   say "$image: $(du -h --apparent-size "$image" | cut -f 1), $(du -h "$image" | cut -f 1) on disk"
 done
-cargo test --locked --test vm -- "${scenarios[@]}"
+ENVD_TEST_PATIENCE=$PATIENCE cargo test --locked --test vm -- "${scenarios[@]}"

@@ -100,6 +100,10 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     if let Some(said) = report.check(&own("a command has its control group"), groups).await {
         println!("    {said}");
     }
+    if kind == Kind::Systemd {
+        let trust = trust::by_context(address, guest.vsock_socket());
+        report.check(&own("vsock: whom a daemon trusts"), trust).await;
+    }
     // One guest for each kind of base; and of PID 1, which reaps: systemd, and envd.
     if matches!(kind, Kind::Systemd | Kind::Pid1) {
         let idle = trees::Answers::of(address);
@@ -116,10 +120,6 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     }
     let socket = guest.vsock_socket();
     report.check(&own("vsock: the example client"), checks::example(&socket)).await;
-    if kind == Kind::Systemd {
-        let trust = trust::by_context(address, socket);
-        report.check(&own("vsock: whom a daemon trusts"), trust).await;
-    }
     let replaced = async {
         guest.replace_vsock().await;
         checks::vsock_is_back(&guest.tcp()).await;

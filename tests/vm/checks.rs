@@ -100,16 +100,26 @@ pub(crate) async fn sh(address: &str, line: &str) -> String {
     outcome.stdout.trim().to_owned()
 }
 
+/// The longest that one answer may take, in the slowest of guests.
+const ANSWER: Duration = Duration::from_secs(30);
+
 /// Starts a command that ends the daemon, which so may never tell anything. What it does shows
 /// elsewhere.
 pub(crate) async fn fire(client: &Client, command: &str, args: &[&str]) {
-    let events = client.stream::<_, StartResponse>(START, &start(command, args)).await;
-    let Ok(mut events) = events else { return };
-    while let Ok(Some(_)) = events.next().await {}
+    let request = start(command, args);
+    let told = async {
+        let events = client.stream::<_, StartResponse>(START, &request).await;
+        let Ok(mut events) = events else { return };
+        while let Ok(Some(_)) = events.next().await {}
+    };
+    // Nor need its connection.
+    let _ = tokio::time::timeout(ANSWER, told).await;
 }
 
+/// The health, or an error after a time in which any guest answers: a connection of QEMU's user
+/// network can be lost without a word while nobody listens behind it.
 async fn health(address: &str) -> reqwest::Result<reqwest::Response> {
-    let client = reqwest::Client::builder().no_proxy().build()?;
+    let client = reqwest::Client::builder().no_proxy().timeout(ANSWER).build()?;
     client.get(format!("http://{address}/health")).send().await
 }
 

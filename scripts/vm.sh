@@ -55,8 +55,8 @@ if [ ! -e "$venv/complete" ]; then
 fi
 export ENVD_VM_PYTHON=$venv/bin/python
 
-cargo build --locked --example vsock_uds
-export ENVD_VM_EXAMPLE=$CARGO_TARGET_DIR/debug/examples/vsock_uds
+cargo build --locked --examples
+export ENVD_VM_EXAMPLES=$CARGO_TARGET_DIR/debug/examples
 
 # The guest has this system's C library, so the test binaries run there as they are. They look for
 # the daemon where cargo has put it: place.sh makes that path lead to the copy. Both are built with
@@ -78,10 +78,50 @@ carry() {
     "$(dirname "$daemon")" "$daemon" >"$tree/place.sh"
 }
 
+# The images of the scenario `containers`, and how to run one: with a store of its own, no bridge of the
+# host, and limits that an engine without privileges of its own can set. Fails with a word about
+# what this machine lacks.
+containers() {
+  local store=$CARGO_TARGET_DIR/containers context=$work/scratch wrapper=$tools/podman error
+  need podman=podman runc=runc slirp4netns=slirp4netns busybox=busybox-static
+  mkdir -p "$store" "$context/bin"
+  cat >"$wrapper" <<WRAPPER
+#!/bin/sh
+# Podman with the store of scripts/vm.sh.
+verb=\$1
+shift
+[ "\$verb" != run ] || set -- --network slirp4netns --ulimit nofile=4096:4096 --ulimit nproc=4096:4096 "\$@"
+exec podman --root '$store/images' --runroot '$store/run' --runtime runc --cgroup-manager cgroupfs "\$verb" "\$@"
+WRAPPER
+  chmod +x "$wrapper"
+  cp rootfs/scratch/Dockerfile "$CARGO_TARGET_DIR/static/envd" "$context"
+  printf 'root:x:0:0:root:/:/bin/sh\n' >"$context/passwd"
+  cp "$(command -v busybox)" "$context/bin/busybox"
+  error=$("$wrapper" build --quiet --tag localhost/envd-scratch "$context" 2>&1) &&
+    error=$("$wrapper" run --rm --entrypoint /bin/busybox localhost/envd-scratch true 2>&1) || {
+    printf 'no container can be run: %s\n' "$error"
+    return 1
+  }
+  "$wrapper" build --quiet --tag localhost/envd-debian "$images/debian-systemd" >&2
+}
+
+# wants SCENARIO: whether it is among those that were asked for.
 scenarios=("$@")
-if [ $# -eq 0 ] || [[ " $* " == *" inside "* ]]; then
-  work=$(mktemp -d)
-  trap 'rm -rf "$work"' EXIT
+wants() {
+  [ ${#scenarios[@]} -eq 0 ] || [[ " ${scenarios[*]} " == *" $1 "* ]]
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+if wants containers; then
+  if lacking=$(containers); then
+    export ENVD_VM_PODMAN=$tools/podman
+  else
+    export ENVD_VM_NO_CONTAINERS=$lacking
+  fi
+fi
+
+if wants inside; then
   say "collecting the tests that run inside"
   carry "$work/tree"
   mke2fs -q -t ext4 -F -O ^has_journal -d "$work/tree" "$work/tests.ext4" 1G

@@ -1,6 +1,6 @@
 //! What must be true of envd in a guest. Each check cleans up after itself.
 
-use std::{collections::BTreeSet, path::Path, process::Stdio, time::Duration};
+use std::{collections::BTreeSet, ffi::OsStr, path::Path, process::Stdio, time::Duration};
 
 use futures_util::{StreamExt, stream};
 
@@ -118,7 +118,7 @@ pub(crate) async fn fire(client: &Client, command: &str, args: &[&str]) {
 
 /// The health, or an error after a time in which any guest answers: a connection of QEMU's user
 /// network can be lost without a word while nobody listens behind it.
-async fn health(address: &str) -> reqwest::Result<reqwest::Response> {
+pub(crate) async fn health(address: &str) -> reqwest::Result<reqwest::Response> {
     let client = reqwest::Client::builder().no_proxy().timeout(ANSWER).build()?;
     client.get(format!("http://{address}/health")).send().await
 }
@@ -249,16 +249,16 @@ pub(crate) async fn python_sdk(address: &str) {
     assert!(text(&output.stdout).ends_with("all of it works\n"), "{}", text(&output.stdout));
 }
 
-/// `examples/vsock_uds.rs`, as a user would run it.
-pub(crate) async fn example(socket: &Path) {
-    let example = std::env::var_os("ENVD_VM_EXAMPLE").expect("ENVD_VM_EXAMPLE: use make vm");
-    let output = tokio::process::Command::new(example)
-        .arg(socket)
-        .args(["49983", "echo", "through the example"])
+/// An example, as a user would run it: `vsock_uds` with its socket and port, `unix` with its socket.
+pub(crate) async fn example(name: &str, to: &[&OsStr]) {
+    let examples = std::env::var_os("ENVD_VM_EXAMPLES").expect("ENVD_VM_EXAMPLES: use make vm");
+    let output = tokio::process::Command::new(Path::new(&examples).join(name))
+        .args(to)
+        .args(["echo", "through the example"])
         .stdin(Stdio::null())
-        .output()
-        .await
-        .unwrap();
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(ANSWER, output).await.expect("it ends").unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "through the example\n", "{output:?}");
 }
 
@@ -381,11 +381,15 @@ impl Gate {
     }
 }
 
-/// Ten thousand orphans while a thousand processes of our own live: nobody's status is lost or
-/// taken for another's, and no zombie stays.
-pub(crate) async fn orphans(address: &str) {
-    const MANAGED: i32 = 1000;
-    const PARENTS: usize = 100;
+/// Of processes: so many of our own, and so many that each have a hundred orphans.
+pub(crate) struct Crowd {
+    pub(crate) managed: i32,
+    pub(crate) parents: usize,
+}
+
+/// Ten thousand orphans while a thousand processes of our own live, or as many as there is room for:
+/// nobody's status is lost or taken for another's, and no zombie stays.
+pub(crate) async fn orphans(address: &str, Crowd { managed, parents }: Crowd) {
     const ORPHANS_EACH: usize = 100;
     let client = root(address, Wire::Grpc);
     // One connection carries 256 calls at the same time. Each of them is answered before the next
@@ -398,7 +402,7 @@ pub(crate) async fn orphans(address: &str) {
     let exits = Gate::new(address, "exits").await;
     let lost = Gate::new(address, "lost").await;
     // Each waits, which costs nothing, and ends with its own code.
-    let managed: Vec<_> = stream::iter(0..MANAGED)
+    let managed: Vec<_> = stream::iter(0..managed)
         .map(|number| {
             let (clients, gate) = (&clients, &exits.path);
             async move {
@@ -421,7 +425,7 @@ pub(crate) async fn orphans(address: &str) {
         "i=0; while [ $i -lt {ORPHANS_EACH} ]; do read -r line < {} > /dev/null 2>&1 & i=$((i+1)); done",
         lost.path
     );
-    let codes: Vec<_> = stream::iter(0..PARENTS)
+    let codes: Vec<_> = stream::iter(0..parents)
         .map(|_| async {
             let code = run(&client, "sh", &["-c", &line]).await.code;
             lost.open_for(ORPHANS_EACH).await;
@@ -430,7 +434,7 @@ pub(crate) async fn orphans(address: &str) {
         .buffer_unordered(4)
         .collect()
         .await;
-    assert_eq!(codes, [0; PARENTS]);
+    assert_eq!(codes, vec![0; parents]);
 
     exits.open_for(managed.len()).await;
     for (code, events) in managed {
@@ -449,21 +453,21 @@ pub(crate) async fn units(address: &str) {
     assert_eq!(sh(address, "systemctl --failed --no-legend --plain").await, "");
 }
 
-pub(crate) async fn one_program(address: &str) {
+pub(crate) async fn one_program(address: &str, busybox: &str) {
     for wire in WIRES {
         let client = Client::at(address, wire);
-        let outcome = run(&client, "/bin/busybox", &["echo", "all there is"]).await;
+        let outcome = run(&client, busybox, &["echo", "all there is"]).await;
         assert_eq!((outcome.stdout.as_str(), outcome.code), ("all there is\n", 0), "{wire:?}");
     }
 }
 
-pub(crate) async fn nothing_else(address: &str) {
+pub(crate) async fn nothing_else(address: &str, a_file: &str) {
     let client = Client::at(address, Wire::Grpc);
     for (command, code, text) in [
         ("bash", 127, "No such file or directory"),
         ("/bin/nope", 127, "No such file or directory"),
         ("/bin", 126, "Permission denied"),
-        ("/etc/envd/modules", 126, "Permission denied"),
+        (a_file, 126, "Permission denied"),
     ] {
         let outcome = run(&client, command, &[]).await;
         assert_eq!(outcome.code, code, "{command}: {outcome:?}");

@@ -399,7 +399,7 @@ impl Drop for Guest {
 }
 
 /// A port that was free a moment ago. QEMU cannot be given a socket, so a race remains.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 

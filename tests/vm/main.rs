@@ -3,7 +3,7 @@
 //! `make vm` builds what is needed and runs this; by hand:
 //!
 //! ```sh
-//! scripts/vm.sh [SCENARIO...]     # systemd, openrc, pid1, handover, minimal, boots, inside
+//! scripts/vm.sh [SCENARIO...]     # systemd, openrc, pid1, handover, minimal, containers, boots, inside
 //! ```
 //!
 //! Not part of `cargo test`, and without libtest: one boot serves many checks. The guest runs under
@@ -24,6 +24,7 @@
 mod common;
 
 mod checks;
+mod container;
 mod forward;
 mod guest;
 mod inside;
@@ -33,16 +34,19 @@ mod trust;
 
 use std::{process::ExitCode, time::Duration};
 
+use checks::Crowd;
 use guest::{Disk, Guest, Kind};
 use report::Report;
 
 /// Boots in a row that must all answer.
 const BOOTS: usize = 10;
+/// Processes that a guest must cope with.
+const CROWD: Crowd = Crowd { managed: 1000, parents: 100 };
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let all = ["systemd", "openrc", "pid1", "handover", "minimal", "boots", "inside"];
+    let all = ["systemd", "openrc", "pid1", "handover", "minimal", "containers", "boots", "inside"];
     let unknown: Vec<_> = wanted.iter().filter(|name| !all.contains(&name.as_str())).collect();
     assert!(unknown.is_empty(), "no such scenarios: {unknown:?}; there are {all:?}");
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|one| one == name);
@@ -55,6 +59,9 @@ async fn main() -> ExitCode {
     }
     if wants("minimal") {
         minimal(&mut report).await;
+    }
+    if wants("containers") {
+        container::run(&mut report).await;
     }
     if wants("boots") {
         boots(&mut report, Kind::Systemd).await;
@@ -116,10 +123,12 @@ async fn with_guest(report: &mut Report, kind: Kind) {
             let Some(answers) = answers else { continue };
             println!("    {name}: /health beside {beside}: {answers}");
         }
-        report.check(&own("orphans and statuses"), checks::orphans(address)).await;
+        report.check(&own("orphans and statuses"), checks::orphans(address, CROWD)).await;
     }
     let socket = guest.vsock_socket();
-    report.check(&own("vsock: the example client"), checks::example(&socket)).await;
+    let to = [socket.as_os_str(), "49983".as_ref()];
+    let example = checks::example("vsock_uds", &to);
+    report.check(&own("vsock: the example client"), example).await;
     let replaced = async {
         guest.replace_vsock().await;
         checks::vsock_is_back(&guest.tcp()).await;
@@ -151,8 +160,10 @@ async fn minimal(report: &mut Report) {
     report.note(format!("minimal: {}", guest.timings()));
     let failed_before = report.failed();
     let address = guest.vsock();
-    report.check("minimal: vsock: the one program", checks::one_program(&address)).await;
-    report.check("minimal: vsock: what is not there", checks::nothing_else(&address)).await;
+    let program = checks::one_program(&address, "/bin/busybox");
+    report.check("minimal: vsock: the one program", program).await;
+    let nothing = checks::nothing_else(&address, "/etc/envd/modules");
+    report.check("minimal: vsock: what is not there", nothing).await;
     report.check("minimal: powers off in order", guest.power_off()).await;
     if report.failed() > failed_before {
         guest.print_console();

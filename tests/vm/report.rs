@@ -11,6 +11,8 @@ pub(crate) struct Report {
     scenarios: Vec<Scenario>,
     /// Figures that are said again at the end.
     notes: Vec<String>,
+    /// Scenarios that could not be run here, each with what it lacked.
+    skipped: Vec<String>,
     /// The project's own tests that ran inside a guest, by binary.
     inside: BTreeMap<String, Inside>,
 }
@@ -85,6 +87,13 @@ impl Report {
         self.notes.push(note);
     }
 
+    /// A scenario cannot be run on this machine; said now and at the end.
+    pub(crate) fn skip(&mut self, scenario: &str, why: &str) {
+        let skip = format!("SKIPPED: {scenario}: {why}");
+        println!("{skip}");
+        self.skipped.push(skip);
+    }
+
     pub(crate) fn ran_inside(&mut self, binary: &str, result: Inside) {
         self.inside.insert(binary.to_owned(), result);
     }
@@ -96,6 +105,9 @@ impl Report {
         }
         for Scenario { name, passed, failed } in &self.scenarios {
             println!("checks from outside, {name}: {passed} passed, {failed} failed");
+        }
+        for skip in &self.skipped {
+            println!("{skip}");
         }
         for (name, Inside { passed, failed, skipped }) in &self.inside {
             let skips = skipped.len();

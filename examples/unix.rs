@@ -3,12 +3,14 @@
 #[path = "shared/mod.rs"]
 mod shared;
 
+use std::process::ExitCode;
+
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Endpoint, Uri};
 
 #[tokio::main]
-async fn main() -> Result<(), shared::Failure> {
+async fn main() -> Result<ExitCode, shared::Failure> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("usage: unix PATH [COMMAND [ARGUMENT]...]")?;
     let connect = tower::service_fn(move |_: Uri| {

@@ -4,12 +4,14 @@
 #[path = "shared/mod.rs"]
 mod shared;
 
+use std::process::ExitCode;
+
 use hyper_util::rt::TokioIo;
 use tokio_vsock::{VsockAddr, VsockStream};
 use tonic::transport::{Endpoint, Uri};
 
 #[tokio::main]
-async fn main() -> Result<(), shared::Failure> {
+async fn main() -> Result<ExitCode, shared::Failure> {
     let usage = "usage: vsock CID PORT [COMMAND [ARGUMENT]...]";
     let mut args = std::env::args().skip(1);
     let cid: u32 = args.next().ok_or(usage)?.parse()?;

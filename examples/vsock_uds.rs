@@ -9,7 +9,7 @@
 mod shared;
 
 use hyper_util::rt::TokioIo;
-use std::io;
+use std::{io, process::ExitCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
@@ -37,7 +37,7 @@ async fn connect(path: &str, port: u32) -> io::Result<UnixStream> {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), shared::Failure> {
+async fn main() -> Result<ExitCode, shared::Failure> {
     let usage = "usage: vsock_uds PATH PORT [COMMAND [ARGUMENT]...]";
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or(usage)?;

@@ -55,8 +55,14 @@ if [ ! -e "$venv/complete" ]; then
 fi
 export ENVD_VM_PYTHON=$venv/bin/python
 
+export ENVD_VM_KERNELS=$images/cache
 cargo build --locked --examples
-export ENVD_VM_EXAMPLES=$CARGO_TARGET_DIR/debug/examples
+# One of them is carried into a guest.
+export ENVD_VM_EXAMPLES=$tools/examples
+mkdir -p "$ENVD_VM_EXAMPLES"
+for example in unix vsock vsock_uds; do
+  strip --strip-debug -o "$ENVD_VM_EXAMPLES/$example" "$CARGO_TARGET_DIR/debug/examples/$example"
+done
 
 # The guest has this system's C library, so the test binaries run there as they are. They look for
 # the daemon where cargo has put it: place.sh makes that path lead to the copy. Both are built with

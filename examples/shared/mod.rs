@@ -4,14 +4,17 @@ use envd::proto::process::{
     ProcessConfig, StartRequest, process_client::ProcessClient, process_event::Event,
     process_event::data_event::Output,
 };
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 use tonic::transport::Channel;
 
 /// The error of an example.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Runs `command` and copies its output.
-pub(crate) async fn run(channel: Channel, mut command: Vec<String>) -> Result<(), Failure> {
+/// Runs `command`, copies its output, and gives its exit code.
+pub(crate) async fn run(channel: Channel, mut command: Vec<String>) -> Result<ExitCode, Failure> {
     if command.is_empty() {
         command.push("uname".to_owned());
     }
@@ -28,9 +31,13 @@ pub(crate) async fn run(channel: Channel, mut command: Vec<String>) -> Result<()
                 Some(Output::Stderr(bytes)) => io::stderr().write_all(&bytes)?,
                 None => {}
             },
-            Some(Event::End(end)) => writeln!(io::stderr(), "{}", end.status)?,
+            Some(Event::End(end)) => {
+                writeln!(io::stderr(), "{}", end.status)?;
+                // A signal's is negative, and the shell has no such.
+                return Ok(u8::try_from(end.exit_code).map_or(ExitCode::FAILURE, ExitCode::from));
+            }
             Some(Event::Start(_) | Event::Gap(_) | Event::Keepalive(_)) | None => {}
         }
     }
-    Ok(())
+    Err("the stream ended before the command".into())
 }

@@ -28,7 +28,7 @@ use crate::{
 
 const START: &str = "/process.Process/Start";
 /// Every file of a check is below this directory.
-const PLACE: &str = "/tmp/vm-check";
+pub(crate) const PLACE: &str = "/tmp/vm-check";
 
 /// How a command ended, and what it said.
 #[derive(Debug)]
@@ -200,6 +200,15 @@ pub(crate) async fn files(address: &str) {
     let names: Vec<_> = list.entries.iter().map(|entry| entry.name.as_str()).collect();
     assert_eq!(names, ["deep", "file"]);
     clean(&client).await;
+}
+
+/// Uploads a file of the host to the place of a check.
+pub(crate) async fn put(address: &str, file: &Path, name: &str) {
+    let bytes = std::fs::read(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let url = format!("http://{address}/files?path={PLACE}/{name}&username=root");
+    let upload = http.post(&url).header("content-type", "application/octet-stream");
+    assert_eq!(upload.body(bytes).send().await.unwrap().status(), 200, "{}", file.display());
 }
 
 async fn clean(client: &Client) {

@@ -110,6 +110,8 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     if kind == Kind::Systemd {
         let trust = trust::by_context(address, guest.vsock_socket());
         report.check(&own("vsock: whom a daemon trusts"), trust).await;
+        let loopback = trust::loopback(address);
+        report.check(&own("vsock: the kernel's own loopback"), loopback).await;
     }
     // One guest for each kind of base; and of PID 1, which reaps: systemd, and envd.
     if matches!(kind, Kind::Systemd | Kind::Pid1) {

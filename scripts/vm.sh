@@ -84,14 +84,12 @@ carry() {
     "$(dirname "$daemon")" "$daemon" >"$tree/place.sh"
 }
 
-# The images of the scenario `containers`, and how to run one: with a store of its own, no bridge of the
-# host, and limits that an engine without privileges of its own can set. Fails with a word about
-# what this machine lacks.
-containers() {
-  local store=$CARGO_TARGET_DIR/containers context=$work/scratch wrapper=$tools/podman error
-  need podman=podman runc=runc slirp4netns=slirp4netns busybox=busybox-static
-  mkdir -p "$store" "$context/bin"
-  cat >"$wrapper" <<WRAPPER
+# Podman for the scenario `containers`, in $podman: with a store of its own, no bridge of the host, and
+# limits that an engine without privileges of its own can set.
+wrap_podman() {
+  local store=$CARGO_TARGET_DIR/containers
+  podman=$tools/podman
+  cat >"$podman" <<WRAPPER
 #!/bin/sh
 # Podman with the store of scripts/vm.sh.
 verb=\$1
@@ -99,16 +97,26 @@ shift
 [ "\$verb" != run ] || set -- --network slirp4netns --ulimit nofile=4096:4096 --ulimit nproc=4096:4096 "\$@"
 exec podman --root '$store/images' --runroot '$store/run' --runtime runc --cgroup-manager cgroupfs "\$verb" "\$@"
 WRAPPER
-  chmod +x "$wrapper"
-  cp rootfs/scratch/Dockerfile "$CARGO_TARGET_DIR/static/envd" "$context"
-  printf 'root:x:0:0:root:/:/bin/sh\n' >"$context/passwd"
-  cp "$(command -v busybox)" "$context/bin/busybox"
-  error=$("$wrapper" build --quiet --tag localhost/envd-scratch "$context" 2>&1) &&
-    error=$("$wrapper" run --rm --entrypoint /bin/busybox localhost/envd-scratch true 2>&1) || {
-    printf 'no container can be run: %s\n' "$error"
-    return 1
-  }
-  "$wrapper" build --quiet --tag localhost/envd-debian "$images/debian-systemd" >&2
+  chmod +x "$podman"
+}
+
+# can_run_containers DIRECTORY: whether a container with nothing but busybox runs; otherwise prints
+# what this machine says to it.
+can_run_containers() {
+  mkdir -p "$1/bin"
+  cp "$(command -v busybox)" "$1/bin/busybox"
+  printf 'FROM scratch\nCOPY bin /bin\n' >"$1/Dockerfile"
+  "$podman" build --quiet --tag localhost/probe "$1" 2>&1 &&
+    "$podman" run --rm localhost/probe /bin/busybox true 2>&1
+}
+
+# The two images, from the same Dockerfiles that a user has.
+build_containers() {
+  cp rootfs/scratch/Dockerfile "$CARGO_TARGET_DIR/static/envd" "$1"
+  printf 'root:x:0:0:root:/:/bin/sh\n' >"$1/passwd"
+  "$podman" build --quiet --tag localhost/envd-scratch "$1" >&2
+  "$podman" build --quiet --tag localhost/envd-debian "$images/debian-systemd" >&2
+  "$podman" image prune --force >/dev/null
 }
 
 # wants SCENARIO: whether it is among those that were asked for.
@@ -120,10 +128,13 @@ wants() {
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if wants containers; then
-  if lacking=$(containers); then
-    export ENVD_VM_PODMAN=$tools/podman
+  need podman=podman runc=runc slirp4netns=slirp4netns busybox=busybox-static
+  wrap_podman
+  if lacking=$(can_run_containers "$work/scratch"); then
+    build_containers "$work/scratch"
+    export ENVD_VM_PODMAN=$podman
   else
-    export ENVD_VM_NO_CONTAINERS=$lacking
+    export ENVD_VM_NO_CONTAINERS="no container can be run here: $lacking"
   fi
 fi
 

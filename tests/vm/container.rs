@@ -39,12 +39,7 @@ async fn debian(report: &mut Report, podman: &Path) {
     let Some(container) = report.check(&at("starts"), start).await else { return };
     let address = container.address.as_str();
     report.check(&at("answers"), answers(address)).await;
-    report.check(&at("a command in every protocol"), checks::commands(address)).await;
-    report.check(&at("random bytes through cat"), checks::cat(address)).await;
-    report.check(&at("a terminal"), checks::terminal(address)).await;
-    report.check(&at("files"), checks::files(address)).await;
-    report.check(&at("a watch"), checks::watch(address)).await;
-    report.check(&at("the Python SDK"), checks::python_sdk(address)).await;
+    crate::main_job(report, "containers: Debian", address).await;
     report.check(&at("the user and sudo"), checks::user(address)).await;
     report.check(&at("orphans and statuses"), checks::orphans(address, CROWD)).await;
     let socket = container.shared.path().join("envd.sock");

@@ -74,6 +74,17 @@ async fn main() -> ExitCode {
     if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// What envd is there for, in every protocol; anywhere with a Debian.
+async fn main_job(report: &mut Report, place: &str, address: &str) {
+    let at = |check: &str| format!("{place}: {check}");
+    report.check(&at("a command in every protocol"), checks::commands(address)).await;
+    report.check(&at("random bytes through cat"), checks::cat(address)).await;
+    report.check(&at("a terminal"), checks::terminal(address)).await;
+    report.check(&at("files"), checks::files(address)).await;
+    report.check(&at("a watch"), checks::watch(address)).await;
+    report.check(&at("the Python SDK"), checks::python_sdk(address)).await;
+}
+
 /// One boot, all checks over both transports, then an orderly power-off.
 async fn with_guest(report: &mut Report, kind: Kind) {
     let name = kind.name();
@@ -84,14 +95,7 @@ async fn with_guest(report: &mut Report, kind: Kind) {
     report.note(format!("{name}: {}", guest.timings()));
     let failed_before = report.failed();
     for (transport, address) in [("tcp", guest.tcp()), ("vsock", guest.vsock())] {
-        let at = |check: &str| format!("{name}: {transport}: {check}");
-        let address = address.as_str();
-        report.check(&at("a command in every protocol"), checks::commands(address)).await;
-        report.check(&at("random bytes through cat"), checks::cat(address)).await;
-        report.check(&at("a terminal"), checks::terminal(address)).await;
-        report.check(&at("files"), checks::files(address)).await;
-        report.check(&at("a watch"), checks::watch(address)).await;
-        report.check(&at("the Python SDK"), checks::python_sdk(address)).await;
+        main_job(report, &format!("{name}: {transport}"), &address).await;
     }
     let address = guest.tcp();
     let address = address.as_str();

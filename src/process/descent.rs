@@ -1,9 +1,10 @@
 //! Descendants as /proc shows them, for trees without a control group.
 //!
-//! A list of processes is old when it is read. So it is read again until it holds nothing new, and
-//! before a tree is signalled each of its processes is stopped: what is stopped can neither fork nor
-//! exit, and so hides nobody. One whose session is known is stopped as soon as it is read: a shell
-//! that does nothing but fork may live for less time than the rest of the list takes. Then all get
+//! A list of processes is old when it is read. So it is read again until it holds nothing new though
+//! nobody has forked meanwhile, and before a tree is signalled each of its processes is stopped: what
+//! is stopped can neither fork nor exit, and so hides nobody. One whose session is known is stopped as
+//! soon as it is read: a shell that does nothing but fork may live for less time than the rest of the
+//! list takes, and its child, which is not in the list, for as little. Then all get
 //! the signal, and those that were not stopped before go on with it, the children first: a shell that
 //! goes on before its job would take that for stopped.
 //! Signals that ask a process to stop are sent without that, since one that goes on has lost them.
@@ -30,6 +31,8 @@ use crate::sys::pidfd;
 
 /// How often the list is read for what was forked meanwhile.
 const MAX_ROUNDS: usize = 64;
+/// How often in a row it may hold nothing new while somebody forks, who may be of the tree or not.
+const MAX_QUIET_ROUNDS: usize = 8;
 /// How long in all to wait for processes to stop that were told to: one that a file system holds
 /// does not.
 const STOPPING: Duration = Duration::from_millis(100);
@@ -178,7 +181,9 @@ fn signal_among(
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     let mut hunt = Hunt::new(signal);
+    let mut quiet_rounds = 0;
     for _ in 0..MAX_ROUNDS {
+        let newest = newest_pid();
         let seeds: Vec<Member> = roots.iter().chain(&hunt.found).copied().collect();
         let before = hunt.found.len();
         let all = match list(&mut |stat| hunt.see(stat)) {
@@ -192,11 +197,19 @@ fn signal_among(
         for stat in tree(&seeds, &all) {
             hunt.take(stat);
         }
-        if hunt.found.len() == before {
+        quiet_rounds = if hunt.found.len() == before { quiet_rounds + 1 } else { 0 };
+        let nobody_forked = newest.is_some() && newest == newest_pid();
+        if quiet_rounds == MAX_QUIET_ROUNDS || (quiet_rounds > 0 && nobody_forked) {
             break;
         }
     }
     hunt.end()
+}
+
+/// The pid that was given last in this pid namespace, proc_loadavg(5): another one as soon as
+/// somebody forks.
+fn newest_pid() -> Option<u64> {
+    fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().last()?.parse().ok()
 }
 
 /// One search for all of a tree, for the sake of a signal.
@@ -419,6 +432,30 @@ mod tests {
         child.wait().unwrap();
         assert_eq!((error.raw_os_error(), rounds), (Some(libc::EMFILE), 2));
         assert_ne!(state, STOPPED);
+    }
+
+    #[test]
+    fn a_list_that_misses_one_is_not_the_last_while_somebody_forks() {
+        let mut parent = Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = |of: &std::process::Child| i32::try_from(of.id()).unwrap();
+        let root = Member::of(pid(&parent)).unwrap();
+        let mut rounds = 0;
+        let list = |_: &mut dyn FnMut(&Stat)| {
+            rounds += 1;
+            // What a chain of short-lived shells does.
+            Command::new("true").status()?;
+            let session = pid(&parent);
+            let parent = Stat { session, ..Stat::of(session).unwrap() };
+            let child = Stat { parent: session, session, ..Stat::of(pid(&child)).unwrap() };
+            Ok(if rounds < 4 { vec![parent] } else { vec![parent, child] })
+        };
+        let found = signal_among(&[root], libc::SIGKILL, list).unwrap();
+        let ended = [&mut parent, &mut child].map(|process| {
+            process.kill().unwrap();
+            process.wait().unwrap()
+        });
+        assert_eq!(found.len(), 2, "{ended:?}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 # What a contributor runs by hand; .ci/run runs the same.
 
-.PHONY: build test conformance model grpcurl static size image vm lint ci
+.PHONY: build test conformance model grpcurl static size image bases vm lint ci
 
 build:
 	cargo build --locked
@@ -32,6 +32,10 @@ size: static
 # IMAGE="--init envd", say, makes another one: rootfs/build.sh --help.
 image: static
 	rootfs/build.sh $(IMAGE)
+
+# What becomes of bases that are not Debian (needs root).
+bases: static
+	scripts/bases.sh
 
 # Real guests under QEMU, checked over vsock and TCP (needs root); VM="pid1 minimal", say, runs some
 # of the scenarios of tests/vm/main.rs.

@@ -221,7 +221,12 @@ def add_user(root: Root) -> None:
     root.write("/etc/group", group)
 
     place = root.at(home)
-    if not place.exists():
+    if place.is_dir() and not mine:
+        # A layer has put files there before there was anybody to own them.
+        for name in [place, *place.rglob("*")]:
+            if name.lstat().st_uid == 0:
+                os.chown(name, uid, gid, follow_symlinks=False)
+    elif not place.exists():
         root.directories(os.path.dirname(home))
         skeleton = root.at("/etc/skel")
         if skeleton.is_dir():
@@ -237,6 +242,16 @@ def add_user(root: Root) -> None:
     place = root.at(f"/etc/sudoers.d/{USER}")
     place.write_text(f"{USER} ALL=(ALL:ALL) NOPASSWD: ALL\n")
     place.chmod(0o440)
+
+
+def forget_identity(root: Root) -> None:
+    """Clones of one image must not be one machine; where systemd looks for an identity too."""
+    if root.exists("/etc/machine-id"):
+        root.write("/etc/machine-id", "")
+    copy = root.at("/var/lib/dbus/machine-id", follow_last=False)
+    if not copy.is_symlink():
+        copy.unlink(missing_ok=True)
+    root.at("/var/lib/systemd/random-seed", follow_last=False).unlink(missing_ok=True)
 
 
 def shell(root: Root) -> str:
@@ -328,6 +343,7 @@ def main() -> None:
     root.directories("/etc/envd")
     root.write("/etc/envd/init.args", "".join(f"{arg}\n" for arg in ENVD_ARGS))
     add_user(root)
+    forget_identity(root)
     root.write(
         "/etc/sysctl.d/60-envd.conf",
         "# Watches on large trees, as E2B's templates have it.\nfs.inotify.max_user_watches = 65536\n",

@@ -62,8 +62,10 @@ fi
 need mmdebstrap=mmdebstrap mke2fs=e2fsprogs cpio=cpio depmod=kmod python3=python3 \
   lz4=lz4 zstd=zstd xz=xz-utils busybox=busybox-static
 
-name=$(basename "$base")
+name=$(basename -- "$base")
 name=${name%%.tar*}
+# Without symbolic links in it, and with nothing that a program takes for a flag or a host.
+[ "$base" = debian ] || base=$(realpath -- "$base")
 output=${output:-$target/image/$name-$init}
 mkdir -p "$output" "$target/image/cache"
 output=$(cd "$output" && pwd)
@@ -75,6 +77,8 @@ flock --nonblock "$lock" || {
   flock "$lock"
 }
 
+# Nobody else builds here now: a build that was killed has left them.
+rm -rf "$cache"/work.*
 work=$(mktemp -d "$cache/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT
@@ -126,10 +130,22 @@ debian_base() {
   printf '%s\n' "$tar"
 }
 
-# The key of a directory is its listing: contents count by size and time of change.
+# pack_tree DIRECTORY: a tar of all that is in it, the same for the same tree.
+pack_tree() {
+  tar -C "$1" --one-file-system --sort=name --numeric-owner --xattrs --xattrs-include='*' --acls \
+    --pax-option='exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime' -cf - .
+}
+
+# unpack_tree DIRECTORY TAR: of /dev, which every init mounts itself, only the directory is wanted.
+unpack_tree() {
+  tar -C "$1" --force-local --numeric-owner --xattrs --xattrs-include='*' --acls \
+    --anchored --exclude='./dev/?*' --exclude='dev/?*' --exclude='/dev/?*' -xpf "$2"
+}
+
+# The key of a directory is that of its tar.
 base_key() {
   if [ -d "$1" ]; then
-    find "$1" -xdev -printf '%P %y %m %U %G %s %T@ %l\0' | sort -z | sha256sum | cut -c 1-64
+    pack_tree "$1" | sha256sum | cut -c 1-64
   else
     hash_of "$1"
   fi
@@ -146,13 +162,13 @@ build_rootfs() {
   say "copying $from"
   mkdir "$root"
   if [ -d "$from" ]; then
-    tar -C "$from" --one-file-system --xattrs --xattrs-include='*' --acls -cf - . |
-      tar -C "$root" --xattrs --xattrs-include='*' --acls --numeric-owner -xpf -
+    pack_tree "$from" | unpack_tree "$root" -
   else
-    # Of /dev, which every init mounts itself, only the directory is wanted.
-    tar -C "$root" --xattrs --xattrs-include='*' --acls --numeric-owner \
-      --exclude='./dev/?*' --exclude='dev/?*' -xpf "$from"
+    unpack_tree "$root" "$from"
   fi
+  # Whoever may enter the directory that the base lies in, the root is everybody's.
+  chown 0:0 "$root"
+  chmod 0755 "$root"
 
   say "baking envd in, with $init as init"
   local options=()
@@ -160,8 +176,7 @@ build_rootfs() {
   "$here/bake.py" --root "$root" --envd "$envd" --init "$init" "${options[@]}"
 
   say "packing"
-  tar -C "$root" --sort=name --numeric-owner --xattrs --xattrs-include='*' --acls \
-    --pax-option='exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime' -cf "$work/rootfs.tar" .
+  pack_tree "$root" >"$work/rootfs.tar"
   # One input has one identity: its UUID and the seed of its directory hashes.
   uuid=${key:0:8}-${key:8:4}-4${key:13:3}-8${key:17:3}-${key:20:12}
   mke2fs -q -F -t ext4 -L rootfs -U "$uuid" -O has_journal -m 0 \

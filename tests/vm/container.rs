@@ -61,7 +61,7 @@ async fn scratch(report: &mut Report, podman: &Path) {
     let Some(container) = report.check(&at("starts"), start).await else { return };
     let address = container.address.as_str();
     report.check(&at("answers"), answers(address)).await;
-    let program = checks::one_program(address, "/bin/busybox");
+    let program = checks::one_program(address);
     report.check(&at("the one program"), program).await;
     let nothing = checks::nothing_else(address, "/etc/passwd");
     report.check(&at("what is not there"), nothing).await;

@@ -166,7 +166,7 @@ async fn minimal(report: &mut Report) {
     report.note(format!("minimal: {}", guest.timings()));
     let failed_before = report.failed();
     let address = guest.vsock();
-    let program = checks::one_program(&address, "/bin/busybox");
+    let program = checks::one_program(&address);
     report.check("minimal: vsock: the one program", program).await;
     let nothing = checks::nothing_else(&address, "/etc/envd/modules");
     report.check("minimal: vsock: what is not there", nothing).await;

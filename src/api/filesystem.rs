@@ -109,14 +109,24 @@ impl Files {
         done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
     }
 
-    /// As [`Self::blocking`], for work that has begun: it is not refused because others wait.
+    /// As [`Self::blocking`], for a method of our own.
+    pub(super) async fn blocking_own<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let users = Arc::clone(&self.sandbox.users);
+        let done = self.sandbox.files.run(move || work(&users)).await;
+        done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_own_files(&error))
+    }
+
+    /// As [`Self::blocking_own`], for work that has begun: it is not refused because others wait.
     pub(super) async fn blocking_step<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Users) -> Result<T, FsError> + Send + 'static,
     ) -> Result<T, Status> {
         let users = Arc::clone(&self.sandbox.users);
         let done = self.sandbox.files.run_next_step(move || work(&users)).await;
-        done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_files(&error))
+        done.unwrap_or_else(|busy| Err(busy.into())).map_err(|error| status::of_own_files(&error))
     }
 }
 

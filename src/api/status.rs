@@ -8,8 +8,18 @@ use crate::{
     process::{Beyond, InputError, ResizeError, SignalError, StartError},
 };
 
-/// The status of a file error.
+/// The status of a file error of one of upstream's methods.
 pub(super) fn of_files(error: &FsError) -> Status {
+    let code = match code_of(error.kind()) {
+        // E2B's JavaScript SDK takes it for a sandbox that is lost.
+        Code::Unavailable => Code::Internal,
+        code => code,
+    };
+    Status::new(code, error.to_string())
+}
+
+/// The status of a file error of a method of our own.
+pub(super) fn of_own_files(error: &FsError) -> Status {
     Status::new(code_of(error.kind()), error.to_string())
 }
 
@@ -30,6 +40,7 @@ fn code_of(kind: Kind) -> Code {
         Kind::OutOfRange => Code::OutOfRange,
         Kind::DataLoss => Code::DataLoss,
         Kind::Aborted => Code::Aborted,
+        Kind::Unresponsive => Code::Unavailable,
     }
 }
 

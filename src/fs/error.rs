@@ -8,7 +8,10 @@ use std::{
 use nix::errno::Errno;
 
 use super::{compose::ComposeError, errno};
-use crate::{blocking::Busy, quote};
+use crate::{
+    blocking::{Busy, MountBusy},
+    quote,
+};
 
 mod kind;
 
@@ -348,6 +351,9 @@ pub enum FsError {
     /// The work could not be done where it may block.
     #[error(transparent)]
     Blocking(#[from] Busy),
+    /// The mount on which the work would go on does not answer.
+    #[error(transparent)]
+    MountBusy(#[from] MountBusy),
     /// No such polled watcher.
     #[error("watcher with id {0} not found")]
     WatcherNotFound(String),

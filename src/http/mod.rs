@@ -117,7 +117,7 @@ impl From<FsError> for Refusal {
             Kind::InvalidArgument => StatusCode::BAD_REQUEST,
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
-            Kind::ResourceExhausted => StatusCode::SERVICE_UNAVAILABLE,
+            Kind::ResourceExhausted | Kind::Unresponsive => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, error.to_string())

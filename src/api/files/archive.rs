@@ -53,7 +53,7 @@ pub(in crate::api) async fn archive(
         let done = archive::archive(&path, compression, &users, &mut out, &stop);
         let last = match done {
             Ok(()) => Ok(None),
-            Err(error) => Err(status::of_files(&error)),
+            Err(error) => Err(status::of_own_files(&error)),
         };
         // Nobody is there who would miss it.
         let _ = out.sender.blocking_send(last);
@@ -144,7 +144,7 @@ pub(in crate::api) async fn extract(
         },
     };
     let done = done.unwrap_or_else(|busy| Err(FsError::from(busy)));
-    let done = done.map_err(|error| status::of_files(&error))?;
+    let done = done.map_err(|error| status::of_own_files(&error))?;
     Ok(Response::new(pb::ExtractResponse { entries: done.entries, bytes: done.bytes }))
 }
 

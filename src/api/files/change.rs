@@ -28,7 +28,7 @@ pub(in crate::api) async fn copy(
     let _left = SetOnDrop(Arc::clone(&stop));
     let user = call.user;
     let (copied, entry) = files
-        .blocking(move |users| {
+        .blocking_own(move |users| {
             let _slot = slot;
             let copied = copy::copy(&source, &destination, &user, options, &stop)?;
             Ok((copied, entry::stat(&destination, users)?))
@@ -55,7 +55,7 @@ pub(in crate::api) async fn set_attributes(
         accessed: time(wanted.accessed_time),
     };
     let entry = files
-        .blocking(move |users| {
+        .blocking_own(move |users| {
             attributes::set(&path, &attributes, users)?;
             entry::stat(&path, users)
         })
@@ -72,7 +72,7 @@ pub(in crate::api) async fn create_symlink(
     let path = files.resolve(&wanted.path, &call.user)?;
     let user = call.user;
     let entry = files
-        .blocking(move |users| {
+        .blocking_own(move |users| {
             attributes::create_symlink(&path, &wanted.target, wanted.replace, &user)?;
             entry::stat(&path, users)
         })

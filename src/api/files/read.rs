@@ -44,7 +44,7 @@ pub(in crate::api) async fn read(
     let permit = if chunk > PIECE { read::roomy() } else { None };
     let chunk = if permit.is_some() { chunk } else { chunk.min(PIECE) };
     let (told, first, reader) = files
-        .blocking(move |users| {
+        .blocking_own(move |users| {
             let (file, meta) = read::open(&path)?;
             let tag = read::tag(&meta);
             if !wanted.if_match.is_empty() && wanted.if_match != tag {
@@ -78,7 +78,7 @@ pub(in crate::api) async fn read(
                 let piece = reader.next(chunk);
                 (reader, piece)
             });
-            let (reader, piece) = read.await.map_err(|busy| status::of_files(&busy.into()))?;
+            let (reader, piece) = read.await.map_err(|busy| status::of_own_files(&busy.into()))?;
             let piece =
                 piece.map_err(|error| Status::internal(format!("error reading file: {error}")))?;
             Ok((!piece.is_empty()).then(|| (data(piece), (reader, permit))))

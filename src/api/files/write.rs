@@ -103,7 +103,7 @@ impl Upload {
         let uploads = Arc::clone(files.uploads());
         let id = (!id.is_empty()).then(|| id.to_owned());
         let kept = match &id {
-            Some(id) => uploads.take(id, &path, user.uid).map_err(|e| status::of_files(&e))?,
+            Some(id) => uploads.take(id, &path, user.uid).map_err(|e| status::of_own_files(&e))?,
             None => None,
         };
         let begun = kept.is_some();
@@ -113,7 +113,7 @@ impl Upload {
         let (staged, options) = (Arc::clone(&upload.staged), options.clone());
         let (path, user) = (upload.path.clone(), Arc::clone(&upload.user));
         let created = files
-            .blocking(move |_| {
+            .blocking_own(move |_| {
                 let mut staged = staged.lock();
                 // One that was kept may not have begun either: its client left too early.
                 if staged.is_none() {
@@ -144,7 +144,7 @@ impl Upload {
                 why: "the upload has been committed".to_owned(),
             }),
         });
-        done.await.unwrap_or_else(|busy| Err(busy.into())).map_err(|e| status::of_files(&e))
+        done.await.unwrap_or_else(|busy| Err(busy.into())).map_err(|e| status::of_own_files(&e))
     }
 
     /// What has come so far.

@@ -30,6 +30,8 @@ pub enum Kind {
     DataLoss,
     /// Another call is in the way; it can be tried again.
     Aborted,
+    /// The file system does not answer.
+    Unresponsive,
 }
 
 /// The kind of a failed call of our own: of upstream's all are internal.
@@ -97,6 +99,7 @@ impl FsError {
             Self::Gap { .. } => Kind::OutOfRange,
             Self::WrongChecksum(_) => Kind::DataLoss,
             Self::UploadInUse(_) => Kind::Aborted,
+            Self::MountBusy(_) => Kind::Unresponsive,
             Self::NoInodes(_) | Self::NoSpace(_) | Self::NoSpaceForMetadata(_) => Kind::NoSpace,
             Self::TooManyEntries { .. }
             | Self::TooDeep { .. }

@@ -16,6 +16,10 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
+mod mount;
+
+pub use mount::{MountBusy, stand_on};
+
 /// The threads for files that are started at once, and stay.
 pub const MIN_FILE_THREADS: usize = 4;
 /// The most threads for files.

@@ -269,7 +269,7 @@ fn half_requests_to_init_do_not_keep_out_the_host() {
     let mut first = [0; 12];
     eventually("there is no place left for programs of the sandbox", || {
         let mut refused = TcpStream::connect(daemon.tcp()).unwrap();
-        refused.set_read_timeout(Some(PATIENCE)).unwrap();
+        refused.set_read_timeout(Some(*PATIENCE)).unwrap();
         init(&mut refused, 2);
         let _ = refused.write_all(b"{}");
         refused.read_exact(&mut first).unwrap();
@@ -300,7 +300,7 @@ fn requests_that_are_taken_back_at_once_end_the_connection_and_cost_no_memory() 
     let before = daemon.memory("VmRSS");
     for _ in 0..8 {
         let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(*PATIENCE)).unwrap();
         stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         bytes.extend(frame(4, 0, 0, &[]));

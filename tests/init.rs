@@ -280,7 +280,7 @@ fn the_service_manager_hears_of_readiness_life_and_end() {
     let by_name = UnixDatagram::bind_addr(&abstract_one).unwrap();
     for (manager, address) in [(by_path, path.display().to_string()), (by_name, format!("@{name}"))]
     {
-        manager.set_read_timeout(Some(PATIENCE)).unwrap();
+        manager.set_read_timeout(Some(*PATIENCE)).unwrap();
         let mut command = Daemon::command(&["--listen", "tcp://127.0.0.1:0"]);
         command.env("NOTIFY_SOCKET", &address).env("WATCHDOG_USEC", "200000");
         let mut daemon = Daemon::spawn(&mut command);
@@ -306,7 +306,7 @@ fn without_a_watchdog_or_a_manager_nothing_is_sent() {
     // Meant for another process.
     command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "20000").env("WATCHDOG_PID", "1");
     let mut daemon = Daemon::spawn(&mut command);
-    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    manager.set_read_timeout(Some(*PATIENCE)).unwrap();
     assert_eq!(next(&manager), "READY=1\n");
     std::thread::sleep(Duration::from_millis(200));
     daemon.signal(Signal::SIGTERM);

@@ -143,7 +143,7 @@ fn sigterm_drains_and_exits_0() {
     );
     running.write_all(head.as_bytes()).unwrap();
     running.write_all(&body).unwrap();
-    running.set_read_timeout(Some(PATIENCE)).unwrap();
+    running.set_read_timeout(Some(*PATIENCE)).unwrap();
     let mut seen = String::new();
     let mut read = || {
         let mut buffer = [0; 4096];

@@ -15,7 +15,7 @@ use serde_json::Value;
 /// Sends bytes as they are and reads until the daemon closes.
 fn raw(daemon: &Daemon, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(*PATIENCE)).unwrap();
     // The daemon may close before it has all.
     let _ = stream.write_all(bytes);
     let _ = stream.shutdown(Shutdown::Write);
@@ -28,7 +28,7 @@ fn raw(daemon: &Daemon, bytes: &[u8]) -> Vec<u8> {
 /// body.
 fn http(daemon: &Daemon, head: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
     let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(*PATIENCE)).unwrap();
     let head =
         format!("{head}\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all(head.as_bytes()).unwrap();
@@ -308,7 +308,7 @@ fn slow_clients_are_let_go() {
     assert_eq!(&first, b"HTTP/1.1 204");
     second.write_all(b"GET /hea").unwrap();
     let ends = |stream: &mut TcpStream| {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(*PATIENCE)).unwrap();
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer).expect("it is closed");
         String::from_utf8(answer).unwrap()
@@ -336,7 +336,7 @@ fn idle_connections_are_closed_and_busy_ones_are_not() {
     busy.write_all(head.as_bytes()).unwrap();
     busy.write_all(&body).unwrap();
     for stream in [&idle, &busy] {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(*PATIENCE)).unwrap();
     }
     let mut answer = Vec::new();
     idle.read_to_end(&mut answer).expect("the idle connection is closed");
@@ -392,7 +392,7 @@ fn requests_together_stay_within_the_budget() {
     let mut clients: Vec<_> = (0..5)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_read_timeout(Some(*PATIENCE)).unwrap();
             stream.write_all(head.as_bytes()).unwrap();
             let _ = stream.write_all(&vec![b' '; 500_000]);
             stream
@@ -432,7 +432,7 @@ fn clients_that_stall_are_let_go() {
     let daemon = Daemon::start(&["--stall-timeout", "1", "--max-connections", "1"]);
     // In the middle of a message.
     let mut sender = TcpStream::connect(daemon.tcp()).unwrap();
-    sender.set_read_timeout(Some(PATIENCE)).unwrap();
+    sender.set_read_timeout(Some(*PATIENCE)).unwrap();
     sender.write_all(b"POST /process.Process/List HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{").unwrap();
     let mut answer = String::new();
     let _ = sender.read_to_string(&mut answer);
@@ -464,7 +464,7 @@ fn clients_that_stall_are_let_go() {
 fn an_http2_client_that_calls_later_is_idle_and_not_slow() {
     let daemon = Daemon::start(&["--header-timeout", "1", "--idle-timeout", "3"]);
     let mut client = TcpStream::connect(daemon.tcp()).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_read_timeout(Some(*PATIENCE)).unwrap();
     let start = std::time::Instant::now();
     // The preface and empty settings.
     client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
@@ -495,7 +495,7 @@ fn a_body_that_nobody_wanted_is_no_slow_request() {
     client.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
     let nothing = client.read(&mut answer).unwrap_err().kind();
     assert_eq!(nothing, std::io::ErrorKind::WouldBlock);
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_read_timeout(Some(*PATIENCE)).unwrap();
     client.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
     let bytes = client.read(&mut answer).unwrap();
     assert!(answer[..bytes].starts_with(b"HTTP/1.1 204 "));

@@ -805,7 +805,7 @@ async fn no_exit_status_is_taken_for_anothers() {
 async fn a_thousand_at_once_leave_no_zombie_no_descriptor_and_no_cgroup() {
     // Fewer where tests are given more patience, in the emulated guests of `make vm`: `orphans` of
     // tests/vm has its thousand there.
-    const PROCESSES: usize = if common::PATIENCE.as_secs() > 60 { 200 } else { 1000 };
+    let processes = if common::PATIENCE.as_secs() > 60 { 200 } else { 1000 };
     for (daemon, base) in both_ways() {
         // A connection carries 256 calls.
         let clients: Vec<Client> = (0..5).map(|_| Client::new(&daemon, Wire::Grpc)).collect();
@@ -813,7 +813,7 @@ async fn a_thousand_at_once_leave_no_zombie_no_descriptor_and_no_cgroup() {
             run(client, &sh("true")).await;
         }
         let before = daemon.descriptors();
-        let running: Vec<Running> = stream::iter(0..PROCESSES)
+        let running: Vec<Running> = stream::iter(0..processes)
             .map(|number| {
                 let client = clients[number % clients.len()].clone();
                 async move { begin(&client, &start("sleep", &["1000"])).await }
@@ -822,9 +822,9 @@ async fn a_thousand_at_once_leave_no_zombie_no_descriptor_and_no_cgroup() {
             .collect()
             .await;
         let pids: HashSet<u32> = running.iter().map(|running| running.pid).collect();
-        assert_eq!(pids.len(), PROCESSES);
+        assert_eq!(pids.len(), processes);
         if let Some(base) = &base {
-            assert_eq!(base.leaves().len(), PROCESSES);
+            assert_eq!(base.leaves().len(), processes);
         }
         // Without a group each look at a tree is one at the whole machine.
         let scope = if base.is_some() { SignalScope::Tree } else { SignalScope::Group };
@@ -839,7 +839,7 @@ async fn a_thousand_at_once_leave_no_zombie_no_descriptor_and_no_cgroup() {
             .buffer_unordered(20);
         assert_eq!(
             ends.filter(|end| std::future::ready(end.status == "signal: killed")).count().await,
-            PROCESSES
+            processes
         );
         // A child is its thread's, and those of a pool make them.
         for task in directories(Path::new(&format!("/proc/{}/task", daemon.pid()))) {

@@ -11,20 +11,21 @@ pub mod rpc;
 use std::{
     io::{BufRead, BufReader},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, LazyLock, Mutex},
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-/// The longest that anything in a test may take before it counts as hung. A build for a machine
-/// that is much slower, as an emulated one, sets the seconds in ENVD_TEST_PATIENCE.
-pub const PATIENCE: Duration = Duration::from_secs(match option_env!("ENVD_TEST_PATIENCE") {
-    Some(seconds) => match u64::from_str_radix(seconds, 10) {
-        Ok(seconds) => seconds,
-        Err(_) => panic!("ENVD_TEST_PATIENCE is no number of seconds"),
-    },
-    None => 60,
+/// The longest that anything in a test may take before it counts as hung. ENVD_TEST_PATIENCE sets the
+/// seconds for a machine that is much slower, such as an emulated one. It is read when the test runs,
+/// so that the same binaries serve the host and a guest.
+pub static PATIENCE: LazyLock<Duration> = LazyLock::new(|| {
+    let seconds = match std::env::var("ENVD_TEST_PATIENCE") {
+        Ok(text) => text.parse().expect("ENVD_TEST_PATIENCE is a number of seconds"),
+        Err(_) => 60,
+    };
+    Duration::from_secs(seconds)
 });
 
 /// A running daemon, killed on drop.
@@ -95,7 +96,7 @@ impl Daemon {
 
     /// Waits until a line with this message has been logged; gives all lines so far.
     pub fn wait_for_log(&self, message: &str) -> Vec<Value> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         let mut lines = self.log.lines.lock().unwrap();
         loop {
             if lines.iter().any(|line| line["message"] == message) {
@@ -160,19 +161,19 @@ impl Drop for Daemon {
 
 /// Polls until there is something; panics when that takes too long.
 pub fn eventually<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + *PATIENCE;
     loop {
         if let Some(value) = check() {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {:?}: {what}", *PATIENCE);
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
 /// A future that must not hang.
 pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
-    match tokio::time::timeout(PATIENCE, future).await {
+    match tokio::time::timeout(*PATIENCE, future).await {
         Ok(output) => output,
         Err(_) => panic!("hangs: {what}"),
     }
@@ -243,12 +244,12 @@ pub fn basic(user: &str) -> String {
 
 /// As [`eventually`], where the check has to wait for answers itself.
 pub async fn in_time<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + *PATIENCE;
     loop {
         if let Some(value) = check().await {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {:?}: {what}", *PATIENCE);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -1,8 +1,8 @@
 //! The project's own tests inside a guest, which has what they need of a kernel: root, a cgroup v2
 //! with all controllers, mounts, devices.
 //!
-//! `scripts/vm.sh` builds them with optimisation and with more patience, and carries them in on a
-//! disk; they run there as they are.
+//! `scripts/vm.sh` builds them with optimisation and carries them in on a disk; they run there as they
+//! are, with the same patience as this program.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,10 @@ use envd::proto::process::{
 
 use crate::{
     checks::{events, next, root, sh, start},
-    common::rpc::{Messages, Wire},
+    common::{
+        PATIENCE,
+        rpc::{Messages, Wire},
+    },
     guest::{Disk, Guest, Kind},
     report::{Inside, Report},
 };
@@ -57,8 +60,9 @@ async fn carried(address: &str) -> Vec<String> {
 async fn run_carried(address: &str, test: &str, result: &mut Inside) {
     // One after another, so that the last line of a run that hangs names the test; what a test says
     // is kept until the end.
+    let patience = PATIENCE.as_secs();
     let line = format!(
-        "cd /tmp && CI=true TMPDIR=/var/tmp /mnt/tests/bin/{test} --test-threads=1 --show-output 2>&1"
+        "cd /tmp && CI=true TMPDIR=/var/tmp ENVD_TEST_PATIENCE={patience} /mnt/tests/bin/{test} --test-threads=1 --show-output 2>&1"
     );
     // Signs of life, because a test may be silent for longer than an answer may take.
     let client = root(address, Wire::Grpc).with("keepalive-ping-interval", "10");

@@ -2,7 +2,10 @@
 # Builds images that have envd baked in:
 #
 #   rootfs/build.sh [--base debian|DIR|TAR] [--init systemd|openrc|envd] [--size 1G]
-#                   [--output DIR] [--envd PATH] [--applets "NAME..."]
+#                   [--output DIR] [--envd PATH] [--applets "NAME..."] [--fetch-only]
+#
+# With --fetch-only it downloads what it needs, the Debian base and the kernel, into its cache and ends;
+# envd need not be built yet.
 #
 # In the output directory, by default target/image/NAME OF THE BASE-INIT, it leaves
 #
@@ -29,7 +32,7 @@ PACKAGES=(bash ca-certificates curl git iproute2 procps python3-minimal sudo)
 # buckets: no module is on the disk. What they need comes with them.
 MODULES=(virtio_pci virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio-rng ext4 fuse)
 
-base=debian init=systemd size=1G output='' applets=''
+base=debian init=systemd size=1G output='' applets='' fetch_only=''
 target=${CARGO_TARGET_DIR:-$here/../target}
 envd=$target/static/envd
 while [ $# -gt 0 ]; do
@@ -38,6 +41,10 @@ while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || fail "$1 needs a value"
     printf -v "${1#--}" %s "$2"
     shift 2
+    ;;
+  --fetch-only)
+    fetch_only=yes
+    shift
     ;;
   -h | --help)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
@@ -51,7 +58,7 @@ systemd | openrc | envd) ;;
 *) fail "--init: '$init' is none of systemd, openrc, envd" ;;
 esac
 [[ $size =~ ^[1-9][0-9]*[KMG]?$ ]] || fail "--size: '$size' is not a size like 512M or 1G"
-[ -x "$envd" ] || fail "$envd is missing; 'make static' builds it"
+[ -n "$fetch_only" ] || [ -x "$envd" ] || fail "$envd is missing; 'make static' builds it"
 if [ "$base" != debian ] && [ ! -d "$base" ] && [ ! -f "$base" ]; then
   fail "--base: '$base' is neither 'debian' nor a directory nor a tar file"
 fi
@@ -86,7 +93,6 @@ trap 'exit 143' TERM
 
 own_key=$(hash_of "$here/build.sh" "$here/../scripts/lib.sh")
 bake_key=$(hash_of "$here/bake.py" "$here/systemd/envd.service" "$here/systemd/80-envd.network" "$here/openrc/envd")
-envd_key=$(hash_of "$envd")
 
 # is_current FILE KEY: FILE in the output directory was made from what KEY stands for.
 is_current() {
@@ -308,6 +314,12 @@ build_initramfs() {
   deliver minimal.cpio "$key"
 }
 
+if [ -n "$fetch_only" ]; then
+  [ "$base" != debian ] || debian_base
+  kernel
+  exit 0
+fi
+envd_key=$(hash_of "$envd")
 build_rootfs
 build_initramfs
 say "the images are in $output"

@@ -26,8 +26,12 @@ module_dir=$(go mod download -json "$MODULE@$VERSION" | sed -n 's/^[[:space:]]*"
 [ -d "$module_dir/proto" ] || fail "$MODULE@$VERSION has no protos in '$module_dir'"
 export CONFORMANCE_PROTO=$module_dir/proto
 
+# Features of envd to build with, so that a run that has built them already builds them once.
+features=()
+if [ -n "${ENVD_FEATURES:-}" ]; then features=(--features "$ENVD_FEATURES"); fi
+
 case ${1:-run} in
-clippy) exec cargo clippy --locked -p envd-conformance --all-targets -- -D warnings ;;
+clippy) exec cargo clippy --locked -p envd-conformance "${features[@]}" --all-targets -- -D warnings ;;
 run) ;;
 *) fail "'$1' is not a command" ;;
 esac
@@ -37,7 +41,7 @@ if [ ! -x "$suite" ]; then
   GOBIN=$tools go install "$MODULE/cmd/connectconformance@$VERSION"
   mv "$tools/connectconformance" "$suite"
 fi
-cargo build --locked -p envd-conformance
+cargo build --locked -p envd-conformance "${features[@]}"
 
 report=$tools/conformance.txt
 status=0

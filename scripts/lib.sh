@@ -27,9 +27,13 @@ need() {
   [ ${#packages[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || fail "please install: ${packages[*]}"
   say "installing ${packages[*]}"
+  # Scripts that run side by side wait for each other: apt-get fails where another one is at work.
+  exec {apt_lock}>"${TMPDIR:-/tmp}/envd-apt-$(id -u).lock"
+  flock "$apt_lock"
   as_root apt-get update -q >&2
   as_root env DEBIAN_FRONTEND=noninteractive \
     apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
+  exec {apt_lock}>&-
 }
 
 # need_rust_target TRIPLE: adds the target's standard library when it is missing.

@@ -4,6 +4,11 @@
 #
 # Makes what is missing: the static binary, the images, the vsock backend, a Python environment
 # with the SDK, and a disk with the project's own tests, which run inside the guest.
+#
+# ENVD_GUEST_PROFILE and ENVD_FEATURES choose the cargo profile and the features of those tests, so that
+# a run that has built them for the host already (as .ci/run has) builds them once. ENVD_VM_BOOTS is the
+# number of boots of the scenario `boots`. `scripts/vm.sh --tools-only` makes the vsock backend and the
+# Python environment and ends.
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
@@ -20,21 +25,18 @@ UNITS='process:: sys:: guest:: --skip process::journal'
 # Seconds after which something counts as hung, in a guest and in what calls one.
 PATIENCE=600
 
+tools_only=
+if [ "${1:-}" = --tools-only ]; then tools_only=yes; fi
+
+profile=${ENVD_GUEST_PROFILE:-guest}
+features=()
+if [ -n "${ENVD_FEATURES:-}" ]; then features=(--features "$ENVD_FEATURES"); fi
+
 need qemu-system-x86_64=qemu-system-x86 setpriv=util-linux dumpe2fs=e2fsprogs mke2fs=e2fsprogs \
   python3=python3 strip=binutils
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 tools=$CARGO_TARGET_DIR/tools
 mkdir -p "$tools"
-
-[ -x "$CARGO_TARGET_DIR/static/envd" ] || scripts/static.sh
-for init in systemd openrc envd; do rootfs/build.sh --init "$init"; done
-images=$CARGO_TARGET_DIR/image
-export ENVD_VM_SYSTEMD=$images/debian-systemd/rootfs.ext4
-export ENVD_VM_OPENRC=$images/debian-openrc/rootfs.ext4
-export ENVD_VM_PID1=$images/debian-envd/rootfs.ext4
-export ENVD_VM_KERNEL=$images/debian-systemd/vmlinux
-export ENVD_VM_INITRD=$images/debian-systemd/initrd.cpio
-export ENVD_VM_MINIMAL=$images/debian-systemd/minimal.cpio
 
 export ENVD_VM_BACKEND=$tools/bin/vhost-device-vsock
 if [ ! -x "$ENVD_VM_BACKEND" ]; then
@@ -54,9 +56,20 @@ if [ ! -e "$venv/complete" ]; then
   touch "$venv/complete"
 fi
 export ENVD_VM_PYTHON=$venv/bin/python
+if [ "$tools_only" ]; then exit; fi
+
+[ -x "$CARGO_TARGET_DIR/static/envd" ] || scripts/static.sh
+for init in systemd openrc envd; do rootfs/build.sh --init "$init"; done
+images=$CARGO_TARGET_DIR/image
+export ENVD_VM_SYSTEMD=$images/debian-systemd/rootfs.ext4
+export ENVD_VM_OPENRC=$images/debian-openrc/rootfs.ext4
+export ENVD_VM_PID1=$images/debian-envd/rootfs.ext4
+export ENVD_VM_KERNEL=$images/debian-systemd/vmlinux
+export ENVD_VM_INITRD=$images/debian-systemd/initrd.cpio
+export ENVD_VM_MINIMAL=$images/debian-systemd/minimal.cpio
 
 export ENVD_VM_KERNELS=$images/cache
-cargo build --locked --examples
+cargo build --locked "${features[@]}" --examples
 # One of them is carried into a guest.
 export ENVD_VM_EXAMPLES=$tools/examples
 mkdir -p "$ENVD_VM_EXAMPLES"
@@ -66,13 +79,14 @@ done
 
 # The guest has this system's C library, so the test binaries run there as they are. They look for
 # the daemon where cargo has put it: place.sh makes that path lead to the copy. Both are built with
-# the profile `guest`, which optimises a little: it is emulation that costs there, not building.
+# the profile `guest`, unless another one is chosen: it optimises a little, since emulated code is slow.
 carry() {
-  local tree=$1 flags=(--lib) name executable daemon=$CARGO_TARGET_DIR/guest/envd
+  local tree=$1 flags=(--lib) name executable daemon=$CARGO_TARGET_DIR/$profile/envd
+  [ "$profile" != dev ] || daemon=$CARGO_TARGET_DIR/debug/envd
   for name in "${CARRIED[@]}"; do flags+=(--test "$name"); done
   mkdir -p "$tree/bin"
-  ENVD_TEST_PATIENCE=$PATIENCE \
-    cargo test --locked --profile guest --no-run --message-format json "${flags[@]}" >"$tree/messages"
+  cargo test --locked --profile "$profile" "${features[@]}" --no-run --message-format json "${flags[@]}" \
+    >"$tree/messages"
   scripts/test-binaries.py <"$tree/messages" | while read -r name executable; do
     strip --strip-debug -o "$tree/bin/$name" "$executable"
     [ "$name" != unit ] || name="$name $UNITS"
@@ -148,4 +162,4 @@ fi
 for image in "$ENVD_VM_SYSTEMD" "$ENVD_VM_OPENRC" "$ENVD_VM_PID1" "$ENVD_VM_INITRD" "$ENVD_VM_MINIMAL"; do
   say "$image: $(du -h --apparent-size "$image" | cut -f 1), $(du -h "$image" | cut -f 1) on disk"
 done
-ENVD_TEST_PATIENCE=$PATIENCE cargo test --locked --test vm -- "${scenarios[@]}"
+ENVD_TEST_PATIENCE=$PATIENCE cargo test --locked "${features[@]}" --test vm -- "${scenarios[@]}"

@@ -38,7 +38,7 @@ use checks::Crowd;
 use guest::{Disk, Guest, Kind};
 use report::Report;
 
-/// Boots in a row that must all answer.
+/// Boots in a row that must all answer, unless ENVD_VM_BOOTS says how many.
 const BOOTS: usize = 10;
 /// Processes that a guest must cope with.
 const CROWD: Crowd = Crowd { managed: 1000, parents: 100 };
@@ -179,14 +179,18 @@ async fn minimal(report: &mut Report) {
 async fn boots(report: &mut Report, kind: Kind) {
     let name = kind.name();
     let mut times = Vec::new();
-    for boot in 1..=BOOTS {
+    let boots = match std::env::var("ENVD_VM_BOOTS") {
+        Ok(text) => text.parse().expect("ENVD_VM_BOOTS is a number"),
+        Err(_) => BOOTS,
+    };
+    for boot in 1..=boots {
         let check = async {
             let guest = Guest::boot(kind, Disk::Snapshot).await;
             checks::hello(&guest.vsock()).await;
             checks::hello(&guest.tcp()).await;
             guest.answered()
         };
-        let title = format!("boots: {name}: boot {boot} of {BOOTS} answers");
+        let title = format!("boots: {name}: boot {boot} of {boots} answers");
         times.extend(report.check(&title, check).await);
     }
     for (transport, pick) in [("vsock", 0), ("tcp", 1)] {

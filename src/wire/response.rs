@@ -1,7 +1,7 @@
 //! A service's gRPC response in the protocol that the client speaks.
 //!
 //! tonic answers either with headers that hold the final status already ("Trailers-Only") or with
-//! a body of envelopes and trailers. Both become [`Answer`], and from that each protocol is
+//! a body of envelopes and trailers. Both become `Answer`, and from that each protocol is
 //! written. Messages are passed on as they come, one flush each: nothing is buffered here.
 
 use std::{

@@ -18,7 +18,7 @@ use crate::fs::watch::Hub;
 pub(in crate::fs) type Key = (u64, u64);
 
 /// The files that are being written. It holds one entry a file, and that only while there is a
-/// [`Writer`] of it.
+/// [`Writer`](super::Writer) of it.
 #[derive(Debug, Default)]
 pub struct Writers {
     pub(super) state: Mutex<Known>,

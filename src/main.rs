@@ -9,13 +9,10 @@ use std::{
 };
 
 use envd::{
-    config::{self, Command, Config},
+    config::{Command, Config, ConfigError, Subcommand},
     daemon,
-    guest::{
-        inherited,
-        init::{self, Duty},
-    },
-    telemetry, wait,
+    guest::{inherited, init},
+    quote, telemetry, wait,
 };
 
 /// Threads that run tasks. The daemon waits more than it computes; more threads only cost memory.
@@ -29,31 +26,24 @@ const CLEANUP_TIME: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    if wait::is_asked_for(&args) {
-        return wait::run(args.get(2..).unwrap_or_default());
-    }
     // Before there is any thread: PID 1 never has a second one.
-    match Duty::of(&args, std::process::id()) {
-        Some(Duty::Init(args)) => return init::run(&args),
-        Some(Duty::End(ending)) => return ask(ending),
-        None => inherited::reset(),
-    }
-    let config = match Config::parse(args.into_iter().skip(1)) {
-        Ok(Command::Run(config)) => *config,
-        Ok(Command::Print(text)) => {
-            // A closed stdout is the reader's choice.
-            let _ = writeln!(io::stdout(), "{text}");
-            return ExitCode::SUCCESS;
-        }
-        Ok(Command::Help) => {
-            let _ = write!(io::stderr(), "{}", config::USAGE);
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            let _ = write!(io::stderr(), "envd: {error}\n\n{}", config::USAGE);
-            return ExitCode::from(2);
-        }
+    let args = match Subcommand::of(&args, std::process::id()) {
+        Ok(Subcommand::Daemon(args)) => args,
+        Ok(Subcommand::Init { args, .. }) => return init::run(&args),
+        Ok(Subcommand::Wait(args)) => return wait::run(&args),
+        Ok(Subcommand::End(ending)) => return ask(ending),
+        Ok(Subcommand::Print(text)) => return print(text),
+        Err(error) => return misused(&error),
     };
+    inherited::reset();
+    let config = match Config::parse(args) {
+        Ok(Command::Run(config)) => *config,
+        Ok(Command::Print(text)) => return print(&text),
+        Err(error) => return misused(&error),
+    };
+    if let Err(error) = config.check_files() {
+        return misused(&error);
+    }
     inherited::keep_secrets();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -73,6 +63,10 @@ fn main() -> ExitCode {
         Ok(telemetry) => telemetry,
         Err(error) => return failed(&error),
     };
+    if !config.ignored.is_empty() {
+        let words = config.ignored.join(" ");
+        tracing::warn!(words = &*quote::text(&words), "words on the command line are ignored");
+    }
     let result = runtime.block_on(daemon::run(config));
     if let Err(error) = &result {
         tracing::error!("{error}");
@@ -88,6 +82,18 @@ fn main() -> ExitCode {
         }
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// Prints a text that was asked for. A closed stdout is the reader's choice.
+fn print(text: &str) -> ExitCode {
+    let _ = io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// Says what is wrong with the command line.
+fn misused(error: &ConfigError) -> ExitCode {
+    let _ = write!(io::stderr(), "envd: {error}\nTry 'envd --help'\n");
+    ExitCode::from(2)
 }
 
 fn ask(ending: init::Ending) -> ExitCode {

@@ -1,7 +1,7 @@
 //! What messages quote of a caller's own words: enough to know them again, and not all of them. An
 //! error that repeats a command line of a megabyte is read by nobody, and is held in memory twice.
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, ffi::OsStr, path::Path};
 
 /// The most bytes of one quoted text.
 pub const MAX_QUOTED: usize = 1 << 10;
@@ -20,6 +20,22 @@ pub fn path(path: &Path) -> String {
     text(&path.to_string_lossy()).into_owned()
 }
 
+/// The text, as [`text`] and on one line: control characters are escaped.
+pub fn line(text: impl AsRef<OsStr>) -> String {
+    let text = text.as_ref().to_string_lossy();
+    let mut line = String::new();
+    for char in text.chars() {
+        match char.is_control() || matches!(char, '\u{2028}' | '\u{2029}') {
+            true => line.extend(char.escape_default()),
+            false => line.push(char),
+        }
+        if line.len() > MAX_QUOTED {
+            break;
+        }
+    }
+    self::text(&line).into_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -33,5 +49,11 @@ mod tests {
         assert_eq!(cut, format!("{}…", "ä".repeat(MAX_QUOTED / 2)));
         let odd = format!("x{}", "ä".repeat(MAX_QUOTED));
         assert_eq!(text(&odd), format!("x{}…", "ä".repeat((MAX_QUOTED - 1) / 2)));
+    }
+
+    #[test]
+    fn one_line_whatever_is_in_it() {
+        assert_eq!(line("a\nb\u{1b}\u{2028}ä"), "a\\nb\\u{1b}\\u{2028}ä");
+        assert!(line("\n".repeat(MAX_QUOTED)).len() <= MAX_QUOTED + '…'.len_utf8());
     }
 }

@@ -12,11 +12,12 @@ use std::{
     time::Duration,
 };
 
-use lexopt::{Arg, Parser, ValueExt};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
     blocking::Pool,
+    config::args::{Args, Item},
+    quote,
     template::{condition::Condition, config},
 };
 
@@ -55,21 +56,17 @@ struct Options {
     quiet: bool,
 }
 
-/// Whether the arguments behind the program's name ask for this.
-pub fn is_asked_for(args: &[OsString]) -> bool {
-    args.get(1).is_some_and(|word| word == "wait")
-}
-
 /// Waits, with the arguments behind the word `wait`.
 pub fn run(args: &[OsString]) -> ExitCode {
     let options = match parse(args) {
         Ok(Some(options)) => options,
         Ok(None) => {
-            say(USAGE.trim_end());
+            // A closed stdout is the reader's choice.
+            let _ = io::stdout().write_all(USAGE.as_bytes());
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            say(&format!("envd wait: {error}\n\n{}", USAGE.trim_end()));
+            say(&format!("envd wait: {error}\nTry 'envd wait --help'"));
             return ExitCode::from(2);
         }
     };
@@ -134,25 +131,26 @@ fn parse(args: &[OsString]) -> Result<Option<Options>, String> {
         quiet: false,
     };
     let mut wanted_status = None;
-    let mut parser = Parser::from_args(args.iter().cloned());
-    let text = |error: lexopt::Error| error.to_string();
-    while let Some(arg) = parser.next().map_err(text)? {
-        match arg {
-            Arg::Long("timeout") => options.timeout = time("timeout", &mut parser)?,
-            Arg::Long("interval") => {
-                options.interval = time("interval", &mut parser)?.max(Duration::from_millis(1));
+    let mut args = Args::new(args.iter().cloned());
+    while let Some(item) = args.next() {
+        let flag = match item {
+            Item::Flag(flag) => flag,
+            Item::Word(word) => {
+                let word = word.to_string_lossy();
+                let condition: Result<Condition, _> = word.parse();
+                options.conditions.push(condition.map_err(|error| one_line(&error))?);
+                continue;
             }
-            Arg::Long("status") => {
-                let value = parser.value().and_then(|value| value.parse::<i64>());
-                wanted_status = Some(value.map_err(|error| format!("--status: {error}"))?);
+        };
+        match flag.name.as_str() {
+            "timeout" => options.timeout = time(&mut args)?,
+            "interval" => options.interval = time(&mut args)?.max(Duration::from_millis(1)),
+            "status" => {
+                wanted_status = Some(args.parsed::<i64>("a number").map_err(|e| e.to_string())?);
             }
-            Arg::Long("quiet") | Arg::Short('q') => options.quiet = true,
-            Arg::Long("help") | Arg::Short('h') => return Ok(None),
-            Arg::Value(value) => {
-                let value = value.string().map_err(text)?;
-                options.conditions.push(value.parse().map_err(|error| format!("{error}"))?);
-            }
-            other => return Err(other.unexpected().to_string()),
+            "quiet" | "q" => options.quiet = args.switch().map_err(|error| error.to_string())?,
+            "help" | "h" => return Ok(None),
+            _ => return Err(flag.wrong("there is no such flag").to_string()),
         }
     }
     if options.conditions.is_empty() {
@@ -169,10 +167,18 @@ fn parse(args: &[OsString]) -> Result<Option<Options>, String> {
     Ok(Some(options))
 }
 
-fn time(flag: &str, parser: &mut Parser) -> Result<Duration, String> {
-    let value =
-        parser.value().and_then(ValueExt::string).map_err(|error| format!("--{flag}: {error}"))?;
-    humantime::parse_duration(&value).map_err(|error| format!("--{flag}: '{value}': {error}"))
+fn time(args: &mut Args) -> Result<Duration, String> {
+    let text = args.text().map_err(|error| error.to_string())?;
+    let time = humantime::parse_duration(&text);
+    time.map_err(|error| {
+        let given = quote::line(&text);
+        args.wrong(format_args!("'{given}': {}", one_line(&error))).to_string()
+    })
+}
+
+/// An error that may quote what was given.
+fn one_line(error: &dyn std::fmt::Display) -> String {
+    quote::line(error.to_string()).to_string()
 }
 
 /// A closed stderr is the reader's choice.

@@ -189,20 +189,56 @@ fn flags() {
     let own = env!("CARGO_PKG_VERSION");
     assert_eq!((code, version), (0, format!("envd {own} (for E2B {})\n", envd::version::E2B)));
     assert_eq!(run(&["--commit"]).0, 0);
-    let (code, stdout, usage) = run(&["-h"]);
-    assert_eq!((code, stdout.as_str()), (0, ""));
-    assert!(usage.contains("--listen ADDRESS"), "{usage}");
-    for bad in [&["-nope"][..], &["--port", "x"], &["--listen", "x"]] {
-        let (code, _, log) = run(bad);
-        assert_eq!(code, 2, "{log}");
-        assert!(log.contains(bad[bad.len() - 1]) && log.contains("Usage: envd"), "{log}");
+    for help in [
+        &["-h"][..],
+        &["--help"],
+        &["--verbose", "-help"],
+        &["wait", "--help"],
+        &["init", "--help"],
+        &["poweroff", "--help"],
+        &["reboot", "-h"],
+        &["halt", "-help"],
+    ] {
+        let (code, usage, log) = run(help);
+        assert_eq!((code, log.as_str()), (0, ""), "{help:?}");
+        assert!(usage.starts_with("Usage: envd"), "{help:?}: {usage}");
     }
+    assert!(run(&["--help"]).1.contains("--listen ADDRESS"));
+    let missing = "--template=/nowhere/template.toml";
+    for (bad, named) in [
+        (&["-nope"][..], "--nope: "),
+        (&["--port", "x"], "--port: 'x'"),
+        (&["--listen", "x"], "--listen: 'x'"),
+        (&["-isnotfc=x"], "--isnotfc: 'x'"),
+        (&[missing], "--template: '/nowhere/template.toml': "),
+        (&["version"], "'version' is not a subcommand; did you mean 'envd --version'?"),
+        (&["help"], "'help' is not a subcommand; did you mean 'envd --help'?"),
+        (&["powerof"], "'powerof' is not a subcommand; did you mean 'envd poweroff'?"),
+        (&["stray", "--listen", "tcp://127.0.0.1:0"], "'stray' is not a subcommand; "),
+        (&["poweroff", "--now"], "poweroff: '--now' "),
+    ] {
+        let (code, stdout, log) = run(bad);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{bad:?}: {log}");
+        let mut lines = log.lines();
+        let error = lines.next().unwrap();
+        assert!(error.starts_with(&format!("envd: {named}")), "{bad:?}: {log}");
+        assert_eq!((lines.next(), lines.next()), (Some("Try 'envd --help'"), None), "{log}");
+    }
+    let (code, _, log) = run(&["wait", "port:1", "--timeout", "soon"]);
+    assert_eq!(code, 2);
+    assert!(log.starts_with("envd wait: --timeout: 'soon': "), "{log}");
+    assert!(log.ends_with("\nTry 'envd wait --help'\n") && log.lines().count() == 2, "{log}");
     let (code, _, log) = run(&["--default-user", "nobody-here", "--listen", "tcp://127.0.0.1:0"]);
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("invalid default user: 'nobody-here'"), "{log}");
     // An existing unit's command line.
     let upstream = ["-isnotfc", "-no-cgroups", "-cgroup-root", "/sys/fs/cgroup", "-verbose"];
     drop(Daemon::start(&upstream));
+    // Words behind flags mean nothing, to upstream as well.
+    let daemon = Daemon::start(&["-isnotfc", "stray", "word"]);
+    let log = daemon.wait_for_log("words on the command line are ignored");
+    let line = log.iter().find(|line| !line["words"].is_null()).unwrap();
+    assert_eq!((&line["level"], &line["words"]), (&"WARN".into(), &"stray word".into()));
 }
 
 #[test]

@@ -1,25 +1,29 @@
 //! The command line, as one validated struct.
 //!
 //! Flags are read as Go reads them, one dash or two, `-port 1` and `-port=1`, so that a unit file
-//! made for upstream's envd starts this one unchanged.
+//! made for upstream's envd starts this one unchanged. A first word must be a subcommand: what
+//! somebody took for one must not start a daemon that serves everybody.
 
+pub(crate) mod args;
 mod parse;
+mod subcommand;
 #[cfg(test)]
 mod tests;
 mod usage;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{ffi::OsStr, io, net::SocketAddr, path::PathBuf, time::Duration};
 
-pub use usage::USAGE;
+pub use self::{
+    subcommand::{Subcommand, flags},
+    usage::USAGE,
+};
 
 use crate::{
     fs::watch::Retention,
-    process,
-    telemetry::{Collector, TelemetryError},
-    wire::{
-        listen::{Address, ListenError},
-        peer::Trust,
-    },
+    process, quote,
+    sys::errno,
+    telemetry::Collector,
+    wire::{listen::Address, peer::Trust},
 };
 
 /// The port that E2B's clients and proxies expect.
@@ -32,8 +36,6 @@ pub enum Command {
     Run(Box<Config>),
     /// Print a text on stdout and exit 0.
     Print(String),
-    /// Print the usage on stderr and exit 0.
-    Help,
 }
 
 /// A validated configuration.
@@ -91,43 +93,75 @@ pub struct Config {
     pub verbose: bool,
     /// The OpenTelemetry collector, if it is not in the environment.
     pub otlp: Option<Collector>,
+    /// Words behind flags, which mean nothing; as they are logged.
+    pub ignored: Vec<String>,
 }
 
-/// What is wrong with the command line.
-#[derive(Debug, thiserror::Error)]
+/// What is wrong with the command line. Each is one line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// A flag that does not exist or lacks its value.
-    #[error("{0}")]
-    Flag(#[from] lexopt::Error),
-    /// An address that is none.
-    #[error("--{flag}: {source}")]
-    Address {
-        /// The flag.
-        flag: &'static str,
-        /// What is wrong with the address.
-        source: ListenError,
-    },
-    /// A collector that is none.
-    #[error("--otlp: {0}")]
-    Otlp(TelemetryError),
-    /// A value out of range.
-    #[error("--{flag}: {value} is not between {min} and {max}")]
-    Range {
-        /// The flag.
-        flag: &'static str,
-        /// Its value.
-        value: u64,
-        /// The least that is allowed.
-        min: u64,
-        /// The most that is allowed.
-        max: u64,
-    },
-    /// A value that makes no sense.
+    /// A flag that does not exist.
+    #[error("--{0}: there is no such flag")]
+    Unknown(String),
+    /// A flag without its value, or with one that is not valid.
     #[error("--{flag}: {why}")]
     Value {
-        /// The flag.
-        flag: &'static str,
+        /// The flag, without dashes.
+        flag: String,
         /// What is wrong with it.
-        why: &'static str,
+        why: String,
     },
+    /// A first word that is no subcommand.
+    #[error("'{word}' is not a subcommand; {hint}")]
+    Word {
+        /// The word.
+        word: String,
+        /// What to write instead.
+        hint: String,
+    },
+    /// An argument of a subcommand that takes none.
+    #[error("{subcommand}: '{arg}' is not an argument that it takes")]
+    Unexpected {
+        /// The subcommand.
+        subcommand: String,
+        /// The argument.
+        arg: String,
+    },
+}
+
+impl ConfigError {
+    fn of(flag: &str, why: &str) -> Self {
+        Self::Value { flag: flag.to_owned(), why: why.to_owned() }
+    }
+
+    fn word(word: &OsStr) -> Self {
+        let word = word.to_string_lossy();
+        let hint = match subcommand::suggestion(&word) {
+            Some(meant) => format!("did you mean '{meant}'?"),
+            None => "the daemon is run without one".to_owned(),
+        };
+        Self::Word { word: quote::line(word.as_ref()), hint }
+    }
+}
+
+impl Config {
+    /// Checks the files that must be there when the daemon starts.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`]: the file of `--template` does not exist. One that exists and is
+    /// broken is no error here: the daemon serves, so that the image can be looked into.
+    pub fn check_files(&self) -> Result<(), ConfigError> {
+        let Some(path) = &self.template else { return Ok(()) };
+        match std::fs::metadata(path) {
+            Err(error) if is_missing(&error) => Err(ConfigError::Value {
+                flag: "template".to_owned(),
+                why: format!("'{}': {}", quote::line(path), errno::text_of(&error)),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }

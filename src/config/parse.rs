@@ -2,9 +2,10 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use lexopt::{Arg, Parser, ValueExt};
-
-use super::{Command, Config, ConfigError, DEFAULT_PORT};
+use super::{
+    Command, Config, ConfigError, DEFAULT_PORT, USAGE,
+    args::{Args, Flag, Item},
+};
 use crate::{
     fs::watch::Retention,
     guest::mmds,
@@ -12,13 +13,17 @@ use crate::{
         self,
         options::{MAX_OUTPUT_WINDOW, MIN_OUTPUT_WINDOW, MIN_RETENTION},
     },
+    quote,
     telemetry::TelemetryError,
     version,
     wire::{
-        listen::{Address, Place},
+        listen::{Address, ListenError, Place},
         peer::Trust,
     },
 };
+
+/// The longest `--drain-grace`, in milliseconds.
+const MAX_DRAIN_GRACE: u64 = 60_000;
 
 impl Config {
     /// Reads the arguments behind the program's name.
@@ -53,136 +58,103 @@ impl Config {
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
             verbose: false,
             otlp: None,
+            ignored: Vec::new(),
         };
         let (mut port, mut mmds) = (None, None);
-        let mut parser = Parser::from_args(args.into_iter().map(with_two_dashes));
-        while let Some(arg) = parser.next()? {
-            match arg {
-                Arg::Long("listen") => config.listen.push(address("listen", &mut parser)?),
-                Arg::Long("ready") => config.ready = Some(address("ready", &mut parser)?),
-                Arg::Long("port") => port = Some(parser.value()?.parse::<u16>()?),
-                Arg::Long("default-user") => {
-                    config.default_user = Some(filled("default-user", parser.value()?.string()?)?);
+        let mut args = Args::new(args);
+        let mut is_first = true;
+        while let Some(item) = args.next() {
+            let first = std::mem::replace(&mut is_first, false);
+            let flag = match item {
+                Item::Flag(flag) => flag,
+                Item::Word(word) if first => return Err(ConfigError::word(&word)),
+                // Upstream takes no notice of them either.
+                Item::Word(word) => {
+                    config.ignored.push(quote::line(&word));
+                    continue;
                 }
-                Arg::Long("default-workdir") => {
-                    let workdir = filled("default-workdir", parser.value()?.string()?)?;
+            };
+            match flag.name.as_str() {
+                "listen" => config.listen.push(address(&flag, &mut args)?),
+                "ready" => config.ready = Some(address(&flag, &mut args)?),
+                "port" => port = Some(args.parsed::<u16>("a port, 0 to 65535")?),
+                "default-user" => config.default_user = Some(args.text()?),
+                "default-workdir" => {
+                    let workdir = args.text()?;
                     if !workdir.starts_with('/') {
-                        let why = "the path is not absolute";
-                        return Err(ConfigError::Value { flag: "default-workdir", why });
+                        return Err(flag.wrong("the path is not absolute"));
                     }
                     config.default_workdir = Some(workdir);
                 }
-                Arg::Long("access-token-file") => {
-                    config.access_token_file = Some(parser.value()?.into());
+                "access-token-file" => config.access_token_file = Some(args.path()?),
+                "require-token" => config.require_token = args.switch()?,
+                "resume-handover" => config.resume_handover = args.switch()?,
+                "trust-uid" => config.trust.uids.push(args.parsed("the number of a user")?),
+                "trust-cid" => config.trust.cids.push(args.parsed("a vsock context id")?),
+                "trust-certificates" => config.trust.certificates = args.switch()?,
+                "template" => config.template = Some(args.path()?),
+                "mmds" => {
+                    let value = args.text()?;
+                    mmds = Some(match value.as_str() {
+                        "none" => None,
+                        other => Some(other.parse().map_err(|_| {
+                            let given = quote::line(other);
+                            flag.wrong(format_args!("'{given}' is neither IP:PORT nor none"))
+                        })?),
+                    });
                 }
-                Arg::Long("require-token") => config.require_token = switch(&mut parser)?,
-                Arg::Long("resume-handover") => config.resume_handover = switch(&mut parser)?,
-                Arg::Long("trust-uid") => config.trust.uids.push(parser.value()?.parse()?),
-                Arg::Long("trust-cid") => config.trust.cids.push(parser.value()?.parse()?),
-                Arg::Long("trust-certificates") => {
-                    config.trust.certificates = switch(&mut parser)?;
+                "no-clock" => config.no_clock = args.switch()?,
+                "guest-root" => config.guest_root = args.path()?,
+                "max-connections" => config.max_connections = args.size(1, 1 << 20)?,
+                "max-buffered-bytes" => config.max_buffered_bytes = args.size(1024, 1 << 40)?,
+                "max-message-bytes" => config.max_message_bytes = args.size(1024, 1 << 30)?,
+                "header-timeout" => config.header_timeout = args.seconds(1)?,
+                "stall-timeout" => config.stall_timeout = args.seconds(1)?,
+                "idle-timeout" => config.idle_timeout = args.seconds(1)?,
+                "shutdown-grace" => config.shutdown_grace = args.seconds(0)?,
+                "max-processes" => config.processes.max_processes = args.size(1, 1 << 20)?,
+                "output-window" => {
+                    config.processes.output_window =
+                        args.size(MIN_OUTPUT_WINDOW as u64, MAX_OUTPUT_WINDOW as u64)?;
                 }
-                Arg::Long("template") => config.template = Some(parser.value()?.into()),
-                Arg::Long("mmds") => {
-                    let value = parser.value()?;
-                    mmds = Some(if value == "none" { None } else { Some(value.parse()?) });
+                "output-total" => config.processes.output_total = args.size(0, 1 << 40)?,
+                "output-stall-timeout" => config.processes.stall_limit = args.seconds(1)?,
+                "spill-dir" => config.processes.spill_dir = args.path()?,
+                "drain-grace" => {
+                    let grace = args.number(0, MAX_DRAIN_GRACE)?;
+                    config.processes.drain_grace = Duration::from_millis(grace);
                 }
-                Arg::Long("no-clock") => config.no_clock = switch(&mut parser)?,
-                Arg::Long("guest-root") => config.guest_root = parser.value()?.into(),
-                Arg::Long("max-connections") => {
-                    let value = parser.value()?.parse()?;
-                    config.max_connections = within("max-connections", value, 1, 1 << 20)?;
+                "retention" => {
+                    config.processes.retention = args.seconds(MIN_RETENTION.as_secs())?;
                 }
-                Arg::Long("max-buffered-bytes") => {
-                    let value = parser.value()?.parse()?;
-                    config.max_buffered_bytes = within("max-buffered-bytes", value, 1024, 1 << 40)?;
-                }
-                Arg::Long("max-message-bytes") => {
-                    let value = parser.value()?.parse()?;
-                    config.max_message_bytes = within("max-message-bytes", value, 1024, 1 << 30)?;
-                }
-                Arg::Long("header-timeout") => {
-                    config.header_timeout = seconds("header-timeout", 1, &mut parser)?;
-                }
-                Arg::Long("stall-timeout") => {
-                    config.stall_timeout = seconds("stall-timeout", 1, &mut parser)?;
-                }
-                Arg::Long("idle-timeout") => {
-                    config.idle_timeout = seconds("idle-timeout", 1, &mut parser)?;
-                }
-                Arg::Long("shutdown-grace") => {
-                    config.shutdown_grace = seconds("shutdown-grace", 0, &mut parser)?;
-                }
-                Arg::Long("max-processes") => {
-                    let value = parser.value()?.parse()?;
-                    config.processes.max_processes = within("max-processes", value, 1, 1 << 20)?;
-                }
-                Arg::Long("output-window") => {
-                    let (min, max) = (MIN_OUTPUT_WINDOW as u64, MAX_OUTPUT_WINDOW as u64);
-                    let value = parser.value()?.parse()?;
-                    config.processes.output_window = within("output-window", value, min, max)?;
-                }
-                Arg::Long("output-total") => {
-                    let value = parser.value()?.parse()?;
-                    config.processes.output_total = within("output-total", value, 0, 1 << 40)?;
-                }
-                Arg::Long("output-stall-timeout") => {
-                    config.processes.stall_limit = seconds("output-stall-timeout", 1, &mut parser)?;
-                }
-                Arg::Long("spill-dir") => {
-                    let dir = filled("spill-dir", parser.value()?.string()?)?;
-                    config.processes.spill_dir = dir.into();
-                }
-                Arg::Long("drain-grace") => {
-                    let value = parser.value()?.parse()?;
-                    let grace = within("drain-grace", value, 0, 60_000)?;
-                    config.processes.drain_grace = Duration::from_millis(grace as u64);
-                }
-                Arg::Long("retention") => {
-                    let least = MIN_RETENTION.as_secs();
-                    config.processes.retention = seconds("retention", least, &mut parser)?;
-                }
-                Arg::Long("max-retained") => {
-                    let value = parser.value()?.parse()?;
-                    config.processes.max_retained = within("max-retained", value, 0, 1 << 20)?;
-                }
-                Arg::Long("watcher-expiry") => {
-                    config.watches.polled = seconds("watcher-expiry", 1, &mut parser)?;
-                }
-                Arg::Long("cursor-retention") => {
-                    config.watches.cursors = seconds("cursor-retention", 1, &mut parser)?;
-                }
-                Arg::Long("cgroup-root") => config.cgroup_root = parser.value()?.into(),
-                Arg::Long("isnotfc") => config.is_not_fc = switch(&mut parser)?,
-                Arg::Long("no-cgroups") => config.no_cgroups = switch(&mut parser)?,
-                Arg::Long("verbose") => config.verbose = switch(&mut parser)?,
-                Arg::Long("otlp") => {
-                    let text = parser.value()?.string()?;
+                "max-retained" => config.processes.max_retained = args.size(0, 1 << 20)?,
+                "watcher-expiry" => config.watches.polled = args.seconds(1)?,
+                "cursor-retention" => config.watches.cursors = args.seconds(1)?,
+                "cgroup-root" => config.cgroup_root = args.path()?,
+                "isnotfc" => config.is_not_fc = args.switch()?,
+                "no-cgroups" => config.no_cgroups = args.switch()?,
+                "verbose" => config.verbose = args.switch()?,
+                "otlp" => {
+                    let text = args.text()?;
                     if !cfg!(feature = "otlp") {
-                        return Err(ConfigError::Otlp(TelemetryError::NotBuilt));
+                        return Err(flag.wrong(TelemetryError::NotBuilt));
                     }
-                    config.otlp = Some(text.parse().map_err(ConfigError::Otlp)?);
+                    config.otlp = Some(text.parse().map_err(|error| flag.wrong(error))?);
                 }
-                Arg::Long("version") => {
-                    if switch(&mut parser)? {
-                        let (own, e2b) = (version::OWN, version::E2B);
-                        return Ok(Command::Print(format!("envd {own} (for E2B {e2b})")));
-                    }
+                // With one dash, as orchestrators write it, it means upstream's and nothing else.
+                "version" if args.switch()? => {
+                    let (own, e2b) = (version::OWN, version::E2B);
+                    return Ok(Command::Print(match flag.one_dash {
+                        true => format!("{e2b}\n"),
+                        false => format!("envd {own} (for E2B {e2b})\n"),
+                    }));
                 }
-                Arg::Long(E2B_VERSION) => {
-                    if switch(&mut parser)? {
-                        return Ok(Command::Print(version::E2B.to_owned()));
-                    }
+                "commit" if args.switch()? => {
+                    return Ok(Command::Print(format!("{}\n", version::COMMIT)));
                 }
-                Arg::Long("commit") => {
-                    if switch(&mut parser)? {
-                        return Ok(Command::Print(version::COMMIT.to_owned()));
-                    }
-                }
-                Arg::Long("help") | Arg::Short('h') => return Ok(Command::Help),
-                // Upstream takes no notice of them either.
-                Arg::Value(_) => {}
-                other => return Err(other.unexpected().into()),
+                "help" | "h" if args.switch()? => return Ok(Command::Print(USAGE.to_owned())),
+                "version" | "commit" | "help" | "h" => {}
+                unknown => return Err(ConfigError::Unknown(quote::line(unknown))),
             }
         }
         match mmds {
@@ -191,13 +163,13 @@ impl Config {
             None => {}
         }
         if config.max_buffered_bytes / 2 < config.max_message_bytes {
-            let why = "is less than twice --max-message-bytes";
-            return Err(ConfigError::Value { flag: "max-buffered-bytes", why });
+            let why = "it is less than twice --max-message-bytes";
+            return Err(ConfigError::of("max-buffered-bytes", why));
         }
         match (port, config.listen.is_empty()) {
             (Some(_), false) => {
-                let why = "cannot be given beside --listen; put the port into the address";
-                return Err(ConfigError::Value { flag: "port", why });
+                let why = "it cannot be given beside --listen; put the port into the address";
+                return Err(ConfigError::of("port", why));
             }
             (port, true) => {
                 let place =
@@ -210,59 +182,8 @@ impl Config {
     }
 }
 
-/// `-version` behind the translation of dashes: with one, as orchestrators write it, it means upstream's
-/// version and nothing else.
-const E2B_VERSION: &str = "e2b-version";
-
-/// Go's single-dash flags as lexopt knows long ones.
-fn with_two_dashes(arg: OsString) -> OsString {
-    match arg.to_str() {
-        Some(text) if text == "-version" || text.starts_with("-version=") => {
-            text.replacen("-version", &format!("--{E2B_VERSION}"), 1).into()
-        }
-        Some(text) if text.len() > 2 && text.starts_with('-') && !text.starts_with("--") => {
-            format!("-{text}").into()
-        }
-        _ => arg,
-    }
-}
-
-/// A flag without a value, or Go's `-flag=false`.
-fn switch(parser: &mut Parser) -> Result<bool, lexopt::Error> {
-    match parser.optional_value() {
-        None => Ok(true),
-        Some(value) => match value.string()?.as_str() {
-            "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-            "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-            other => Err(format!("'{other}' is neither true nor false").into()),
-        },
-    }
-}
-
-fn address(flag: &'static str, parser: &mut Parser) -> Result<Address, ConfigError> {
-    let text = parser.value()?.string()?;
-    text.parse().map_err(|source| ConfigError::Address { flag, source })
-}
-
-/// At most a day.
-fn seconds(flag: &'static str, min: u64, parser: &mut Parser) -> Result<Duration, ConfigError> {
-    let value = parser.value()?.parse()?;
-    within(flag, value, min, 86_400)?;
-    Ok(Duration::from_secs(value))
-}
-
-fn within(flag: &'static str, value: u64, min: u64, max: u64) -> Result<usize, ConfigError> {
-    let wrong = ConfigError::Range { flag, value, min, max };
-    if (min..=max).contains(&value) {
-        usize::try_from(value).map_err(|_| wrong)
-    } else {
-        Err(wrong)
-    }
-}
-
-fn filled(flag: &'static str, value: String) -> Result<String, ConfigError> {
-    match value.is_empty() {
-        true => Err(ConfigError::Value { flag, why: "is empty" }),
-        false => Ok(value),
-    }
+fn address(flag: &Flag, args: &mut Args) -> Result<Address, ConfigError> {
+    let text = args.text()?;
+    // The text is quoted in the error.
+    text.parse().map_err(|error: ListenError| flag.wrong(quote::line(error.to_string())))
 }

@@ -18,6 +18,7 @@ fn config(args: &[&str]) -> Config {
 fn upstream_flags_with_one_dash_and_two() {
     let upstream =
         config(&["-isnotfc", "--no-cgroups", "-port", "1234", "-cgroup-root=/cg", "stray"]);
+    assert_eq!(upstream.ignored, ["stray"]);
     assert!(upstream.is_not_fc && upstream.no_cgroups && !upstream.verbose);
     assert_eq!(upstream.listen, ["tcp://0.0.0.0:1234".parse().unwrap()]);
     assert_eq!(upstream.cgroup_root, PathBuf::from("/cg"));
@@ -34,8 +35,10 @@ fn upstream_flags_with_one_dash_and_two() {
         }
     }
     assert!(matches!(parse(&["-commit"]), Ok(Command::Print(_))));
-    assert_eq!(parse(&["-h"]), Ok(Command::Help));
-    assert_eq!(parse(&["--help"]), Ok(Command::Help));
+    for help in ["-h", "-help", "--help"] {
+        assert_eq!(parse(&[help]), Ok(Command::Print(USAGE.to_owned())));
+        assert_eq!(parse(&["--verbose", help]), Ok(Command::Print(USAGE.to_owned())));
+    }
 }
 
 #[test]
@@ -72,26 +75,178 @@ fn whom_to_tell() {
 }
 
 #[test]
+fn a_value_is_not_taken_for_a_flag() {
+    let odd = config(&["--access-token-file", "-x", "--guest-root", "-version", "--", "--listen"]);
+    assert_eq!(odd.access_token_file, Some("-x".into()));
+    assert_eq!(odd.guest_root, PathBuf::from("-version"));
+    assert_eq!(odd.ignored, ["--listen"]);
+    // As with Go, a switch takes its value behind `=` only.
+    let switch = config(&["-isnotfc", "false"]);
+    assert!(switch.is_not_fc);
+    assert_eq!(switch.ignored, ["false"]);
+}
+
+#[test]
+fn a_first_word_must_be_a_subcommand_and_later_ones_are_ignored() {
+    for (args, said) in [
+        (&["version"][..], "'version' is not a subcommand; did you mean 'envd --version'?"),
+        (&["help"], "'help' is not a subcommand; did you mean 'envd --help'?"),
+        (&["powerof", "-isnotfc"], "'powerof' is not a subcommand; did you mean 'envd poweroff'?"),
+        (&["serve"], "'serve' is not a subcommand; the daemon is run without one"),
+        (&["--", "serve"], "'serve' is not a subcommand; the daemon is run without one"),
+        (&["-"], "'-' is not a subcommand; the daemon is run without one"),
+        (&[""], "'' is not a subcommand; the daemon is run without one"),
+        (&["a\nb"], "'a\\nb' is not a subcommand; the daemon is run without one"),
+    ] {
+        assert_eq!(parse(args).unwrap_err(), said);
+    }
+    assert_eq!(config(&["-isnotfc", "version", "help"]).ignored, ["version", "help"]);
+}
+
+#[test]
 fn bad_flags_are_named() {
-    for (args, name) in [
-        (&["--what"][..], "--what"),
-        (&["-port", "99999"], "99999"),
-        (&["-port"], "--port"),
-        (&["-isnotfc=maybe"], "maybe"),
-        (&["--listen", "nowhere"], "nowhere"),
-        (&["--listen", "unix:///a", "-port", "1"], "--port"),
-        (&["--ready", "1024"], "--ready"),
-        (&["--max-connections", "0"], "--max-connections"),
-        (&["--max-message-bytes", "1"], "--max-message-bytes"),
-        (&["--output-window", "1"], "--output-window"),
-        (&["--retention", "29"], "--retention"),
-        (&["--drain-grace", "60001"], "--drain-grace"),
-        (&["--default-workdir", "relative"], "--default-workdir"),
-        (&["--default-user", ""], "--default-user"),
-        (&["--mmds", "nowhere"], "nowhere"),
-        (&["--trust-uid", "root"], "root"),
+    for (args, flag, value) in [
+        (&["--what"][..], "--what", ""),
+        (&["-what=1"], "--what", ""),
+        (&["-port", "99999"], "--port", "99999"),
+        (&["-port"], "--port", ""),
+        (&["-port", "\n"], "--port", "\\n"),
+        (&["-port="], "--port", ""),
+        (&["-isnotfc=maybe"], "--isnotfc", "maybe"),
+        (&["-version=maybe"], "--version", "maybe"),
+        (&["--help=maybe"], "--help", "maybe"),
+        (&["--listen", "nowhere"], "--listen", "nowhere"),
+        (&["--listen", "unix:///a", "-port", "1"], "--port", ""),
+        (&["--ready", "1024"], "--ready", "1024"),
+        (&["--max-connections", "0"], "--max-connections", "0"),
+        (&["--max-message-bytes", "1"], "--max-message-bytes", "1"),
+        (&["--max-buffered-bytes", "many"], "--max-buffered-bytes", "many"),
+        (&["--output-window", "1"], "--output-window", "1"),
+        (&["--retention", "29"], "--retention", "29"),
+        (&["--idle-timeout", "-1"], "--idle-timeout", "-1"),
+        (&["--drain-grace", "60001"], "--drain-grace", "60001"),
+        (&["--default-workdir", "relative"], "--default-workdir", ""),
+        (&["--default-user", ""], "--default-user", ""),
+        (&["--template="], "--template", ""),
+        (&["--mmds", "nowhere"], "--mmds", "nowhere"),
+        (&["--trust-uid", "root"], "--trust-uid", "root"),
+        (&["--trust-cid", "-1"], "--trust-cid", "-1"),
+        (&["--otlp", "nowhere"], "--otlp", ""),
     ] {
         let error = parse(args).unwrap_err();
-        assert!(error.contains(name), "{args:?}: {error}");
+        assert!(error.starts_with(flag) && error.contains(value), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn a_template_that_is_named_must_be_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("template.toml");
+    let flag = |path: &std::path::Path| format!("--template={}", path.display());
+    for missing in [&file, &dir.path().join("none/template.toml")] {
+        let error = config(&[&flag(missing)]).check_files().unwrap_err().to_string();
+        let said = format!("--template: '{}': no such file or directory", missing.display());
+        assert_eq!(error, said);
+    }
+    std::fs::write(&file, "nonsense").unwrap();
+    assert_eq!(config(&[&flag(&file)]).check_files(), Ok(()));
+    let below = config(&[&flag(&file.join("x"))]).check_files().unwrap_err().to_string();
+    assert!(below.contains("not a directory"), "{below}");
+    assert_eq!(config(&[]).check_files(), Ok(()));
+}
+
+mod properties {
+    use std::os::unix::ffi::OsStringExt;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Every flag of the usage text.
+    fn flags() -> Vec<&'static str> {
+        let lines = USAGE.lines().filter_map(|line| line.strip_prefix("  "));
+        lines
+            .filter_map(|line| line.split(' ').next().filter(|name| name.starts_with('-')))
+            .collect()
+    }
+
+    fn argument() -> impl Strategy<Value = OsString> {
+        let flag = (prop::sample::select(flags()), any::<bool>(), "(=?[ -~\\n]{0,12})?").prop_map(
+            |(flag, one, value)| {
+                let name = flag.trim_start_matches('-');
+                OsString::from(format!("{}{name}{value}", if one { "-" } else { "--" }))
+            },
+        );
+        let value = prop::sample::select(vec![
+            "1",
+            "0",
+            "true",
+            "none",
+            "tcp://127.0.0.1:1",
+            "/a",
+            "root",
+            "--",
+            "-",
+            "",
+            "init",
+            "99999999999999999999",
+            "unix:///a?mode=0660",
+            "vsock://1",
+        ]);
+        prop_oneof![
+            4 => flag,
+            4 => value.prop_map(OsString::from),
+            1 => prop::collection::vec(any::<u8>(), 0..12).prop_map(OsString::from_vec),
+        ]
+    }
+
+    proptest! {
+        /// Whatever the arguments are: an answer, and an error is one line that names an argument.
+        #[test]
+        fn any_command_line_is_understood_or_refused_in_one_line(
+            args in prop::collection::vec(argument(), 0..6),
+        ) {
+            let line: Vec<OsString> = [OsString::from("envd")].into_iter().chain(args.clone()).collect();
+            let subcommand = Subcommand::of(&line, 7);
+            prop_assert!(Subcommand::of(&line, 1).is_ok(), "PID 1 goes on");
+            let error = match subcommand {
+                Ok(Subcommand::Daemon(args)) => Config::parse(args).err(),
+                Ok(_) => None,
+                Err(error) => Some(error),
+            };
+            let Some(error) = error else { return Ok(()) };
+            let said = error.to_string();
+            prop_assert!(said.lines().count() == 1 && !said.contains('\r'), "{said:?}");
+            prop_assert!(said.len() < 8 * crate::quote::MAX_QUOTED, "{said}");
+            let known = |name: &str| flags().iter().any(|flag| flag.trim_start_matches('-') == name);
+            match error {
+                ConfigError::Value { flag, .. } => prop_assert!(known(&flag) || flag == "h", "{flag}"),
+                ConfigError::Unknown(name) => prop_assert!(!known(&name), "{name}"),
+                ConfigError::Word { .. } => {
+                    let first = args.iter().find(|arg| *arg != "--");
+                    let first = first.map(|arg| arg.to_string_lossy().into_owned());
+                    prop_assert!(first.is_some());
+                }
+                ConfigError::Unexpected { .. } => {}
+            }
+        }
+
+        /// A flag means the same with one dash and two, and with its value behind `=` or a space.
+        #[test]
+        fn dashes_and_equals_signs_do_not_matter(value in "[0-9]{1,6}") {
+            for flag in flags().into_iter().filter(|flag| flag.trim_start_matches('-') != "version") {
+                let name = flag.trim_start_matches('-');
+                let read = |args: [String; 2]| {
+                    let args: Vec<OsString> = args.into_iter().filter(|arg| !arg.is_empty()).map(Into::into).collect();
+                    Config::parse(args)
+                };
+                let spelt = read([format!("--{name}={value}"), String::new()]);
+                prop_assert_eq!(&read([format!("-{name}={value}"), String::new()]), &spelt);
+                let apart = read([format!("--{name}"), value.clone()]);
+                let is_switch = matches!(&apart, Ok(Command::Run(config)) if !config.ignored.is_empty());
+                let prints = matches!(&apart, Ok(Command::Print(_)));
+                prop_assert!(is_switch || prints || apart == spelt, "{name}: {apart:?} {spelt:?}");
+            }
+        }
     }
 }

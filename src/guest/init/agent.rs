@@ -17,7 +17,7 @@ use nix::{
 };
 
 use super::{cgroup::Cgroups, console::say};
-use crate::guest::boot;
+use crate::{config, guest::boot};
 
 const ARGUMENTS: &str = "/etc/envd/init.args";
 /// With no arguments: reachable as upstream is, and over vsock where the machine has it.
@@ -42,7 +42,11 @@ pub(super) struct Agent {
 impl Agent {
     /// The daemon of this binary, with the arguments given to PID 1 or those of the file.
     pub(super) fn new(given: &[OsString], kernel_us: u64, cgroups: Cgroups) -> Self {
-        let arguments = if names_flags(given) { given.to_vec() } else { from_file() };
+        // Words are errors to the daemon, and the kernel's or a file's must not keep it from running.
+        let arguments = match config::flags(given) {
+            [] => config::flags(&from_file()).to_vec(),
+            given => given.to_vec(),
+        };
         Self { binary: binary(), arguments, kernel_us, cgroups }
     }
 
@@ -102,12 +106,6 @@ fn protect(pid: Pid) {
     if let Err(error) = fs::write(format!("/proc/{pid}/oom_score_adj"), "-1000") {
         say!("protecting the daemon from the kernel's OOM killer: {error}");
     }
-}
-
-/// Whether these arguments are meant for the daemon. The kernel hands PID 1 every word of its
-/// command line that it does not know, and those are none.
-fn names_flags(arguments: &[OsString]) -> bool {
-    arguments.iter().any(|argument| argument.as_encoded_bytes().starts_with(b"-"))
 }
 
 fn from_file() -> Vec<OsString> {
@@ -186,11 +184,5 @@ mod tests {
     fn arguments_of_the_file_are_words() {
         let text = "# where\n--listen tcp://0.0.0.0:1 # not this\n\n\t--verbose\n";
         assert_eq!(words(text), ["--listen", "tcp://0.0.0.0:1", "--verbose"]);
-    }
-
-    #[test]
-    fn stray_words_of_the_kernels_command_line_are_no_arguments() {
-        assert!(!names_flags(&["splash".into(), "auto".into()]));
-        assert!(names_flags(&["splash".into(), "--verbose".into()]));
     }
 }

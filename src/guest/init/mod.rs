@@ -27,7 +27,6 @@ use std::{
     ffi::{CStr, OsString},
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
-    path::Path,
     process::{self, ExitCode},
 };
 
@@ -58,31 +57,6 @@ const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 const CAP_SYS_BOOT: u64 = 1 << 22;
 /// Any one of these permissions lets root execute a file.
 const EXECUTABLE: u32 = 0o111;
-
-/// A duty that is not the daemon's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Duty {
-    /// Be PID 1, with these arguments for the daemon.
-    Init(Vec<OsString>),
-    /// Ask PID 1 to end the machine.
-    End(Ending),
-}
-
-impl Duty {
-    /// What the whole command line asks for; `None` for the daemon itself.
-    pub fn of(args: &[OsString], pid: u32) -> Option<Self> {
-        let name = args.first().and_then(|name| Path::new(name).file_name()?.to_str());
-        let rest = args.get(1..).unwrap_or_default();
-        match rest.first().and_then(|first| first.to_str()) {
-            Some("init") => return Some(Self::Init(rest.get(1..).unwrap_or_default().to_vec())),
-            Some("poweroff") => return Some(Self::End(Ending::PowerOff)),
-            Some("reboot") => return Some(Self::End(Ending::Reboot)),
-            Some("halt") => return Some(Self::End(Ending::Halt)),
-            _ => {}
-        }
-        (pid == 1 && name == Some("init")).then(|| Self::Init(rest.to_vec()))
-    }
-}
 
 /// Is PID 1. Returns only in a container, or when this is not PID 1.
 pub fn run(args: &[OsString]) -> ExitCode {
@@ -173,25 +147,6 @@ fn executable(meta: &fs::Metadata) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn duty(args: &[&str], pid: u32) -> Option<Duty> {
-        Duty::of(&args.iter().map(OsString::from).collect::<Vec<_>>(), pid)
-    }
-
-    #[test]
-    fn duties_are_told_from_the_daemons_flags() {
-        let init = |args: &[&str]| Some(Duty::Init(args.iter().map(OsString::from).collect()));
-        assert_eq!(duty(&["envd", "init", "--port", "1"], 7), init(&["--port", "1"]));
-        assert_eq!(duty(&["/sbin/init", "splash"], 1), init(&["splash"]));
-        assert_eq!(duty(&["/init"], 1), init(&[]));
-        assert_eq!(duty(&["/sbin/init"], 7), None, "only PID 1 is init by its name");
-        assert_eq!(duty(&["/usr/bin/envd", "--port", "1"], 1), None);
-        assert_eq!(duty(&["envd", "--verbose", "init"], 1), None);
-        assert_eq!(duty(&["envd", "poweroff"], 7), Some(Duty::End(Ending::PowerOff)));
-        assert_eq!(duty(&["init", "reboot"], 7), Some(Duty::End(Ending::Reboot)));
-        assert_eq!(duty(&["envd", "halt"], 7), Some(Duty::End(Ending::Halt)));
-        assert_eq!(duty(&[], 1), None);
-    }
 
     #[test]
     fn the_right_to_reboot() {

@@ -12,6 +12,8 @@ use nix::sys::statvfs::statvfs;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use crate::sys::procfs;
+
 /// One look. The fields have the names and the order of upstream's JSON.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Metrics {
@@ -61,8 +63,8 @@ impl Meter {
     pub fn look(&self) -> io::Result<Metrics> {
         let now = cpu_times()?;
         let before = std::mem::replace(&mut *self.0.lock(), now);
-        let memory = fs::read_to_string("/proc/meminfo")?;
-        let memory = |name| kibibytes(&memory, name).map(|kib| kib * 1024);
+        let memory = fs::read("/proc/meminfo")?;
+        let memory = |name: &str| procfs::entry_bytes(&memory, name.as_bytes());
         let missing = || io::Error::other("/proc/meminfo lacks a line");
         let total = memory("MemTotal:").ok_or_else(missing)?;
         let used = total.saturating_sub(memory("MemAvailable:").ok_or_else(missing)?);
@@ -84,18 +86,9 @@ impl Meter {
 }
 
 fn cpu_times() -> io::Result<CpuTimes> {
-    let stat = fs::read_to_string("/proc/stat")?;
-    parse_cpu_times(&stat).ok_or_else(|| io::Error::other("/proc/stat has no line of all CPUs"))
-}
-
-/// The first line: `cpu user nice system idle iowait irq softirq steal guest guest_nice`. A guest's
-/// time is in user and nice already.
-fn parse_cpu_times(stat: &str) -> Option<CpuTimes> {
-    let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
-    let ticks: Vec<u64> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    let total = ticks.iter().take(8).sum();
-    let idle = ticks.get(3)? + ticks.get(4).copied().unwrap_or(0);
-    Some(CpuTimes { busy: u64::saturating_sub(total, idle), total })
+    let stat = fs::read("/proc/stat")?;
+    let times = procfs::cpu_times(&stat).map(|(busy, total)| CpuTimes { busy, total });
+    times.ok_or_else(|| io::Error::other("/proc/stat has no line of all CPUs"))
 }
 
 /// Busy time of all time, rounded to two decimals.
@@ -111,14 +104,9 @@ fn percent(before: CpuTimes, now: CpuTimes) -> f64 {
     f64::from(hundredths) / 100.0
 }
 
-fn kibibytes(meminfo: &str, name: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-    line.split_whitespace().next()?.parse().ok()
-}
-
 fn cpu_count() -> io::Result<u32> {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-    let count = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
+    let cpuinfo = fs::read("/proc/cpuinfo")?;
+    let count = procfs::lines(&cpuinfo).filter(|line| line.starts_with(b"processor")).count();
     Ok(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
@@ -148,10 +136,6 @@ mod tests {
         ] {
             assert!((percent(before, now) - expected).abs() < 1e-9, "{before:?} {now:?}");
         }
-        let stat = "cpu  1 2 3 10 5 6 7 8 1 2\ncpu0 1 1 1 1\n";
-        assert_eq!(parse_cpu_times(stat), Some(at(27, 42)));
-        assert_eq!(parse_cpu_times("intr 1\n"), None);
-        assert_eq!(kibibytes("MemFree: 1 kB\nCached:   12 kB\n", "Cached:"), Some(12));
     }
 
     #[test]

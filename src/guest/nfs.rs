@@ -14,6 +14,8 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::sys::procfs;
+
 /// The most volumes of one sandbox.
 pub const MAX_VOLUMES: usize = 64;
 /// What upstream mounts with. `fg` among its options is for mount.nfs alone, and `sync` is a flag.
@@ -154,13 +156,8 @@ fn split(target: &str) -> Option<(&str, &str)> {
 
 /// Whether something is mounted exactly there (proc_pid_mountinfo(5): the fifth field).
 fn is_mounted(path: &Path) -> bool {
-    let table = fs::read_to_string(MOUNT_TABLE).unwrap_or_default();
-    let path = escaped(&path.to_string_lossy());
-    table.lines().any(|line| line.split(' ').nth(4) == Some(path.as_str()))
-}
-
-fn escaped(path: &str) -> String {
-    path.replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011").replace('\n', "\\012")
+    let table = fs::read(MOUNT_TABLE).unwrap_or_default();
+    procfs::mountinfo(&table).any(|mount| mount.mount_point == path)
 }
 
 #[cfg(test)]
@@ -195,6 +192,5 @@ mod tests {
     fn what_is_mounted() {
         assert!(is_mounted(Path::new("/proc")));
         assert!(!is_mounted(Path::new("/proc/self")));
-        assert_eq!(escaped("/a b\\"), "/a\\040b\\134");
     }
 }

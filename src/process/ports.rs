@@ -3,12 +3,11 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     path::Path,
 };
 
-/// The state of a socket that listens, in /proc/PID/net/tcp.
-const TCP_LISTEN: &str = "0A";
+use crate::sys::procfs;
 
 /// The most sockets that are told of at a time.
 const MAX_OPEN: usize = 4096;
@@ -28,8 +27,8 @@ pub(super) fn listening(pids: &[u32], port: u16) -> Option<Listening> {
     let first = pids.first()?;
     let sockets: Vec<_> = ["tcp", "tcp6"]
         .iter()
-        .filter_map(|table| fs::read_to_string(format!("/proc/{first}/net/{table}")).ok())
-        .flat_map(|table| table.lines().skip(1).filter_map(listener).collect::<Vec<_>>())
+        .filter_map(|table| fs::read(format!("/proc/{first}/net/{table}")).ok())
+        .flat_map(|table| listeners(&table))
         .filter(|(address, _)| port == 0 || address.port() == port)
         .collect();
     if sockets.is_empty() {
@@ -60,17 +59,16 @@ pub struct Open {
 pub fn open() -> (Vec<Open>, bool) {
     let mut sockets: Vec<_> = ["tcp", "tcp6"]
         .iter()
-        .filter_map(|table| fs::read_to_string(format!("/proc/self/net/{table}")).ok())
-        .flat_map(|table| table.lines().skip(1).filter_map(listener).collect::<Vec<_>>())
+        .filter_map(|table| fs::read(format!("/proc/self/net/{table}")).ok())
+        .flat_map(|table| listeners(&table))
         .collect();
     sockets.sort_by_key(|(address, _)| (address.port(), address.ip()));
     let truncated = sockets.len() > MAX_OPEN;
     sockets.truncate(MAX_OPEN);
     let mut missing: HashSet<u64> = sockets.iter().map(|(_, inode)| *inode).collect();
     let mut owners = HashMap::new();
-    let processes = fs::read_dir("/proc").into_iter().flatten();
-    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    for pid in pids {
+    let pids = procfs::pids().into_iter().flatten();
+    for pid in pids.map(i32::unsigned_abs) {
         if missing.is_empty() {
             break;
         }
@@ -102,31 +100,12 @@ fn inode(link: &Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Address and inode of a line about a socket that listens.
-fn listener(line: &str) -> Option<(SocketAddr, u64)> {
-    let mut fields = line.split_ascii_whitespace();
-    let local = fields.nth(1)?;
-    if fields.nth(1)? != TCP_LISTEN {
-        return None;
-    }
-    Some((address(local)?, fields.nth(5)?.parse().ok()?))
-}
-
-/// An address as the kernel prints it: each 32-bit word of it as a number of this machine.
-fn address(text: &str) -> Option<SocketAddr> {
-    let (host, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let mut bytes = Vec::with_capacity(16);
-    for at in (0..host.len()).step_by(8) {
-        let word = u32::from_str_radix(host.get(at..at + 8)?, 16).ok()?;
-        bytes.extend_from_slice(&word.to_ne_bytes());
-    }
-    let ip = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok().map(Ipv4Addr::from)?),
-        16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok().map(Ipv6Addr::from)?),
-        _ => return None,
-    };
-    Some(SocketAddr::new(ip, port))
+/// Addresses and inodes of the sockets of a table that listen.
+fn listeners(table: &[u8]) -> Vec<(SocketAddr, u64)> {
+    procfs::sockets(table)
+        .filter(|socket| socket.state == procfs::TCP_LISTEN)
+        .map(|socket| (socket.local, socket.inode))
+        .collect()
 }
 
 #[cfg(test)]
@@ -144,13 +123,6 @@ mod tests {
             assert_eq!(listening(&[1], address.port()), None, "of another process");
             drop(socket);
             assert_eq!(listening(&own, address.port()), None);
-        }
-    }
-
-    #[test]
-    fn nonsense_is_no_address() {
-        for text in ["", ":", "0100007F", "0100007F:", "0100007F:123456", "01:50", "XX00007F:50"] {
-            assert_eq!(address(text), None, "{text}");
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod errno;
 pub mod mounts;
 pub mod net;
 pub mod pidfd;
+pub mod procfs;
 pub mod pty;
 pub mod ready;
 pub mod reflink;

@@ -16,7 +16,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-use crate::blocking::Pool;
+use crate::{blocking::Pool, sys::procfs};
 
 /// How long one request of a URL may take.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -239,30 +239,23 @@ async fn get(url: &Uri) -> Result<u16, String> {
 
 /// What `ss -tuln` would show: proc_net_tcp of the kernel's documentation.
 fn is_bound(port: u16) -> bool {
-    const LISTEN: &str = "0A";
-    const UNCONNECTED: &str = "07";
-    [("tcp", LISTEN), ("tcp6", LISTEN), ("udp", UNCONNECTED), ("udp6", UNCONNECTED)]
-        .into_iter()
-        .any(|(table, state)| {
-            let table = fs::read_to_string(Path::new("/proc/net").join(table));
-            table.is_ok_and(|table| table.lines().skip(1).any(|line| is_socket(line, port, state)))
-        })
-}
-
-/// Whether a line has this local port and this state.
-fn is_socket(line: &str, port: u16, state: &str) -> bool {
-    let mut words = line.split_whitespace().skip(1);
-    let (local, state_of) = (words.next(), words.nth(1));
-    let local = local.and_then(|local| u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok());
-    local == Some(port) && state_of == Some(state)
+    use procfs::{TCP_LISTEN, UDP_UNCONNECTED};
+    let tables = [
+        ("tcp", TCP_LISTEN),
+        ("tcp6", TCP_LISTEN),
+        ("udp", UDP_UNCONNECTED),
+        ("udp6", UDP_UNCONNECTED),
+    ];
+    tables.into_iter().any(|(table, state)| {
+        let table = fs::read(Path::new("/proc/net").join(table)).unwrap_or_default();
+        let is_it = |socket: procfs::Socket| socket.local.port() == port && socket.state == state;
+        procfs::sockets(&table).any(is_it)
+    })
 }
 
 fn is_running(name: &str) -> bool {
-    let Ok(processes) = fs::read_dir("/proc") else { return false };
-    processes.flatten().any(|process| {
-        let is_pid = process.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit);
-        is_pid && is_called(&process.path(), name).unwrap_or(false)
-    })
+    let Ok(mut pids) = procfs::pids() else { return false };
+    pids.any(|pid| is_called(&Path::new("/proc").join(pid.to_string()), name).unwrap_or(false))
 }
 
 /// By the name that the kernel keeps, which a thread may change, or by the first argument.
@@ -318,16 +311,6 @@ mod tests {
         let error = url.check(&pool).await.unwrap_err();
         assert!(error.starts_with("http://127.0.0.1:1/up: "), "{error}");
         assert!(!error.contains("secret"), "{error}");
-    }
-
-    #[test]
-    fn lines_of_the_kernels_tables() {
-        let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000";
-        assert!(is_socket(line, 8080, "0A"));
-        assert!(!is_socket(line, 8081, "0A") && !is_socket(line, 8080, "01"));
-        let v6 = "   1: 00000000000000000000000001000000:0050 0:0000 0A 0:0";
-        assert!(is_socket(v6, 80, "0A"));
-        assert!(!is_socket("", 0, "0A"));
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ use std::{fs, io, path::Path};
 use nix::unistd::Pid;
 
 use super::console::say;
+use crate::sys::procfs;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Where PID 1 lives.
@@ -27,8 +28,8 @@ impl Cgroups {
     /// Looks at what is mounted. A container that shares the machine's root cgroup must not
     /// rearrange it: processes from outside our PID namespace show as 0 there.
     pub(super) fn find() -> Self {
-        let at_root = fs::read_to_string("/proc/self/cgroup")
-            .is_ok_and(|own| own.lines().any(|line| line == "0::/"));
+        let at_root = fs::read("/proc/self/cgroup")
+            .is_ok_and(|own| procfs::unified_cgroup(&own).as_deref() == Some(Path::new("/")));
         let ours = fs::read_to_string(Path::new(ROOT).join("cgroup.procs"))
             .is_ok_and(|pids| pids.lines().all(|pid| pid != "0"));
         if at_root && ours { Self::Own } else { Self::None }

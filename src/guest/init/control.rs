@@ -28,16 +28,16 @@ pub enum ControlError {
 /// # Errors
 /// [`ControlError`]; nothing has happened then.
 pub fn ask(ending: Ending) -> Result<(), ControlError> {
-    let comm = fs::read_to_string("/proc/1/comm").map_err(ControlError::Unknown)?;
-    let comm = comm.trim_end();
-    if comm.as_bytes() == NAME.to_bytes() {
+    let comm = fs::read("/proc/1/comm").map_err(ControlError::Unknown)?;
+    let comm = comm.trim_ascii_end();
+    if comm == NAME.to_bytes() {
         kill(Pid::from_raw(PID_1), ending.signal())
             .map_err(Errno::into)
             .map_err(ControlError::Signal)
-    } else if comm == "systemd" {
+    } else if comm == b"systemd" {
         signals::send_realtime(PID_1, of_systemd(ending)).map_err(ControlError::Signal)
     } else {
-        Err(ControlError::Other(comm.to_owned()))
+        Err(ControlError::Other(String::from_utf8_lossy(comm).into_owned()))
     }
 }
 

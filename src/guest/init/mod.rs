@@ -48,6 +48,7 @@ pub use self::{
     power::Ending,
 };
 use super::boot;
+use crate::sys::procfs;
 
 /// PID 1's name in lists of processes, by which `envd poweroff` knows it.
 const NAME: &CStr = c"envd-init";
@@ -113,11 +114,12 @@ fn of_the_machine() -> Params {
     // Ctrl-alt-del becomes a SIGINT. A kernel without the key has nothing to disable.
     let _ = set_cad_enabled(false);
     modules::load();
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_else(|error| {
+    let line = fs::read("/proc/cmdline").unwrap_or_else(|error| {
         say!("reading the kernel's command line: {error}");
-        String::new()
+        Vec::new()
     });
-    let (params, bad) = Params::parse(&line);
+    // Words of others may be in any encoding.
+    let (params, bad) = Params::parse(&String::from_utf8_lossy(&line));
     bad.iter().for_each(|bad| say!("{bad}"));
     params
 }
@@ -127,12 +129,12 @@ fn of_the_machine() -> Params {
 /// would hit those outside.
 fn is_machine() -> bool {
     let first = fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == FIRST_PID_NAMESPACE);
-    first && fs::read_to_string("/proc/self/status").is_ok_and(|status| may_reboot(&status))
+    first && fs::read("/proc/self/status").is_ok_and(|status| may_reboot(&status))
 }
 
-fn may_reboot(status: &str) -> bool {
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+fn may_reboot(status: &[u8]) -> bool {
+    let effective = procfs::entry(status, b"CapEff:").and_then(|hex| std::str::from_utf8(hex).ok());
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex, 16).ok());
     bits.is_some_and(|bits| bits & CAP_SYS_BOOT != 0)
 }
 
@@ -150,8 +152,8 @@ mod tests {
 
     #[test]
     fn the_right_to_reboot() {
-        assert!(may_reboot("Name:\tx\nCapEff:\t000001ffffffffff\n"));
-        assert!(!may_reboot("CapEff:\t00000000a80425fb\n"), "a container's usual set");
-        assert!(!may_reboot(""));
+        assert!(may_reboot(b"Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        assert!(!may_reboot(b"CapEff:\t00000000a80425fb\n"), "a container's usual set");
+        assert!(!may_reboot(b""));
     }
 }

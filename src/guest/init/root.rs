@@ -20,7 +20,7 @@ use nix::{
 };
 
 use super::{cmdline::Params, console::say};
-use crate::guest::boot;
+use crate::{guest::boot, sys::procfs};
 
 /// How long the device may take to appear.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -111,7 +111,7 @@ fn wait_for(device: &Path) -> Result<(), RootError> {
 fn mount_root(device: &Path, params: &Params) -> Result<(), RootError> {
     let kinds = match &params.root_type {
         Some(kind) => vec![kind.clone()],
-        None => of_block_devices(&fs::read_to_string("/proc/filesystems").unwrap_or_default()),
+        None => procfs::block_filesystems(&fs::read("/proc/filesystems").unwrap_or_default()),
     };
     let (flags, data) = params.root_options();
     // A mount on a directory that is missing fails, and says so.
@@ -126,12 +126,6 @@ fn mount_root(device: &Path, params: &Params) -> Result<(), RootError> {
     }
     let kind = kinds.join(" or ");
     Err(RootError::Mount { device: device.to_owned(), kind, source: last })
-}
-
-/// The types in `/proc/filesystems` that live on a block device.
-fn of_block_devices(text: &str) -> Vec<String> {
-    let plain = text.lines().filter(|line| !line.starts_with("nodev"));
-    plain.map(str::trim).filter(|kind| !kind.is_empty()).map(str::to_owned).collect()
 }
 
 /// Whether the new root has this init and it may be executed. Links are followed inside of the
@@ -177,15 +171,4 @@ fn enter() -> Result<(), RootError> {
 
 fn move_mount(from: &str, to: &str) -> nix::Result<()> {
     mount(Some(from), to, None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn types_for_a_block_device() {
-        let text = "nodev\tsysfs\nnodev\ttmpfs\n\text3\n\text4\nnodev\toverlay\n\txfs\n";
-        assert_eq!(of_block_devices(text), ["ext3", "ext4", "xfs"]);
-    }
 }

@@ -2,15 +2,14 @@
 //! `/proc/mounts`, so that the plan can be tested, and carried out in one place.
 
 use std::{
-    ffi::OsString,
     fs,
-    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::console::say;
+use crate::sys::procfs;
 
 /// File systems without anything that could be lost.
 const PSEUDO: &[&str] = &[
@@ -51,24 +50,26 @@ pub(super) enum Step {
 
 /// The steps for these mounts, in order: the last mounted first.
 pub(super) fn plan(mounts: &[u8]) -> Vec<Step> {
-    let mounts: Vec<(PathBuf, String, bool)> =
-        mounts.split(|byte| *byte == b'\n').filter_map(parse).collect();
-    let is_pseudo = |kind: &str| PSEUDO.contains(&kind);
+    let mounts: Vec<procfs::Mount> = procfs::mounts(mounts).collect();
+    let is_pseudo =
+        |mount: &procfs::Mount| PSEUDO.iter().any(|kind| kind.as_bytes() == mount.kind.as_slice());
     // A pseudo file system matters only where it keeps a real one from being unmounted.
     let holds = |path: &Path| {
-        mounts.iter().any(|(other, kind, _)| {
-            !is_pseudo(kind) && other != Path::new("/") && path.starts_with(other)
+        mounts.iter().any(|other| {
+            let point = &other.mount_point;
+            !is_pseudo(other) && point != Path::new("/") && path.starts_with(point)
         })
     };
     let mut steps = Vec::new();
-    for (path, kind, read_only) in mounts.iter().rev() {
+    for mount in mounts.iter().rev() {
+        let path = &mount.mount_point;
         if path == Path::new("/") {
             // Later ones hide earlier ones, and only the last can be reached.
             let seen = steps.iter().any(|step| matches!(step, Step::ReadOnly(_)));
-            if !is_pseudo(kind) && !read_only && !seen {
+            if !is_pseudo(mount) && !mount.read_only && !seen {
                 steps.push(Step::ReadOnly(path.clone()));
             }
-        } else if !is_pseudo(kind) || holds(path) {
+        } else if !is_pseudo(mount) || holds(path) {
             steps.push(Step::Unmount(path.clone()));
         }
     }
@@ -99,36 +100,6 @@ pub(super) fn carry_out() {
 fn make_read_only(path: &Path) -> nix::Result<()> {
     let none = None::<&str>;
     mount(none, path, none, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)
-}
-
-/// Mount point, type, and whether it is read-only, of one line; proc_pid_mounts(5), fstab(5).
-fn parse(line: &[u8]) -> Option<(PathBuf, String, bool)> {
-    let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
-    let [_, target, kind, options, ..] = fields[..] else {
-        return None;
-    };
-    let read_only = options.split(|byte| *byte == b',').any(|option| option == b"ro");
-    Some((unescape(target), String::from_utf8_lossy(kind).into_owned(), read_only))
-}
-
-/// Space, tab, newline and backslash come as `\` and three octal digits.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, behind)) = rest.split_first() {
-        let code = behind.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match code.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if *first == b'\\' => {
-                path.push(byte);
-                rest = behind.get(3..).unwrap_or_default();
-            }
-            _ => {
-                path.push(*first);
-                rest = behind;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(path))
 }
 
 #[cfg(test)]
@@ -177,14 +148,5 @@ mod tests {
     fn an_initramfs_below_the_root_is_not_taken_for_it() {
         let mounts = b"rootfs / rootfs rw 0 0\n/dev/vda / ext4 rw 0 0\n/dev/vdb /b ext4 rw 0 0\n";
         assert_eq!(plan(mounts), [unmount("/b"), read_only("/")]);
-    }
-
-    #[test]
-    fn escapes() {
-        for (escaped, path) in
-            [("/a\\040b", "/a b"), ("/a\\134", "/a\\"), ("/a\\9", "/a\\9"), ("/\\", "/\\")]
-        {
-            assert_eq!(unescape(escaped.as_bytes()), Path::new(path));
-        }
     }
 }

@@ -35,6 +35,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub(super) use self::leaf::{Leaf, Verdict};
 use super::{Stdio, limits::Limits};
+use crate::sys::procfs;
 
 /// The groups whose process has ended while others in it live on that are watched for becoming
 /// empty, each by one descriptor. What is beyond it is looked at when others end.
@@ -230,11 +231,8 @@ impl Workload {
 /// What all commands of a pool may have together, of memory and of processes, so that something is
 /// left for the daemon.
 fn shares() -> [Option<String>; 2] {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = meminfo.lines().find_map(|line| {
-        line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok()
-    });
-    let memory = kib.map(|kib| kib.saturating_mul(1024)).map(memory_share);
+    let meminfo = fs::read("/proc/meminfo").unwrap_or_default();
+    let memory = procfs::entry_bytes(&meminfo, b"MemTotal:").map(memory_share);
     let number = |file: &str| files::number(Path::new("/proc/sys/kernel"), file);
     let most = [number("pid_max"), number("threads-max")].into_iter().flatten().min();
     // An eighth is more than a system needs.

@@ -12,6 +12,7 @@ use nix::{
 };
 
 use super::{CONTROLLERS, enable, files};
+use crate::sys::procfs;
 
 /// The daemon's own leaf. PID 1 uses the same name.
 const DAEMON: &str = "envd";
@@ -77,9 +78,9 @@ pub(super) fn prepare(root: &Path) -> Result<PathBuf, String> {
 
 /// The directory of the group that the daemon is in, if it is below `root`.
 fn own_group(root: &Path) -> Option<PathBuf> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let dir = if path.is_empty() { root.to_owned() } else { root.join(path) };
+    let path = procfs::unified_cgroup(&fs::read("/proc/self/cgroup").ok()?)?;
+    let path = path.strip_prefix("/").ok()?;
+    let dir = if path.as_os_str().is_empty() { root.to_owned() } else { root.join(path) };
     // The path is that of the mount; another mount, or a part of one, may be called the root.
     let pid = std::process::id().to_string();
     let here = fs::read_to_string(dir.join("cgroup.procs")).ok()?;

@@ -234,7 +234,8 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     };
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
-    let options = process::Options { nofile, ..config.processes.clone() };
+    let stop_notes = Some(process::StopNotes::directory(&config.guest_root));
+    let options = process::Options { nofile, stop_notes, ..config.processes.clone() };
     let watches = Hub::new(Arc::clone(&users), Arc::clone(&files), config.watches);
     let sandbox = Sandbox {
         processes: Manager::with(options, groups(config)),

@@ -11,7 +11,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::{
     Beyond, Stdio, Subscription,
-    descent::Member,
+    descent::Known,
+    exit_watch::ExitWatch,
     input::{Input, InputError, WriteError, stdin_error, terminal_error},
     journal::{Attach, Journal},
     ports::{self, Listening},
@@ -68,7 +69,7 @@ pub enum ResizeError {
 pub struct Process {
     record: Arc<Record>,
     is_pty: bool,
-    pub(super) pidfd: AsyncFd<OwnedFd>,
+    pub(super) exit: ExitWatch,
     pub(super) input: Input,
     pub(super) journal: Arc<Journal>,
     pub(super) tree: Arc<Tree>,
@@ -78,14 +79,14 @@ pub struct Process {
 impl Process {
     pub(super) fn new(
         record: Record,
-        pidfd: AsyncFd<OwnedFd>,
+        exit: ExitWatch,
         input: Option<Arc<AsyncFd<OwnedFd>>>,
         journal: Arc<Journal>,
         (tree, trees): (Tree, Arc<Pool>),
     ) -> Self {
         let is_pty = matches!(record.spec.stdio, Stdio::Pty { .. });
         let (record, input, tree) = (Arc::new(record), Input::new(input), Arc::new(tree));
-        Self { record, is_pty, pidfd, input, journal, tree, trees }
+        Self { record, is_pty, exit, input, journal, tree, trees }
     }
 
     /// Who it is.
@@ -172,7 +173,7 @@ impl Process {
     /// # Errors
     /// It has finished, or the kernel refuses.
     pub fn signal(&self, signal: i32) -> Result<(), SignalError> {
-        let sent = self.tree.signal_process(self.pidfd.as_fd(), signal);
+        let sent = self.tree.signal_process(self.exit.child(), signal);
         sent.map_err(|error| self.not_signalled(signal, &error))
     }
 
@@ -191,18 +192,18 @@ impl Process {
     /// It has finished, the kernel refuses for one of them, or there is no thread to do it on.
     pub async fn signal_tree(&self, signal: i32) -> Result<(), SignalError> {
         let tree = Arc::clone(&self.tree);
-        let sent = self.trees.run(move || tree.signal_all(signal)).await?;
+        let sent = self.trees.run(move || tree.signal_all(signal, Known::default())).await?;
         sent.map(|_| ()).map_err(|error| self.not_signalled(signal, &error))
     }
 
-    /// Kills it and all that descends from it. It is not refused because others wait: a process is
-    /// killed so once, or again when it went wrong.
+    /// Kills it and all that descends from it, as far as known from before or found now. It is not
+    /// refused because others wait: a process is killed so once, or again when it went wrong.
     ///
     /// # Errors
     /// The kernel refuses for one of them, or there is no thread to do it on.
-    pub(super) async fn finish_tree(&self) -> Result<(), SignalError> {
+    pub(super) async fn finish_tree(&self, known: Known) -> Result<(), SignalError> {
         let tree = Arc::clone(&self.tree);
-        match self.trees.run_next_step(move || tree.signal_all(libc::SIGKILL)).await? {
+        match self.trees.run_next_step(move || tree.signal_all(libc::SIGKILL, known)).await? {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
                 Err(self.not_signalled(libc::SIGKILL, &error))
             }
@@ -214,7 +215,7 @@ impl Process {
     pub fn kill_tree(&self) {
         let (tree, pid) = (Arc::clone(&self.tree), self.pid());
         self.trees.run_later(move || {
-            if let Err(error) = tree.signal_all(libc::SIGKILL)
+            if let Err(error) = tree.signal_all(libc::SIGKILL, Known::default())
                 && error.raw_os_error() != Some(libc::ESRCH)
             {
                 tracing::warn!(pid, %error, "its tree was not all killed");
@@ -224,17 +225,19 @@ impl Process {
 
     /// Asks all that descends from it and itself to end, by SIGTERM; gives those that were found
     /// where there is no control group. What goes wrong is only logged: SIGKILL is to follow.
-    pub(super) async fn terminate_tree(&self) -> Vec<Member> {
+    pub(super) async fn terminate_tree(&self) -> Known {
         let tree = Arc::clone(&self.tree);
-        match self.trees.run_next_step(move || tree.signal_all(libc::SIGTERM)).await {
+        let sent =
+            self.trees.run_next_step(move || tree.signal_all(libc::SIGTERM, Known::default()));
+        match sent.await {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
                 tracing::debug!(pid = self.pid(), %error, "SIGTERM to its tree");
-                Vec::new()
+                Known::default()
             }
             Err(error) => {
                 tracing::warn!(pid = self.pid(), %error, "SIGTERM to its tree");
-                Vec::new()
+                Known::default()
             }
         }
     }

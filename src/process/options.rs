@@ -65,6 +65,8 @@ pub struct Options {
     pub max_retained: usize,
     /// See [`SPILL_DIR`].
     pub spill_dir: PathBuf,
+    /// Where it is noted which processes are stopped for a moment, if anywhere.
+    pub stop_notes: Option<PathBuf>,
     /// The limits of open files (soft, hard) that processes get, where the daemon has changed its
     /// own.
     pub nofile: Option<(u64, u64)>,
@@ -81,6 +83,7 @@ impl Default for Options {
             retention: RETENTION,
             max_retained: MAX_RETAINED,
             spill_dir: SPILL_DIR.into(),
+            stop_notes: None,
             nofile: None,
         }
     }

@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    Groups, Options, Process, StartError, StartSpec, Subscription, Tether,
+    Groups, Options, Process, StartError, StartSpec, StopNotes, Subscription, Tether,
     journal::{Attach, Bounds, Disk, Journal, Pressure},
     options::MAX_RETAINED_REQUESTS,
     record::{Finished, Found},
@@ -62,6 +62,7 @@ pub struct Manager {
     /// Where trees are signalled and measured.
     pub(super) trees: Arc<Pool>,
     pub(super) groups: Groups,
+    pub(super) stop_notes: Arc<StopNotes>,
 }
 
 #[derive(Debug, Default)]
@@ -86,6 +87,8 @@ impl Manager {
     /// As [`Manager::new`], for a daemon that has control groups.
     pub fn with(options: Options, groups: Groups) -> Arc<Self> {
         pidfd::keep_exit_statuses();
+        let stop_notes = Arc::new(StopNotes::new(options.stop_notes.clone()));
+        stop_notes.continue_left();
         Arc::new(Self {
             state: Mutex::default(),
             slots: Arc::new(Semaphore::new(options.max_processes)),
@@ -98,6 +101,7 @@ impl Manager {
             options,
             trees: Pool::new("trees", 1, MAX_TREE_THREADS),
             groups,
+            stop_notes,
         })
     }
 

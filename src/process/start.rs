@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -18,6 +18,7 @@ use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Manager, Process, StartSpec, Stdio, Subscription, Unavailable,
     child::spawn,
+    exit_watch::ExitWatch,
     journal::{Attach, Channel},
     output::Source,
     record::Record,
@@ -172,10 +173,9 @@ pub(super) async fn start(
     });
     let (child, spec) = spawned.await?;
     let (Child { pid, pidfd, exec_error }, leaf) = child?;
-    let tree = Tree::new(pid, leaf);
-    let pidfd = ready::watch(pidfd).map_err(|error| {
-        let (pidfd, error) = error.into_parts();
-        abandon(&manager, pidfd);
+    let tree = Tree::new(pid, leaf, Arc::clone(&manager.stop_notes));
+    let exit = ExitWatch::new(pid, pidfd).map_err(|(pidfd, error)| {
+        abandon(&manager, Child { pid, pidfd, exec_error });
         tree.linger(&manager);
         refused(&spec, "pidfd", &error)
     })?;
@@ -184,7 +184,7 @@ pub(super) async fn start(
     let journal = manager.journal(spec.output);
     let record = record(&manager, pid, spec);
     let tree = (tree, Arc::clone(&manager.trees));
-    let process = Arc::new(Process::new(record, pidfd, input, journal, tree));
+    let process = Arc::new(Process::new(record, exit, input, journal, tree));
     // Before anything can be read, so that the first subscriber misses nothing.
     let subscription = process.subscribe(Attach::At(0));
     let subscription = subscription.map_err(|error| StartError::Task(error.to_string()))?;
@@ -290,11 +290,11 @@ fn nonblocking(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// Ends a child that cannot be watched. It does not take long to die, but may.
-fn abandon(manager: &Manager, pidfd: OwnedFd) {
-    let _ = pidfd::send_signal(pidfd.as_fd(), libc::SIGKILL);
+fn abandon(manager: &Manager, child: Child) {
+    let _ = pidfd::signal_child(child.as_ref(), libc::SIGKILL);
     // Not where children are made: there are few threads for that.
     manager.directories.run_later(move || {
-        let _ = pidfd::wait_blocking(pidfd.as_fd());
+        let _ = pidfd::wait_blocking(child.as_ref());
     });
 }
 

@@ -2,25 +2,23 @@
 
 use std::{
     io,
-    os::fd::AsFd,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use tokio::{
-    io::Interest,
     sync::{OwnedSemaphorePermit, watch},
     time::{Instant, sleep, sleep_until, timeout_at},
 };
 
 use super::{
     Ending, Manager, Process, TimeLimit,
-    descent::Member,
+    descent::Known,
     ending::{Cause, Circumstances},
     output::{Progress, Source, pump},
     tree::Conclusion,
 };
-use crate::sys::pidfd::{self, Exit};
+use crate::sys::pidfd::Exit;
 
 /// A timeout beyond this is none: it would overflow the clock.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -91,7 +89,7 @@ pub(super) fn supervise(
         // In this order: whoever sees the end finds the process neither among the live ones nor
         // among the zombies; and until it has left the registry its pid is not reused.
         manager.retire(&process);
-        process.tree.reap(process.pidfd.as_fd());
+        process.tree.reap(process.exit.child());
         process.journal.end(ending);
         if !gone {
             process.tree.linger(&manager);
@@ -106,22 +104,20 @@ struct Exited {
     exit: io::Result<Exit>,
     cause: Option<Cause>,
     /// When the rest of the tree is to be killed that was asked to end, and who was found then.
-    rest: Option<(Instant, Vec<Member>)>,
+    rest: Option<(Instant, Known)>,
 }
 
 /// Waits for the exit, and makes the process end when its time runs out.
 async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited {
     // The zombie stays for now: it keeps the pid.
-    let exit = process.pidfd.async_io(Interest::READABLE, |fd| {
-        pidfd::peek(fd.as_fd())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
-    });
+    let exit = process.exit.exited();
     tokio::pin!(exit);
     let start = Instant::now();
     let after = |span: Duration| (span < MAX_TIMEOUT).then(|| start + span);
     let mut deadline = timeout.and_then(|span| Some((after(span)?, span)));
     let mut limit = time_limit.and_then(|limit| Some((after(limit.timeout)?, limit)));
     let mut cause = None;
-    let mut rest: Option<(Instant, Vec<Member>)> = None;
+    let mut rest: Option<(Instant, Known)> = None;
     let (mut killed, mut again) = (false, KILL_AGAIN);
     loop {
         let kill_at = rest.as_ref().map(|(at, _)| *at).filter(|_| !killed);
@@ -144,7 +140,8 @@ async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited
                 }
             }
             Some(()) = until(kill_at) => {
-                let Err(error) = process.finish_tree().await else {
+                let known = rest.as_ref().map(|(_, known)| known.clone()).unwrap_or_default();
+                let Err(error) = process.finish_tree(known).await else {
                     killed = true;
                     continue;
                 };
@@ -169,7 +166,7 @@ async fn conclude(manager: &Arc<Manager>, process: &Arc<Process>) -> Conclusion 
     let (again, looking) = (Arc::clone(process), Arc::clone(manager));
     let concluded = manager.trees.run_next_step(move || {
         looking.groups.sweep_missed();
-        again.tree.conclude(again.pidfd.as_fd())
+        again.tree.conclude(again.exit.child())
     });
     concluded.await.unwrap_or_else(|error| {
         tracing::warn!(pid = process.pid(), %error, "nothing is known of what it used");
@@ -182,14 +179,14 @@ async fn kill_rest(
     manager: Arc<Manager>,
     process: Arc<Process>,
     at: Instant,
-    found: Vec<Member>,
+    known: Known,
     slot: Arc<OwnedSemaphorePermit>,
 ) {
     sleep_until(at).await;
-    let (found, mut again) = (Arc::new(found), KILL_AGAIN);
+    let mut again = KILL_AGAIN;
     for _ in 0..MAX_KILLS_OF_REST {
-        let (tree, found) = (Arc::clone(&process.tree), Arc::clone(&found));
-        let error = match manager.trees.run_next_step(move || tree.kill_rest(&found)).await {
+        let (tree, known) = (Arc::clone(&process.tree), known.clone());
+        let error = match manager.trees.run_next_step(move || tree.kill_rest(known)).await {
             Ok(Ok(())) => break,
             Ok(Err(error)) => error,
             Err(busy) => io::Error::other(busy),

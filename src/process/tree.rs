@@ -7,7 +7,6 @@
 
 use std::{
     io,
-    os::fd::BorrowedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,9 +19,15 @@ use tokio::io::Interest;
 use super::{
     Found, Manager, Usage,
     cgroup::{Leaf, Verdict},
-    descent::{self, Member},
+    descent::{self, Known, Member},
+    stop_notes::StopNotes,
 };
-use crate::sys::{pidfd, ready};
+use crate::sys::{
+    errno,
+    pidfd::{self, ChildRef},
+    procfs::Stat,
+    ready,
+};
 
 /// A process and its descendants.
 #[derive(Debug)]
@@ -30,6 +35,7 @@ pub(super) struct Tree {
     /// That of the process itself, which leads a session and a group.
     pid: u32,
     leaf: Option<Arc<Leaf>>,
+    notes: Arc<StopNotes>,
     /// Whether the daemon has sent a SIGKILL that reached the process.
     killed: AtomicBool,
     /// Whether somebody has waited for the process: from then on its pid may be another's.
@@ -75,15 +81,23 @@ impl Manager {
 
 impl Tree {
     /// The tree of a process that was just started.
-    pub(super) fn new(pid: u32, leaf: Option<Leaf>) -> Self {
+    pub(super) fn new(pid: u32, leaf: Option<Leaf>, notes: Arc<StopNotes>) -> Self {
         let leaf = leaf.map(Arc::new);
-        Self { pid, leaf, killed: AtomicBool::new(false), reaped: Mutex::new(false) }
+        Self { pid, leaf, notes, killed: AtomicBool::new(false), reaped: Mutex::new(false) }
     }
 
     /// Sends a signal to the process alone.
-    pub(super) fn signal_process(&self, pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// ESRCH when it has been waited for.
+    pub(super) fn signal_process(&self, child: ChildRef<'_>, signal: i32) -> io::Result<()> {
+        // Without a pidfd it is known by its pid, for as long as nobody has waited for it.
+        let reaped = self.reaped.lock();
+        if *reaped {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
         self.note(signal);
-        pidfd::send_signal(pidfd, signal)
+        pidfd::signal_child(child, signal)
     }
 
     /// Sends a signal to the process's group.
@@ -100,36 +114,56 @@ impl Tree {
         pidfd::signal_group(self.pid, signal)
     }
 
-    /// Blocks: sends a signal to the whole tree. Without a control group it gives those that were
-    /// found, for [`Tree::kill_rest`].
+    /// Blocks: sends a signal to the whole tree, of which this much is known from before. Without a
+    /// control group it gives what is known then.
     ///
     /// # Errors
-    /// ESRCH when there is nothing left, EPERM when one of the tree must not be signalled.
-    pub(super) fn signal_all(&self, signal: i32) -> io::Result<Vec<Member>> {
+    /// ESRCH when there is nothing left, EPERM when one of the tree must not be signalled. Without
+    /// /proc only the process's group is signalled, and the error says so.
+    pub(super) fn signal_all(&self, signal: i32, known: Known) -> io::Result<Known> {
         self.note(signal);
-        match &self.leaf {
-            Some(leaf) => leaf.signal(signal).map(|()| Vec::new()),
-            None => descent::signal(self.root().as_slice(), signal),
+        if let Some(leaf) = &self.leaf {
+            return leaf.signal(signal).map(|()| Known::default());
+        }
+        match self.root() {
+            Ok(root) => descent::signal(known.with_root(root), signal, &self.notes),
+            Err(error) => {
+                self.signal_group(signal)?;
+                Err(io::Error::other(format!(
+                    "only its process group got the signal: its descendants cannot be looked for \
+                     without /proc ({})",
+                    errno::text_of(&error)
+                )))
+            }
         }
     }
 
     /// Blocks: kills what is left of a tree whose process has exited, given what
     /// [`Tree::signal_all`] found before.
-    pub(super) fn kill_rest(&self, found: &[Member]) -> io::Result<()> {
-        match &self.leaf {
+    pub(super) fn kill_rest(&self, known: Known) -> io::Result<()> {
+        let killed = match &self.leaf {
             Some(leaf) => leaf.signal(libc::SIGKILL),
-            None => match descent::signal(found, libc::SIGKILL) {
-                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
-                _ => Ok(()),
-            },
+            None => descent::signal(known, libc::SIGKILL, &self.notes).map(drop),
+        };
+        match killed {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            killed => killed,
         }
     }
 
-    /// The process itself, if it is still there.
-    fn root(&self) -> Option<Member> {
+    /// The process itself; `None` when it has been waited for.
+    ///
+    /// # Errors
+    /// /proc is not mounted, or is another pid namespace's, or hides the process.
+    fn root(&self) -> io::Result<Option<Member>> {
         let reaped = self.reaped.lock();
-        let pid = i32::try_from(self.pid).ok().filter(|_| !*reaped)?;
-        Member::of(pid)
+        if *reaped {
+            return Ok(None);
+        }
+        let pid = i32::try_from(self.pid).map_err(io::Error::other)?;
+        // Until it is waited for it is there, be it as a zombie.
+        let stat = Stat::read(pid)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?;
+        Ok(Some(Member { pid, started: stat.started }))
     }
 
     /// Called before a signal is sent: the supervisor must not take its work for the kernel's.
@@ -140,9 +174,9 @@ impl Tree {
     }
 
     /// Takes the zombie away.
-    pub(super) fn reap(&self, pidfd: BorrowedFd<'_>) {
+    pub(super) fn reap(&self, child: ChildRef<'_>) {
         let mut reaped = self.reaped.lock();
-        let _ = pidfd::wait(pidfd);
+        let _ = pidfd::wait(child);
         *reaped = true;
     }
 
@@ -150,25 +184,26 @@ impl Tree {
     pub(super) fn pids(&self) -> Vec<u32> {
         let found = match &self.leaf {
             Some(leaf) => leaf.pids().unwrap_or_default(),
-            None => self.root().map(descent::pids).unwrap_or_default(),
+            None => self.root().ok().flatten().map(descent::pids).unwrap_or_default(),
         };
         let others = found.into_iter().filter_map(|pid| u32::try_from(pid).ok());
         let others = others.filter(|pid| *pid != self.pid);
-        self.root().map(|_| self.pid).into_iter().chain(others).collect()
+        let own = (!*self.reaped.lock()).then_some(self.pid);
+        own.into_iter().chain(others).collect()
     }
 
     /// Blocks for a moment: what the tree of a living process uses.
     pub(super) fn usage(&self) -> Usage {
         let counted = self.leaf.as_ref().and_then(|leaf| leaf.usage());
-        counted.or_else(|| Some(descent::usage(self.root()?.pid))).unwrap_or_default()
+        counted.or_else(|| Some(descent::usage(self.root().ok()??.pid))).unwrap_or_default()
     }
 
     /// Blocks for a moment: what there is to say when the process has exited and nobody has waited
     /// for it. Removes its control group if nothing is left in it.
-    pub(super) fn conclude(&self, pidfd: BorrowedFd<'_>) -> Conclusion {
+    pub(super) fn conclude(&self, child: ChildRef<'_>) -> Conclusion {
         let killed = self.killed.load(Ordering::Acquire);
         let Some(leaf) = &self.leaf else {
-            let usage = self.usage_of_ended(pidfd);
+            let usage = self.usage_of_ended(child);
             return Conclusion { usage, killed, ..Conclusion::default() };
         };
         let counted = leaf.usage();
@@ -178,15 +213,15 @@ impl Tree {
             // What is left is cache.
             Some(usage) if gone => Usage { memory: 0, pids: 0, ..usage },
             Some(usage) => usage,
-            None => self.usage_of_ended(pidfd),
+            None => self.usage_of_ended(child),
         };
         Conclusion { usage, verdict, killed, gone }
     }
 
-    fn usage_of_ended(&self, pidfd: BorrowedFd<'_>) -> Usage {
+    fn usage_of_ended(&self, child: ChildRef<'_>) -> Usage {
         let (io_read, io_write) = descent::io(self.pid);
         // It fails for a process that others have waited for.
-        let spent = pidfd::spent(pidfd).unwrap_or_default();
+        let spent = pidfd::spent(child).unwrap_or_default();
         Usage {
             cpu_user: spent.user,
             cpu_system: spent.system,

@@ -68,7 +68,7 @@ pub(super) fn clone(
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
     let result = match cgroup {
         // SAFETY: as the two functions demand, and see `child::run`: the plan is borrowed mutably
-        // for the call, and this thread sleeps (Vfork) or the child has its own copy (Fork). The
+        // for the call, and this thread sleeps (vfork) or the child has its own copy (fork). The
         // stack is the child's alone.
         Some(cgroup) => unsafe { clone_into(plan, mode, cgroup, &stack, &mut pidfd) },
         // SAFETY: as above.
@@ -84,11 +84,13 @@ pub(super) fn clone(
 }
 
 fn flags(mode: Mode) -> c_int {
-    libc::CLONE_PIDFD
-        | match mode {
-            Mode::Vfork => libc::CLONE_VM | libc::CLONE_VFORK,
-            Mode::Fork => 0,
-        }
+    const VFORK: c_int = libc::CLONE_VM | libc::CLONE_VFORK;
+    match mode {
+        Mode::Vfork => libc::CLONE_PIDFD | VFORK,
+        Mode::Fork => libc::CLONE_PIDFD,
+        Mode::VforkByPid => VFORK,
+        Mode::ForkByPid => 0,
+    }
 }
 
 /// # Safety

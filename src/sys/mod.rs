@@ -12,6 +12,7 @@
 mod child;
 mod clone;
 pub mod errno;
+pub mod inherited_fds;
 pub mod mounts;
 pub mod net;
 pub mod pidfd;

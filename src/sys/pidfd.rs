@@ -1,4 +1,8 @@
 //! Processes by pidfd: the identity that is never reused while it is held.
+//!
+//! Kernels before Linux 5.4, older gVisors and the seccomp filters of older container engines refuse
+//! some of these calls or all of them. A child of ours that nobody has waited for is as well known by
+//! its pid, which cannot be another's before that: so each call on a [`ChildRef`] falls back to it.
 
 use std::{
     io,
@@ -34,6 +38,33 @@ pub struct Spent {
     pub memory: u64,
 }
 
+/// A child of this process that nobody has waited for: its pid is its own, and a pidfd of it where the
+/// system has them.
+#[derive(Debug, Clone, Copy)]
+pub struct ChildRef<'a> {
+    /// Its process id.
+    pub pid: u32,
+    /// Its pidfd, if there is one.
+    pub pidfd: Option<BorrowedFd<'a>>,
+}
+
+impl ChildRef<'_> {
+    fn id(self) -> io::Result<c_int> {
+        // 0 and 1 would be others.
+        let pid = c_int::try_from(self.pid).ok().filter(|pid| *pid > 1);
+        pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
+    }
+}
+
+/// Whether an error of a call on pidfds means that the system does not know or permit that call: old
+/// kernels say ENOSYS or EINVAL, and filters EPERM, EACCES or ENOSYS.
+pub fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EINVAL | libc::EOPNOTSUPP)
+    )
+}
+
 /// Opens a pidfd. Of a child that has not been waited for the pid cannot have been reused; for any
 /// other process the caller has to make sure, behind the call, that it is the one that is meant.
 ///
@@ -47,10 +78,37 @@ pub fn open(pid: c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Sends a signal to the process itself.
+/// Sends a signal to a child itself.
 ///
 /// # Errors
 /// ESRCH when it has been waited for already, EINVAL for a number that is no signal, EPERM.
+pub fn signal_child(child: ChildRef<'_>, signal: i32) -> io::Result<()> {
+    match child.pidfd.map(|pidfd| send_signal(pidfd, signal)) {
+        // If the refusal was about the process and not about the call, this one gets it as well.
+        Some(Err(error)) if is_refusal(&error) => kill(child.id()?, signal),
+        None => kill(child.id()?, signal),
+        Some(result) => result,
+    }
+}
+
+/// Sends a signal to whatever process has this pid: the caller has to make sure which one that is.
+///
+/// # Errors
+/// Those of kill(2).
+pub fn kill(pid: c_int, signal: i32) -> io::Result<()> {
+    // Others than these would be groups, or everybody.
+    if pid <= 1 {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // SAFETY: the call takes two integers and touches no memory.
+    check(unsafe { libc::kill(pid, signal) }.into()).map(|_| ())
+}
+
+/// Sends a signal to the process itself.
+///
+/// # Errors
+/// ESRCH when it has been waited for already, EINVAL for a number that is no signal, EPERM; and those
+/// of [`is_refusal`].
 pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let info = ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed and means what kill(2) sends; the descriptor is open for
@@ -78,34 +136,52 @@ pub fn signal_group(group: u32, signal: i32) -> io::Result<()> {
 ///
 /// # Errors
 /// ECHILD when it is no child of ours or has been waited for.
-pub fn peek(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
-    wait_id(pidfd, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT)
+pub fn peek(child: ChildRef<'_>) -> io::Result<Option<Exit>> {
+    wait_id(child, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT)
 }
 
 /// As [`peek`], and takes the zombie away.
 ///
 /// # Errors
 /// As [`peek`].
-pub fn wait(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
-    wait_id(pidfd, libc::WEXITED | libc::WNOHANG)
+pub fn wait(child: ChildRef<'_>) -> io::Result<Option<Exit>> {
+    wait_id(child, libc::WEXITED | libc::WNOHANG)
 }
 
 /// Waits for the end of a process, takes the zombie away, and blocks the thread meanwhile.
 ///
 /// # Errors
 /// As [`peek`].
-pub fn wait_blocking(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
-    wait_id(pidfd, libc::WEXITED)
+pub fn wait_blocking(child: ChildRef<'_>) -> io::Result<Option<Exit>> {
+    wait_id(child, libc::WEXITED)
 }
 
-fn wait_id(pidfd: BorrowedFd<'_>, options: c_int) -> io::Result<Option<Exit>> {
-    let id = libc::id_t::try_from(pidfd.as_raw_fd()).map_err(io::Error::other)?;
+/// Makes a call of waitid(2) by the pidfd (Linux 5.4), and where that is refused by the pid.
+fn by_pidfd_or_pid<T>(
+    child: ChildRef<'_>,
+    call: impl Fn(libc::idtype_t, libc::id_t) -> io::Result<T>,
+) -> io::Result<T> {
+    if let Some(pidfd) = child.pidfd {
+        let id = libc::id_t::try_from(pidfd.as_raw_fd()).map_err(io::Error::other)?;
+        match call(libc::P_PIDFD, id) {
+            Err(error) if is_refusal(&error) => {}
+            result => return result,
+        }
+    }
+    call(libc::P_PID, libc::id_t::try_from(child.id()?).map_err(io::Error::other)?)
+}
+
+fn wait_id(child: ChildRef<'_>, options: c_int) -> io::Result<Option<Exit>> {
+    by_pidfd_or_pid(child, |kind, id| wait_for(kind, id, options))
+}
+
+fn wait_for(kind: libc::idtype_t, id: libc::id_t, options: c_int) -> io::Result<Option<Exit>> {
     loop {
         // SAFETY: a siginfo of zeros is valid, and with WNOHANG the kernel leaves si_pid at zero
         // when there is nothing to report.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         // SAFETY: `info` is a valid place for the answer and outlives the call.
-        if unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, options) } != 0 {
+        if unsafe { libc::waitid(kind, id, &raw mut info, options) } != 0 {
             let error = io::Error::last_os_error();
             if error.kind() == io::ErrorKind::Interrupted {
                 continue;
@@ -128,21 +204,18 @@ fn wait_id(pidfd: BorrowedFd<'_>, options: c_int) -> io::Result<Option<Exit>> {
 ///
 /// # Errors
 /// As [`peek`].
-pub fn spent(pidfd: BorrowedFd<'_>) -> io::Result<Spent> {
+pub fn spent(child: ChildRef<'_>) -> io::Result<Spent> {
+    by_pidfd_or_pid(child, spent_by)
+}
+
+fn spent_by(kind: libc::idtype_t, id: libc::id_t) -> io::Result<Spent> {
     let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
     // SAFETY: zeros are valid for both.
     let (mut info, mut usage): (libc::siginfo_t, libc::rusage) = unsafe { std::mem::zeroed() };
     // SAFETY: the system call that libc's waitid makes, with the fifth argument that libc hides;
     // both places are valid, and the kernel's rusage is the beginning of libc's.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_waitid,
-            libc::P_PIDFD,
-            pidfd.as_raw_fd(),
-            &raw mut info,
-            options,
-            &raw mut usage,
-        )
+        libc::syscall(libc::SYS_waitid, kind, id, &raw mut info, options, &raw mut usage)
     };
     check(result)?;
     let span = |time: libc::timeval| {

@@ -15,7 +15,8 @@
 //!
 //! Where the system refuses `clone3` (many seccomp filters) the child moves into its control group by
 //! itself; where it refuses these flags (some others, gVisor) it is a fork-like clone with the same
-//! child. The calls block until the exec: run them on a blocking thread.
+//! child, and where it knows no pidfds (Linux before 5.2) a child that is known by its pid. The calls
+//! block until the exec: run them on a blocking thread.
 
 use std::{
     fs::File,
@@ -33,7 +34,11 @@ use nix::{
 };
 
 pub use super::clone::Joining;
-use super::{child::Plan, clone::clone, pidfd};
+use super::{
+    child::Plan,
+    clone::clone,
+    pidfd::{self, ChildRef},
+};
 
 /// A process to start.
 #[derive(Debug, Clone)]
@@ -123,6 +128,16 @@ pub enum Mode {
     Vfork,
     /// Has a copy of it.
     Fork,
+    /// As [`Mode::Vfork`], without CLONE_PIDFD.
+    VforkByPid,
+    /// As [`Mode::Fork`], without CLONE_PIDFD.
+    ForkByPid,
+}
+
+impl Mode {
+    pub(super) fn is_vfork(self) -> bool {
+        matches!(self, Self::Vfork | Self::VforkByPid)
+    }
 }
 
 /// A child that was started.
@@ -130,11 +145,18 @@ pub enum Mode {
 pub struct Child {
     /// Its process id.
     pub pid: u32,
-    /// Its identity: for waiting and for signals.
-    pub pidfd: OwnedFd,
+    /// Its identity, for waiting and for signals, where the system has pidfds.
+    pub pidfd: Option<OwnedFd>,
     /// Why the command could not be executed, when that is the command's own fault (not found, not
     /// executable): the child then has ended with 127 or 126, as a shell would.
     pub exec_error: Option<i32>,
+}
+
+impl Child {
+    /// What calls on it take, until it is waited for.
+    pub fn as_ref(&self) -> ChildRef<'_> {
+        ChildRef { pid: self.pid, pidfd: self.pidfd.as_ref().map(OwnedFd::as_fd) }
+    }
 }
 
 /// Why no process was started.
@@ -168,8 +190,13 @@ pub enum SpawnError {
 /// # Errors
 /// [`SpawnError`]; no process is left then.
 pub fn spawn(spec: &Spec<'_>) -> Result<Child, SpawnError> {
-    let ways =
-        [(Mode::Vfork, Joining::Born), (Mode::Vfork, Joining::Moved), (Mode::Fork, Joining::Moved)];
+    let ways = [
+        (Mode::Vfork, Joining::Born),
+        (Mode::Vfork, Joining::Moved),
+        (Mode::Fork, Joining::Moved),
+        (Mode::VforkByPid, Joining::Moved),
+        (Mode::ForkByPid, Joining::Moved),
+    ];
     // Without a group to go to, the first two are the same.
     let ways = if spec.cgroup.is_some() { &ways[..] } else { &ways[1..] };
     let mut refused = None;
@@ -201,9 +228,9 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, 
     let failed = |what| move |source: io::Error| SpawnError::System { what, source };
     // With vfork the report is there or never comes when clone returns. Not to wait for its end
     // matters: another child between its clone and its exec may hold a copy of the pipe.
-    let flags = match mode {
-        Mode::Vfork => OFlag::O_CLOEXEC | OFlag::O_NONBLOCK,
-        Mode::Fork => OFlag::O_CLOEXEC,
+    let flags = match mode.is_vfork() {
+        true => OFlag::O_CLOEXEC | OFlag::O_NONBLOCK,
+        false => OFlag::O_CLOEXEC,
     };
     let (report, report_in) = pipe2(flags).map_err(|e| failed("pipe")(e.into()))?;
     let [stdin, stdout, stderr] = spec.stdio;
@@ -225,8 +252,12 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, 
     let (pid, pidfd) = clone(&mut plan, mode, born_in).map_err(failed(CLONE))?;
     drop(plan);
     let pidfd = match pidfd {
-        Some(pidfd) => pidfd,
-        None => pidfd::open(pid).map_err(|error| abandon(pid, error)).map_err(failed("pidfd"))?,
+        Some(pidfd) => Some(pidfd),
+        None => match pidfd::open(pid) {
+            Ok(pidfd) => Some(pidfd),
+            Err(error) if pidfd::is_refusal(&error) => None,
+            Err(error) => return Err(failed("pidfd")(abandon(pid, error))),
+        },
     };
     let child = |exec_error| Child { pid: pid.unsigned_abs(), pidfd, exec_error };
     match read_report(report) {
@@ -234,7 +265,7 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, 
         Some((Stage::Exec, errno, _)) if is_the_commands_fault(errno) => Ok(child(Some(errno))),
         Some((stage, errno, detail)) => {
             // It is about to exit; its status says nothing that the report does not.
-            let _ = pidfd::wait_blocking(child(None).pidfd.as_fd());
+            let _ = pidfd::wait_blocking(child(None).as_ref());
             Err(SpawnError::Child { stage, errno, detail })
         }
     }

@@ -42,8 +42,7 @@ fn run(mode: Mode, spec: &Spec<'_>) -> Ran {
     drop(write);
     let mut output = String::new();
     File::from(read).read_to_string(&mut output).unwrap();
-    let exit =
-        child.as_ref().ok().and_then(|child| pidfd::wait_blocking(child.pidfd.as_fd()).unwrap());
+    let exit = child.as_ref().ok().and_then(|child| pidfd::wait_blocking(child.as_ref()).unwrap());
     Ran { child, output, exit }
 }
 
@@ -53,7 +52,7 @@ fn shell(script: &str) -> [String; 2] {
 
 const OPEN_FILES: Rlimit = Rlimit { resource: 7, soft: 123, hard: 456 };
 
-const MODES: [Mode; 2] = [Mode::Vfork, Mode::Fork];
+const MODES: [Mode; 4] = [Mode::Vfork, Mode::Fork, Mode::VforkByPid, Mode::ForkByPid];
 
 #[test]
 fn a_search_path_beyond_the_kernels_bound_is_too_long_an_argument_list() {
@@ -272,7 +271,7 @@ fn a_child_is_in_its_control_group_from_the_beginning() {
             drop(write);
             let mut output = String::new();
             File::from(read).read_to_string(&mut output).unwrap();
-            let exit = pidfd::wait_blocking(child.pidfd.as_fd()).unwrap();
+            let exit = pidfd::wait_blocking(child.as_ref()).unwrap();
             assert_eq!(exit, Some(Exit::Exited(0)), "{mode:?} {joining:?}");
             assert!(group.has(&output), "{mode:?} {joining:?}: {output}");
         }

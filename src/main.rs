@@ -59,7 +59,7 @@ fn main() -> ExitCode {
         let _within = runtime.enter();
         telemetry::start(config.verbose, config.otlp.as_ref())
     };
-    let telemetry = match started {
+    let mut telemetry = match started {
         Ok(telemetry) => telemetry,
         Err(error) => return failed(&error),
     };
@@ -75,13 +75,15 @@ fn main() -> ExitCode {
     let deadline = Instant::now() + CLEANUP_TIME;
     // It drops every call, and with it the file that the call was writing.
     runtime.shutdown_timeout(CLEANUP_TIME);
-    match result {
+    let code = match result {
         Ok(ended) => {
             ended.clean_up(deadline);
             ExitCode::SUCCESS
         }
         Err(_) => ExitCode::FAILURE,
-    }
+    };
+    telemetry.finish();
+    code
 }
 
 /// Prints a text that was asked for. A closed stdout is the reader's choice.

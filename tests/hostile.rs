@@ -5,6 +5,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "hostile/log.rs"]
+mod log;
 
 use std::{
     io::{ErrorKind, Read, Write},

@@ -287,6 +287,13 @@ async fn a_collector_sees_each_call_in_its_callers_trace_and_no_secret() {
         .header("traceparent", format!("00-{init_trace}-b7ad6b7169203331-01"))
         .json(&json!({ "accessToken": token, "envVars": { "NAME": "secret-variable" } }));
     assert_eq!(soon("init", init.send()).await.unwrap().status(), 204);
+    // One that is refused, for its line in the log.
+    let refused_trace = "1af7651916cd43dd8448eb211c80319d";
+    let refused = http()
+        .post(daemon.url("/init"))
+        .header("traceparent", format!("00-{refused_trace}-b7ad6b7169203331-01"))
+        .body("{");
+    assert_eq!(soon("init", refused.send()).await.unwrap().status(), 400);
 
     for (number, wire) in WIRES.into_iter().enumerate() {
         let trace = format!("4bf92f3577b34da6a3ce929d0e0e47{number:02x}");
@@ -349,8 +356,8 @@ async fn a_collector_sees_each_call_in_its_callers_trace_and_no_secret() {
     collector.span("GET", |span| span.name == "GET").await;
 
     // The log, with the trace of the request that a line is of.
-    let line = collector.line("initialised").await;
-    assert_eq!(hex(&line.trace_id), init_trace, "{line:?}");
+    let line = collector.line("an /init that does not parse").await;
+    assert_eq!(hex(&line.trace_id), refused_trace, "{line:?}");
     collector.line("ready").await;
     {
         let got = collector.0.lock().unwrap();

@@ -89,7 +89,7 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
         false => parse(&body).map_err(|error| {
             // Where it is wrong, and not what: the text might quote a secret.
             let (line, column, kind) = (error.line(), error.column(), error.classify());
-            tracing::info!(line, column, ?kind, "an /init that does not parse");
+            tracing::warn!(line, column, ?kind, "an /init that does not parse");
             bad()
         })?,
     };
@@ -104,6 +104,7 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
         (status, error.to_string())
     })?;
     let took_us = u64::try_from(report.took.as_micros()).unwrap_or(u64::MAX);
-    tracing::info!(stale = report.stale, took_us, "initialised");
+    // Not INFO: a resume writes nothing to the log.
+    tracing::debug!(stale = report.stale, took_us, "initialised");
     Ok(())
 }

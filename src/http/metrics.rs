@@ -10,7 +10,11 @@ use axum::{
 use http::{HeaderValue, StatusCode, header};
 
 use super::{NO_STORE, Shared};
-use crate::{guest::metrics::Metrics, sandbox::Sandbox};
+use crate::{
+    guest::metrics::Metrics,
+    sandbox::Sandbox,
+    telemetry::{log, rate_limit},
+};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
@@ -70,6 +74,19 @@ fn exposition(metrics: &Metrics, processes: usize) -> String {
     gauge("envd_sandbox_disk_bytes", "Size of the root file system.", &metrics.disk_total);
     gauge("envd_sandbox_disk_used_bytes", "Used or reserved of it.", &metrics.disk_used);
     gauge("envd_processes", "Processes that envd started and that run.", &processes);
+    let mut counter = |name: &str, help: &str, value: u64| {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}");
+    };
+    counter(
+        "envd_log_lines_dropped_total",
+        "Log lines that were lost because stderr did not take them.",
+        log::dropped_lines(),
+    );
+    counter(
+        "envd_log_lines_suppressed_total",
+        "Log lines that were not written because too many of their kind came.",
+        rate_limit::suppressed_lines(),
+    );
     let version = crate::version::OWN;
     let _ = writeln!(
         text,

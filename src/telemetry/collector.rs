@@ -35,6 +35,9 @@ pub enum TelemetryError {
         /// What is wrong with it; it may be a secret, and is not quoted.
         why: String,
     },
+    /// There is no thread for the log.
+    #[error("cannot start the thread of the log: {0}")]
+    Thread(std::io::Error),
     /// The libraries refuse.
     #[error("OpenTelemetry: {0}")]
     Export(String),

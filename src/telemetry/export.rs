@@ -25,6 +25,7 @@ use tracing_subscriber::{Layer, Registry, filter::Targets};
 use super::{
     Collector, TelemetryError,
     batch::{self, Export, Queue, Sending},
+    rate_limit::Limited,
 };
 use crate::{
     version,
@@ -100,7 +101,9 @@ pub(super) fn start(
         let own = Targets::new()
             .with_target("envd", LevelFilter::INFO)
             .with_target("envd::telemetry", LevelFilter::OFF);
-        layers.push(OpenTelemetryTracingBridge::new(&provider).with_filter(own).boxed());
+        layers.push(
+            OpenTelemetryTracingBridge::new(&provider).with_filter(Limited::silent(own)).boxed(),
+        );
         providers.1 = Some(provider);
     }
     if layers.is_empty() {

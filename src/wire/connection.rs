@@ -45,6 +45,7 @@ use super::{
     peer::Peer,
     translate::Refused,
 };
+use crate::telemetry::rate_limit;
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -81,6 +82,8 @@ pub struct Place {
     pub slot: Slot,
     /// Who is at the other end.
     pub peer: Peer,
+    /// Whose log lines those of its requests are.
+    pub log_peer: rate_limit::Peer,
     /// Present when the connection is one too many.
     pub refused: Option<Refused>,
 }
@@ -120,6 +123,7 @@ pub async fn serve<I, S>(
         inner: service,
         activity: Arc::clone(&activity),
         peer: place.peer,
+        log_peer: place.log_peer,
         from_inside: place.slot.inner.is_some(),
         refused: place.refused,
     };
@@ -315,6 +319,7 @@ struct Calls<S> {
     inner: S,
     activity: Arc<Activity>,
     peer: Peer,
+    log_peer: rate_limit::Peer,
     from_inside: bool,
     refused: Option<Refused>,
 }
@@ -337,6 +342,7 @@ where
             false => Body::new(body),
         });
         request.extensions_mut().insert(self.peer);
+        request.extensions_mut().insert(self.log_peer);
         if self.from_inside {
             request.extensions_mut().insert(Inner);
         }

@@ -21,6 +21,7 @@ use std::{
 
 use futures_util::future::{Either, Ready, ready};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
+use tokio::task::futures::TaskLocalFuture;
 use tonic::Status;
 use tower::Service;
 
@@ -30,7 +31,10 @@ use super::{
     protocol::{Framing, Protocol},
     response::Writer,
 };
-use crate::access::{Access, Verdict};
+use crate::{
+    access::{Access, Verdict},
+    telemetry::rate_limit,
+};
 
 /// The header with the token; in gRPC, metadata of the same name.
 pub const TOKEN_HEADER: &str = "x-access-token";
@@ -69,7 +73,10 @@ where
 {
     type Response = Response<Body>;
     type Error = Infallible;
-    type Future = Either<S::Future, Ready<Result<Response<Body>, Infallible>>>;
+    type Future = Either<
+        TaskLocalFuture<Option<rate_limit::Peer>, S::Future>,
+        Ready<Result<Response<Body>, Infallible>>,
+    >;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.inner.poll_ready(cx)
@@ -91,12 +98,19 @@ where
         if let Some(why) = refused {
             return Either::Right(ready(Ok(refuse(request.headers(), why))));
         }
+        // Who has shown nothing may not fill the log, whatever the request comes to.
+        let stranger = match verdict {
+            _ if trusted => None,
+            Verdict::Known => None,
+            Verdict::Open if path != "/init" => None,
+            _ => request.extensions().get::<rate_limit::Peer>().copied(),
+        };
         if trusted {
             request.extensions_mut().insert(Granted::ByPeer);
         } else if verdict == Verdict::Known {
             request.extensions_mut().insert(Granted::ByToken);
         }
-        Either::Left(self.inner.call(request))
+        Either::Left(rate_limit::of_peer(stranger, self.inner.call(request)))
     }
 }
 

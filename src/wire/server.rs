@@ -24,6 +24,7 @@ use super::{
     peer::Peer,
     translate::Refused,
 };
+use crate::telemetry::rate_limit;
 
 /// The pause after an accept that failed for want of descriptors or memory; connections wait in
 /// the backlog meanwhile.
@@ -84,7 +85,7 @@ where
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
                     let inner = is_own(address);
-                    self.spawn(ready(Ok((stream, Peer::Tcp))), &address, inner);
+                    self.spawn(ready(Ok((stream, Peer::Tcp))), of_tcp(address, inner), inner);
                 }),
                 Listener::Tls(tcp, tls) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
@@ -94,17 +95,19 @@ where
                         let (stream, verified) = greeting.await?;
                         Ok((stream, Peer::Tls { verified }))
                     };
-                    self.spawn(greeting, &address, inner);
+                    self.spawn(greeting, of_tcp(address, inner), inner);
                 }),
-                Listener::Unix(unix, _) => unix.accept().await.map(|(stream, address)| {
+                Listener::Unix(unix, _) => unix.accept().await.map(|(stream, _)| {
                     let uid = stream.peer_cred().ok().map(|peer| peer.uid());
-                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), &address, false);
+                    let log_peer = rate_limit::Peer::User(uid);
+                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), log_peer, false);
                 }),
                 Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, address)| {
                     let cid = address.cid();
                     // Else it is the machine itself, or a sibling.
                     let inner = cid != VMADDR_CID_HOST;
-                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), &address, inner);
+                    let log_peer = rate_limit::Peer::Machine(cid);
+                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), log_peer, inner);
                 }),
             };
             if let Err(error) = accepted
@@ -130,7 +133,7 @@ where
     fn spawn<I>(
         self: &Arc<Self>,
         greeting: impl Future<Output = io::Result<(I, Peer)>> + Send + 'static,
-        address: &dyn std::fmt::Debug,
+        log_peer: rate_limit::Peer,
         inner: bool,
     ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -139,15 +142,17 @@ where
             (slot, None)
         } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             let limit = self.limits.connections;
-            tracing::warn!(peer = ?address, limit, "too many connections");
+            rate_limit::of_peer_now(log_peer, || {
+                tracing::warn!(peer = %log_peer, limit, "too many connections");
+            });
             let why = format!("too many connections: the limit is {limit}");
             (connection::Slot { all: permit, inner: None }, Some(Refused(why.into())))
         } else {
             return;
         };
-        tracing::debug!(peer = ?address, "connection accepted");
         let server = Arc::clone(self);
-        tokio::spawn(async move {
+        tokio::spawn(rate_limit::of_peer(Some(log_peer), async move {
+            tracing::debug!(peer = %log_peer, "connection accepted");
             let (io, peer) = match timeout(server.limits.header_timeout, greeting).await {
                 Ok(Ok(greeted)) => greeted,
                 Ok(Err(error)) => return tracing::debug!(%error, "connection not greeted"),
@@ -162,16 +167,21 @@ where
                     ..server.limits.clone()
                 },
             };
-            let place = Place { slot, peer, refused };
+            let place = Place { slot, peer, log_peer, refused };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &limits, shutdown).await;
-        });
+        }));
     }
 }
 
 /// The connections that there may be, those for peers from elsewhere included.
 fn all(limits: &Limits) -> usize {
     limits.connections + limits.connections / KEPT_SHARE
+}
+
+/// Whose log lines those of a TCP peer are.
+fn of_tcp(peer: SocketAddr, inner: bool) -> rate_limit::Peer {
+    if inner { rate_limit::Peer::Inside } else { rate_limit::Peer::at(peer.ip()) }
 }
 
 /// Sets up a TCP connection. Each of these is a help, and none a condition.

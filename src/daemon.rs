@@ -35,6 +35,7 @@ use crate::{
     process::{self, Groups, Manager},
     sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_SEARCHES, MAX_UPLOADS, Sandbox},
     setup::{self, Machine, Setup},
+    sys::fs_credentials,
     template::{self, Template},
     version,
     wire::{
@@ -232,6 +233,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
             Template::broken(error.to_string())
         }
     };
+    fs_credentials::remember_own();
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
     let stop_notes = Some(process::StopNotes::directory(&config.guest_root));
@@ -242,6 +244,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         writers: Writers::beside(Arc::clone(&watches)),
         watches,
         users,
+        file_access: config.file_access,
         files,
         uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         listings: Arc::new(Semaphore::new(MAX_LISTINGS)),

@@ -9,7 +9,11 @@ use tokio::sync::Semaphore;
 use crate::{
     access::Access,
     blocking::Pool,
-    fs::{transfer::Writers, watch::Hub},
+    fs::{
+        actor::{Actor, FileAccess},
+        transfer::Writers,
+        watch::Hub,
+    },
     guest::{
         metrics::Meter,
         users::{User, UserError, Users},
@@ -41,6 +45,8 @@ pub struct Sandbox {
     pub processes: Arc<Manager>,
     /// Its watches.
     pub watches: Arc<Hub>,
+    /// When operations on files have the rights of their user only.
+    pub file_access: FileAccess,
     /// Where work on files runs, since it may block.
     pub files: Arc<Pool>,
     /// The uploads that are under way.
@@ -146,6 +152,11 @@ pub enum NoUser {
 }
 
 impl Sandbox {
+    /// The user of an operation on files.
+    pub fn actor(&self, user: &User) -> Actor {
+        Actor::new(user, self.file_access)
+    }
+
     /// The user that a caller names.
     ///
     /// # Errors

@@ -20,7 +20,9 @@ use super::{
 use crate::{
     blocking::Pool,
     fs::{
-        FsError, dir,
+        FsError,
+        actor::Actor,
+        dir,
         entry::{self, Entry, EntryKind},
         path,
         transfer::Writers,
@@ -47,6 +49,9 @@ pub struct Files {
 /// What a call needs besides its message.
 pub(super) struct Call<T> {
     pub(super) user: Arc<User>,
+    /// The same user, as the one on whose behalf files are touched.
+    #[allow(dead_code)]
+    pub(super) actor: Actor,
     pub(super) view: View,
     pub(super) metadata: Option<ResponseMetadata>,
     pub(super) message: T,
@@ -86,8 +91,10 @@ impl Files {
     }
 
     pub(super) fn call<T>(&self, request: Request<T>) -> Result<Call<T>, Status> {
+        let user = identity::caller(request.extensions(), &self.sandbox)?;
         Ok(Call {
-            user: identity::caller(request.extensions(), &self.sandbox)?,
+            actor: self.sandbox.actor(&user),
+            user,
             view: View::of(&request),
             metadata: request.extensions().get().cloned(),
             message: request.into_inner(),

@@ -16,6 +16,8 @@ use std::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
+use crate::sys::fs_credentials;
+
 mod mount;
 
 pub use mount::{MountBusy, stand_on};
@@ -221,10 +223,16 @@ impl Shared {
 
     /// The life of a thread.
     fn work(&self) {
+        // A thread inherits the credentials of the one that starts it.
+        let mut usable = fs_credentials::begin_thread();
         let mut state = self.state.lock();
         loop {
+            if !usable {
+                break;
+            }
             if let Some(job) = state.jobs.pop_front() {
                 MutexGuard::unlocked(&mut state, || self.run(job));
+                usable = !fs_credentials::thread_is_broken();
                 continue;
             }
             if state.closed {
@@ -243,6 +251,12 @@ impl Shared {
             }
         }
         state.threads -= 1;
+        if !usable && state.threads == 0 {
+            // Nobody would run them before the next one comes.
+            let lost = std::mem::take(&mut state.jobs);
+            drop(state);
+            drop(lost);
+        }
     }
 
     fn run(&self, job: Job) {

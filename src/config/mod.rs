@@ -19,7 +19,7 @@ pub use self::{
 };
 
 use crate::{
-    fs::watch::Retention,
+    fs::{actor::FileAccess, watch::Retention},
     process, quote,
     sys::errno,
     telemetry::Collector,
@@ -81,6 +81,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// The bounds of processes and their output.
     pub processes: process::Options,
+    /// When operations on files have the rights of their user only.
+    pub file_access: FileAccess,
     /// How long watchers are kept that nobody listens to.
     pub watches: Retention,
     /// Not in a Firecracker VM.

@@ -7,7 +7,7 @@ use super::{
     args::{Args, Flag, Item},
 };
 use crate::{
-    fs::watch::Retention,
+    fs::{actor::FileAccess, watch::Retention},
     guest::mmds,
     process::{
         self,
@@ -52,6 +52,7 @@ impl Config {
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: Duration::from_secs(5),
             processes: process::Options::default(),
+            file_access: FileAccess::default(),
             watches: Retention::default(),
             is_not_fc: false,
             no_cgroups: false,
@@ -86,6 +87,7 @@ impl Config {
                     }
                     config.default_workdir = Some(workdir);
                 }
+                "file-access" => config.file_access = args.parsed("compatible or strict")?,
                 "access-token-file" => config.access_token_file = Some(args.path()?),
                 "require-token" => config.require_token = args.switch()?,
                 "resume-handover" => config.resume_handover = args.switch()?,

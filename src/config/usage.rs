@@ -22,6 +22,9 @@ Whom to serve:
                           behind it if need be
                           (default root, or without root the user who runs envd)
   --default-workdir PATH  where relative paths and processes start (default the user's home)
+  --file-access MODE      strict: operations on files have their user's own rights always;
+                          compatible: root's, until others could decide where a path leads
+                          (default compatible)
 
 Whom to let in:
   --access-token-file PATH

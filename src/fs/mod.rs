@@ -6,6 +6,8 @@
 //! ([`path::resolve`]) and are used verbatim from there on: cleaning `a/../b` would change what a
 //! path through a symbolic link means.
 //!
+//! * [`resolve`]: from an absolute path to descriptors, with the rights of the daemon or of the user
+//!   ([`actor`]): no operation looks a client's path up in any other way.
 //! * [`path`]: from a client's path to an absolute one, and the directories above it.
 //! * [`entry`]: what is told about one file; [`metadata`]: the attributes clients attach to it.
 //! * [`dir`]: make, move, list, remove.
@@ -13,6 +15,7 @@
 //! * [`watch`]: what changes below a directory.
 //! * [`search`]: what is in it, by name and by content.
 
+pub mod actor;
 pub mod archive;
 pub mod attributes;
 mod beneath;
@@ -26,6 +29,7 @@ pub mod metadata;
 pub mod path;
 pub mod read;
 mod remove;
+pub mod resolve;
 pub mod search;
 pub mod staged;
 pub mod transfer;

@@ -12,9 +12,11 @@
 mod child;
 mod clone;
 pub mod errno;
+pub mod fs_credentials;
 pub mod inherited_fds;
 pub mod mounts;
 pub mod net;
+pub mod path_fd;
 pub mod pidfd;
 pub mod procfs;
 pub mod pty;

@@ -28,6 +28,7 @@ use std::{
 
 use libc::c_int;
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl, openat},
     sys::stat,
     unistd::pipe2,
@@ -37,6 +38,7 @@ pub use super::clone::Joining;
 use super::{
     child::Plan,
     clone::clone,
+    fs_credentials,
     pidfd::{self, ChildRef},
 };
 
@@ -226,6 +228,10 @@ const CLONE: &str = "clone";
 /// [`SpawnError`]; no process is left then.
 pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, SpawnError> {
     let failed = |what| move |source: io::Error| SpawnError::System { what, source };
+    if fs_credentials::thread_is_changed() {
+        // The child would inherit them, and the daemon's uid with them.
+        return Err(failed("a thread that acts as a user")(Errno::EPERM.into()));
+    }
     // With vfork the report is there or never comes when clone returns. Not to wait for its end
     // matters: another child between its clone and its exec may hold a copy of the pipe.
     let flags = match mode.is_vfork() {

@@ -160,6 +160,39 @@ async fn a_directory_that_exists_stays_as_it_is_unless_it_is_to_be_kept_as_packe
 }
 
 #[tokio::test]
+async fn an_owner_that_is_no_id_is_refused_and_not_taken_for_the_callers() {
+    let house = House::new();
+    let of = |uid: u64, gid: u64| {
+        let mut archive = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_mode(0o644);
+        header.set_uid(uid);
+        header.set_gid(gid);
+        header.set_size(1);
+        archive.append_data(&mut header, "file", &b"x"[..]).unwrap();
+        archive.into_inner().unwrap()
+    };
+    let none = u64::from(u32::MAX);
+    for (number, (uid, gid, named)) in
+        [(none, 0, "uid 4294967295"), (0, none, "gid 4294967295"), (none + 1, 0, "uid 4294967296")]
+            .into_iter()
+            .enumerate()
+    {
+        let to = house.at(&format!("to{number}"));
+        let start =
+            extract_request::Start { path: to.clone(), preserve: true, ..Default::default() };
+        let error = extract_as(&house, start, &of(uid, gid)).await.unwrap_err();
+        assert_eq!(error.code, "invalid_argument", "{error:?}");
+        assert!(error.message.contains(&format!("file: {named} is not an id")), "{error:?}");
+        assert!(!Path::new(&to).join("file").exists(), "{named}");
+        // Where owners are not kept the number means nothing.
+        extract(&house, &to, &of(uid, gid)).await.unwrap();
+        assert!(Path::new(&to).join("file").exists(), "{named}");
+    }
+}
+
+#[tokio::test]
 async fn sparse_files_of_every_tar_come_back_with_their_holes() {
     let house = House::new();
     fs::create_dir(house.at("from")).unwrap();

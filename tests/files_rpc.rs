@@ -611,6 +611,15 @@ async fn attributes_are_set_and_checked_before() {
             "owner: ",
         ),
         (SetAttributesRequest { group: Some("-1".into()), ..Default::default() }, "group: "),
+        // chown(2) would take it for "no change".
+        (
+            SetAttributesRequest { owner: Some("4294967295".into()), ..Default::default() },
+            "owner: ",
+        ),
+        (
+            SetAttributesRequest { group: Some("4294967295".into()), ..Default::default() },
+            "group: ",
+        ),
         (
             SetAttributesRequest { modified_time: time(0, -1), ..Default::default() },
             "modified_time: ",

@@ -70,6 +70,8 @@ async fn what_is_no_user_is_told_with_its_name() {
     for (name, text) in [
         ("nobody-at-all", "invalid username: 'nobody-at-all'"),
         ("4294967295", "invalid username: '4294967295'"),
+        ("4294967295:root", "invalid username: '4294967295:root'"),
+        ("me:4294967295", "unknown group 4294967295"),
         ("-1", "invalid username: '-1'"),
         ("me:no-such-group", "unknown group no-such-group"),
     ] {

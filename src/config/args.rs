@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::ConfigError;
-use crate::quote;
+use crate::{guest::users, quote};
 
 /// The longest time that a flag may ask for: a day.
 const MAX_SECONDS: u64 = 86_400;
@@ -138,6 +138,14 @@ impl Args {
         number.ok_or_else(|| {
             let given = quote::line(&text);
             self.wrong(format_args!("'{given}' is not a number between {min} and {max}"))
+        })
+    }
+
+    /// A user id. The highest number is not one: the kernel says it of a peer without credentials.
+    pub(crate) fn user_id(&mut self) -> Result<u32, ConfigError> {
+        let text = self.text()?;
+        users::id(&text).ok_or_else(|| {
+            self.wrong(format_args!("'{}' is not the number of a user", quote::line(&text)))
         })
     }
 

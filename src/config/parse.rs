@@ -91,7 +91,7 @@ impl Config {
                 "access-token-file" => config.access_token_file = Some(args.path()?),
                 "require-token" => config.require_token = args.switch()?,
                 "resume-handover" => config.resume_handover = args.switch()?,
-                "trust-uid" => config.trust.uids.push(args.parsed("the number of a user")?),
+                "trust-uid" => config.trust.uids.push(args.user_id()?),
                 "trust-cid" => config.trust.cids.push(args.parsed("a vsock context id")?),
                 "trust-certificates" => config.trust.certificates = args.switch()?,
                 "template" => config.template = Some(args.path()?),

@@ -130,6 +130,7 @@ fn bad_flags_are_named() {
         (&["--template="], "--template", ""),
         (&["--mmds", "nowhere"], "--mmds", "nowhere"),
         (&["--trust-uid", "root"], "--trust-uid", "root"),
+        (&["--trust-uid", "4294967295"], "--trust-uid", "4294967295"),
         (&["--trust-cid", "-1"], "--trust-cid", "-1"),
         (&["--otlp", "nowhere"], "--otlp", ""),
     ] {

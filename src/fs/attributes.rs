@@ -16,7 +16,7 @@ use nix::{
 };
 
 use super::{FsError, path, staged::doing, unnamed::with_new_name};
-use crate::guest::users::{User, Users};
+use crate::guest::users::{self, User, Users};
 
 /// What to set; what is none stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -94,7 +94,7 @@ pub fn set(path: &Path, attributes: &Attributes, users: &Users) -> Result<(), Fs
 
 /// A name that is known, or a number as it is.
 fn number(name: &str, known: Option<u32>) -> Option<u32> {
-    known.or_else(|| name.parse().ok().filter(|_| name.bytes().all(|b| b.is_ascii_digit())))
+    known.or_else(|| users::id(name))
 }
 
 fn unknown(field: &'static str, name: &str) -> FsError {

@@ -122,7 +122,7 @@ impl Users {
             Some(user) => user.clone(),
             // A container started with a bare uid has no line in /etc/passwd.
             None if self.bound_to.is_some() && user_name == self.own_name() => self.unlisted(),
-            None => match number(user_name) {
+            None => match id(user_name) {
                 Some(uid) => User {
                     name: uid.to_string(),
                     uid,
@@ -137,7 +137,7 @@ impl Users {
             return Err(UserError::NotOwn { wanted: user_name.to_owned(), own: self.own_name() });
         }
         let Some(group) = group else { return Ok(user) };
-        let gid = tables.group_ids.get(group).copied().or_else(|| number(group));
+        let gid = tables.group_ids.get(group).copied().or_else(|| id(group));
         let gid = gid.ok_or_else(|| UserError::UnknownGroup(group.to_owned()))?;
         if self.bound_to.is_some() {
             let own = nix::unistd::getegid().as_raw();
@@ -194,17 +194,20 @@ impl Users {
     }
 }
 
-/// A user or group id in decimal. The highest one means nobody at all to the kernel.
-fn number(text: &str) -> Option<u32> {
+/// The number that is no id: chown(2), setresuid(2) and their like take it for "no change".
+pub const NO_ID: u32 = u32::MAX;
+
+/// A user or group id in decimal, never [`NO_ID`].
+pub fn id(text: &str) -> Option<u32> {
     // Not even a plus sign.
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse().ok().filter(|id| digits && *id != u32::MAX)
+    text.parse().ok().filter(|id| digits && *id != NO_ID)
 }
 
 impl Tables {
     /// The user whose number this is.
     fn by_number(&self, text: &str) -> Option<&User> {
-        self.users.get(&**self.user_names.get(&number(text)?)?)
+        self.users.get(&**self.user_names.get(&id(text)?)?)
     }
 
     fn parse(stamps: (Stamp, Stamp), passwd: &str, group: &str) -> Self {
@@ -233,7 +236,7 @@ impl Tables {
             let [name, _, gid, members] = fields[..] else {
                 continue;
             };
-            let Ok(gid) = gid.parse::<u32>() else {
+            let Some(gid) = id(gid) else {
                 continue;
             };
             tables.group_names.entry(gid).or_insert_with(|| name.into());
@@ -256,7 +259,7 @@ fn parse_user(line: &str) -> Option<User> {
     let [name, _, uid, gid, _, home, _] = fields[..] else {
         return None;
     };
-    let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
+    let (uid, gid) = (id(uid)?, id(gid)?);
     (!name.is_empty() && !name.starts_with('#')).then(|| User {
         name: name.to_owned(),
         uid,

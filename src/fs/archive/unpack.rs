@@ -46,7 +46,8 @@ use crate::{
         path::{PATH_MAX, ensure_dirs},
         staged::change_owner,
     },
-    guest::users::User,
+    guest::users::{NO_ID, User},
+    quote,
 };
 
 mod content;
@@ -196,6 +197,8 @@ impl Unpacking<'_> {
             return Ok(());
         }
         let mode = entry.header().mode().map_err(|error| bad(&error))?;
+        // Before anything of it is made.
+        self.owner_of(entry)?;
         let bits = if self.preserve { 0o7777 } else { 0o1777 };
         let mode = mode & bits;
         match kind {
@@ -252,7 +255,7 @@ impl Unpacking<'_> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let dir = self.root.open_at(relative, flags, Mode::empty());
         let dir = File::from(dir.map_err(|errno| self.failed("open", relative, errno))?);
-        change_owner(&dir, &self.path.join(relative), self.owner_of(entry))?;
+        change_owner(&dir, &self.path.join(relative), self.owner_of(entry)?)?;
         self.attributes(&dir, relative, entry)?;
         // Without root, what comes below could not be written.
         let mode = if nix::unistd::geteuid().is_root() { mode } else { mode | 0o700 };
@@ -328,20 +331,35 @@ impl Unpacking<'_> {
         relative: &Path,
         entry: &Entry<'_, R>,
     ) -> Result<(), FsError> {
-        own(dir, name, kind, self.owner_of(entry))
+        own(dir, name, kind, self.owner_of(entry)?)
             .map_err(|errno| self.failed("chown", relative, errno))?;
         let modified = mtime(entry);
         utimensat(dir, name, &modified, &modified, UtimensatFlags::NoFollowSymlink)
             .map_err(|errno| self.failed("utimes", relative, errno))
     }
 
-    fn owner_of<R: Read>(&self, entry: &Entry<'_, R>) -> (u32, u32) {
-        let number = |number: io::Result<u64>, own| {
-            let number = number.ok().and_then(|number| u32::try_from(number).ok());
-            number.filter(|_| self.preserve).unwrap_or(own)
+    /// Whose an entry shall be.
+    ///
+    /// # Errors
+    /// [`FsError::BadArchive`] for a number that is not an id, which chown(2) would take for "no
+    /// change" or the entry would silently get another owner.
+    fn owner_of<R: Read>(&self, entry: &Entry<'_, R>) -> Result<(u32, u32), FsError> {
+        if !self.preserve {
+            return Ok(self.owner);
+        }
+        let id = |field, number: io::Result<u64>, own| {
+            // Some tools leave the field empty.
+            let Ok(number) = number else { return Ok(own) };
+            u32::try_from(number).ok().filter(|id| *id != NO_ID).ok_or_else(|| {
+                let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+                FsError::BadArchive(format!(
+                    "{}: {field} {number} is not an id",
+                    quote::text(&name)
+                ))
+            })
         };
         let header = entry.header();
-        (number(header.uid(), self.owner.0), number(header.gid(), self.owner.1))
+        Ok((id("uid", header.uid(), self.owner.0)?, id("gid", header.gid(), self.owner.1)?))
     }
 
     fn set_mode(&self, file: &File, relative: &Path, mode: u32) -> Result<(), FsError> {

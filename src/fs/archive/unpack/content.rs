@@ -115,7 +115,7 @@ impl Unpacking<'_> {
                 }
             }
         };
-        change_owner(file, &self.path.join(relative), self.owner_of(entry))?;
+        change_owner(file, &self.path.join(relative), self.owner_of(entry)?)?;
         // Before the mode, which may forbid it to all but root.
         self.attributes(file, relative, entry)?;
         self.set_mode(file, relative, mode)?;

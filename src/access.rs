@@ -81,6 +81,30 @@ pub enum Verdict {
     NotInitialised,
 }
 
+/// What the host's metadata service says about the right token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostHash<'a> {
+    /// Nothing: there is no such service, or its document has no hash.
+    None,
+    /// SHA-512 of the token in hexadecimal; that of the empty text where there shall be none.
+    Hash(&'a str),
+    /// The service has answered since boot, and did not answer in time now. So it may have a hash,
+    /// and whoever keeps it from answering must not gain by that.
+    NoAnswer,
+}
+
+/// What an authorised initialisation has proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// That its caller has the token: the stored one, or the one whose hash the host gave; or it
+    /// came from a trusted peer.
+    Token,
+    /// Nothing, and there has never been a token.
+    NeverSet,
+    /// Nothing, but no token is needed now.
+    NotNeeded,
+}
+
 /// Why the sandbox is not initialised. The texts are upstream's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InitRefused {
@@ -145,6 +169,8 @@ pub struct Access {
 #[derive(Debug)]
 struct State {
     token: Option<Token>,
+    /// Whether there has ever been one since the daemon started.
+    ever_set: bool,
     /// Whether nobody is served before the next initialisation.
     closed: bool,
 }
@@ -153,7 +179,7 @@ impl Access {
     /// The access of a sandbox. With `require_token` nobody is served while there is no token;
     /// with `handed_over` nobody before the first initialisation.
     pub fn new(token: Option<Token>, require_token: bool, handed_over: bool) -> Self {
-        let state = RwLock::new(State { token, closed: handed_over });
+        let state = RwLock::new(State { ever_set: token.is_some(), token, closed: handed_over });
         Self { state, require_token, initialised: watch::Sender::new(false) }
     }
 
@@ -174,31 +200,42 @@ impl Access {
         matches!((&state.token, token), (Some(current), Some(token)) if current.is(token.0.as_bytes()))
     }
 
-    /// Whether whoever brings this token may initialise the sandbox. `hash` is what the host says
-    /// of the right one: SHA-512 in hexadecimal, that of the empty text for none.
+    /// Whether whoever brings this token may initialise the sandbox, and what that proves.
     ///
     /// # Errors
     /// [`InitRefused`].
-    pub fn authorise(&self, token: Option<&Token>, hash: Option<&str>) -> Result<(), InitRefused> {
-        if self.is_current(token) {
-            return Ok(());
-        }
-        let hash = hash.filter(|hash| !hash.is_empty());
-        let is_set = self.state.read().token.is_some();
-        let authorised = match hash {
-            Some(hash) => hash_matches(token, hash),
-            None => !is_set,
+    pub fn authorise(
+        &self,
+        token: Option<&Token>,
+        host: HostHash<'_>,
+    ) -> Result<Proof, InitRefused> {
+        let (is_set, ever_set) = {
+            let state = self.state.read();
+            (state.token.is_some(), state.ever_set)
         };
-        match (authorised, token) {
-            (true, _) => Ok(()),
-            (false, None) => Err(InitRefused::Reset),
-            (false, Some(_)) => Err(InitRefused::Wrong),
-        }
+        let unproved = if ever_set { Proof::NotNeeded } else { Proof::NeverSet };
+        let proof = match host {
+            _ if self.is_current(token) => Some(Proof::Token),
+            // That there shall be no token is proved by nobody: everybody can send none.
+            HostHash::Hash(hash) => hash_matches(token, hash).then_some(if token.is_some() {
+                Proof::Token
+            } else {
+                unproved
+            }),
+            HostHash::None => (!is_set).then_some(unproved),
+            HostHash::NoAnswer => None,
+        };
+        proof.ok_or(match token {
+            None => InitRefused::Reset,
+            Some(_) => InitRefused::Wrong,
+        })
     }
 
     /// Replaces the token; the old one is wiped.
     pub fn set(&self, token: Option<Token>) {
-        self.state.write().token = token;
+        let mut state = self.state.write();
+        state.ever_set |= token.is_some();
+        state.token = token;
     }
 
     /// The sandbox has been initialised.
@@ -282,32 +319,47 @@ mod tests {
 
     #[test]
     fn who_may_initialise() {
+        use HostHash::{Hash, NoAnswer, None as Nothing};
         use InitRefused::{Reset, Wrong};
         let (of_t, of_r, of_none) = (sha512("t"), sha512("r"), sha512(""));
-        for (stored, brought, hash, expected) in [
-            (Some("t"), Some("t"), None, Ok(())),
-            (Some("t"), Some("t"), Some(of_r.as_str()), Ok(())),
-            (Some("t"), Some("r"), Some(&of_r), Ok(())),
-            (Some("t"), None, Some(&of_none), Ok(())),
-            (None, Some("r"), Some(&of_r), Ok(())),
-            (None, None, Some(&of_none), Ok(())),
-            (None, Some("r"), None, Ok(())),
-            (None, None, None, Ok(())),
-            (None, Some("r"), Some(""), Ok(())),
-            (None, Some("r"), Some(&of_t), Err(Wrong)),
-            (None, None, Some(&of_t), Err(Reset)),
-            (Some("t"), Some("r"), None, Err(Wrong)),
-            (Some("t"), Some("r"), Some(""), Err(Wrong)),
-            (Some("t"), Some("r"), Some(&of_none), Err(Wrong)),
-            (Some("t"), Some("r"), Some("nonsense"), Err(Wrong)),
-            (Some("t"), None, None, Err(Reset)),
-            (Some("t"), None, Some(&of_t), Err(Reset)),
+        let (of_t, of_r, of_none) = (Hash(&of_t), Hash(&of_r), Hash(&of_none));
+        for (stored, brought, host, expected) in [
+            (Some("t"), Some("t"), Nothing, Ok(Proof::Token)),
+            (Some("t"), Some("t"), of_r, Ok(Proof::Token)),
+            (Some("t"), Some("t"), NoAnswer, Ok(Proof::Token)),
+            (Some("t"), Some("r"), of_r, Ok(Proof::Token)),
+            (Some("t"), None, of_none, Ok(Proof::NotNeeded)),
+            (None, Some("r"), of_r, Ok(Proof::Token)),
+            (None, None, of_none, Ok(Proof::NeverSet)),
+            (None, Some("r"), Nothing, Ok(Proof::NeverSet)),
+            (None, None, Nothing, Ok(Proof::NeverSet)),
+            (None, Some("r"), NoAnswer, Err(Wrong)),
+            (None, None, NoAnswer, Err(Reset)),
+            (None, Some("r"), of_t, Err(Wrong)),
+            (None, None, of_t, Err(Reset)),
+            (Some("t"), Some("r"), Nothing, Err(Wrong)),
+            (Some("t"), Some("r"), NoAnswer, Err(Wrong)),
+            (Some("t"), Some("r"), of_none, Err(Wrong)),
+            (Some("t"), Some("r"), Hash("nonsense"), Err(Wrong)),
+            (Some("t"), None, Nothing, Err(Reset)),
+            (Some("t"), None, NoAnswer, Err(Reset)),
+            (Some("t"), None, of_t, Err(Reset)),
         ] {
             let access = Access::new(stored.map(token), false, false);
             let brought = brought.map(token);
-            let found = access.authorise(brought.as_ref(), hash);
-            assert_eq!(found, expected, "{stored:?} {brought:?} {hash:?}");
+            let found = access.authorise(brought.as_ref(), host);
+            assert_eq!(found, expected, "{stored:?} {brought:?} {host:?}");
         }
+    }
+
+    #[test]
+    fn a_token_that_was_cleared_was_set_once() {
+        let access = Access::new(None, false, false);
+        assert_eq!(access.authorise(None, HostHash::None), Ok(Proof::NeverSet));
+        access.set(Some(token("t")));
+        access.set(None);
+        let other = token("other");
+        assert_eq!(access.authorise(Some(&other), HostHash::None), Ok(Proof::NotNeeded));
     }
 
     #[test]

@@ -1,13 +1,21 @@
-//! `POST /init`: who may, what it changes, and that it changes all of it or nothing.
+//! `POST /init`: who may, what it changes and in which order, and that a request that is refused
+//! changes nothing.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::UdpSocket,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use common::{
-    Daemon, eventually, in_time,
+    Daemon, able, eventually, in_time, is_root,
     mmds::Mmds,
     raw::Raw,
     rpc::{Client, Wire},
@@ -225,7 +233,7 @@ async fn bodies_of_strangers_wait_in_bounded_memory() {
 #[tokio::test]
 async fn timestamps_order_what_the_host_says() {
     let daemon = Daemon::start(&[]);
-    let at = |time: &str, value: &str| json!({ "timestamp": time, "envVars": { "V": value } });
+    let at = |time: &str, value: &str| json!({ "accessToken": "t", "timestamp": time, "envVars": { "V": value } });
     for (time, value, now) in [
         ("2026-01-01T00:00:10Z", "first", "first"),
         ("2026-01-01T00:00:09.999999999Z", "stale", "first"),
@@ -236,13 +244,14 @@ async fn timestamps_order_what_the_host_says() {
         ("1969-12-31T23:59:59Z", "stale", "newer"),
     ] {
         assert_eq!(told(&daemon, at(time, value)).await.0, 204, "{time}");
-        assert_eq!(envs(&daemon, "").await.unwrap()["V"], now, "{time}");
+        assert_eq!(envs(&daemon, "t").await.unwrap()["V"], now, "{time}");
     }
     // Without one it always counts.
-    assert_eq!(told(&daemon, json!({ "envVars": { "V": "timeless" } })).await.0, 204);
-    assert_eq!(envs(&daemon, "").await.unwrap()["V"], "timeless");
+    let timeless = json!({ "accessToken": "t", "envVars": { "V": "timeless" } });
+    assert_eq!(told(&daemon, timeless).await.0, 204);
+    assert_eq!(envs(&daemon, "t").await.unwrap()["V"], "timeless");
     assert_eq!(told(&daemon, at("2026-01-01T00:00:10Z", "stale")).await.0, 204);
-    assert_eq!(envs(&daemon, "").await.unwrap()["V"], "timeless");
+    assert_eq!(envs(&daemon, "t").await.unwrap()["V"], "timeless");
 }
 
 #[tokio::test]
@@ -254,6 +263,75 @@ async fn a_stale_request_initialises_and_changes_nothing() {
         json!({ "timestamp": "2026-01-01T00:00:01Z", "accessToken": "t", "envVars": { "A": "1" } });
     assert_eq!(told(&daemon, stale).await.0, 204);
     assert!(!envs(&daemon, "t").await.unwrap().contains_key("A"));
+}
+
+const FAR_FUTURE: &str = "9999-12-31T23:59:59Z";
+const NOW: &str = "2026-01-01T00:00:00Z";
+
+#[tokio::test]
+async fn a_strangers_timestamp_makes_no_request_of_the_host_stale() {
+    for args in [&[][..], &["--require-token"]] {
+        let daemon = Daemon::start(args);
+        for _ in 0..3 {
+            let stranger = json!({ "timestamp": FAR_FUTURE, "envVars": { "A": "stranger" } });
+            assert_eq!(told(&daemon, stranger).await.0, 204);
+        }
+        let host = json!({ "timestamp": NOW, "accessToken": "t", "envVars": { "A": "host" } });
+        assert_eq!(told(&daemon, host).await.0, 204);
+        assert_eq!(envs(&daemon, "").await, Err(401));
+        assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "host");
+        // Nor does one that is refused.
+        let wrong = json!({ "timestamp": FAR_FUTURE, "accessToken": "wrong" });
+        assert_eq!(told(&daemon, wrong).await.0, 401);
+        assert_eq!(told(&daemon, json!({ "timestamp": FAR_FUTURE })).await.0, 401);
+        let host = json!({ "timestamp": NOW, "accessToken": "t", "envVars": { "A": "again" } });
+        assert_eq!(told(&daemon, host).await.0, 204);
+        assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "again");
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_moves_no_time_after_the_token_was_cleared() {
+    let mmds = Mmds::start();
+    let daemon = Daemon::start(&[&mmds.flag()]);
+    mmds.say("a", &sha512("t"));
+    assert_eq!(told(&daemon, json!({ "accessToken": "t", "timestamp": NOW })).await.0, 204);
+    // Cleared as the host does it, with the hash of nothing: everybody can send that.
+    mmds.say("a", &sha512(""));
+    assert_eq!(told(&daemon, json!({ "timestamp": FAR_FUTURE })).await.0, 204);
+    envs(&daemon, "").await.unwrap();
+    // There has been a token, so that the first of a stranger moves nothing either.
+    mmds.say("a", "");
+    let stranger = json!({ "timestamp": FAR_FUTURE, "accessToken": "stranger" });
+    assert_eq!(told(&daemon, stranger).await.0, 204);
+    mmds.say("a", &sha512("u"));
+    assert_eq!(told(&daemon, json!({ "accessToken": "u", "timestamp": NOW })).await.0, 204);
+    envs(&daemon, "u").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stale_request_with_another_token_is_refused() {
+    let mmds = Mmds::start();
+    let daemon = Daemon::start(&[&mmds.flag()]);
+    mmds.say("a", &sha512("t"));
+    let newest = json!({ "accessToken": "t", "timestamp": "2026-01-01T00:00:10Z" });
+    assert_eq!(told(&daemon, newest).await.0, 204);
+    // Also if the host's metadata has its hash: a success would say that it is set.
+    mmds.say("a", &sha512("u"));
+    let (status, text) = told(&daemon, json!({ "accessToken": "u", "timestamp": NOW })).await;
+    assert_eq!((status, text.as_str()), (401, "access token validation failed"));
+    envs(&daemon, "t").await.unwrap();
+    // Without a token it is upstream's success that changes nothing.
+    mmds.say("a", &sha512(""));
+    assert_eq!(told(&daemon, json!({ "timestamp": NOW })).await.0, 204);
+    envs(&daemon, "t").await.unwrap();
+    // And where the token was cleared there is none that it could be.
+    assert_eq!(told(&daemon, json!({})).await.0, 204);
+    envs(&daemon, "").await.unwrap();
+    let stale = json!({ "accessToken": "t", "timestamp": NOW });
+    mmds.say("a", "");
+    assert_eq!(told(&daemon, stale).await.0, 401);
+    envs(&daemon, "").await.unwrap();
 }
 
 #[tokio::test]
@@ -304,7 +382,8 @@ fn read(root: &Path, path: &str) -> String {
     fs::read_to_string(root.join(path)).unwrap_or_default()
 }
 
-const PEM: &str = "-----BEGIN CERTIFICATE-----\nZmlyc3Q=\n-----END CERTIFICATE-----";
+const PEM: &str = include_str!("common/pem/first.pem");
+const SECOND_PEM: &str = include_str!("common/pem/second.pem");
 
 #[tokio::test]
 async fn what_the_host_puts_into_the_guest() {
@@ -330,13 +409,12 @@ async fn what_the_host_puts_into_the_guest() {
     let hosts = "127.0.0.1 localhost\n10.1.2.3         events.e2b.local\n";
     assert_eq!(read(root.path(), "etc/hosts"), hosts);
     let bundle = "etc/ssl/certs/ca-certificates.crt";
-    assert_eq!(read(root.path(), bundle), format!("OLD\n{PEM}\n"));
+    assert_eq!(read(root.path(), bundle), format!("OLD\n{PEM}"));
     assert_eq!(told(&daemon, body).await.0, 204);
-    assert_eq!(read(root.path(), bundle), format!("OLD\n{PEM}\n"));
-    let second = PEM.replace("Zmlyc3Q=", "c2Vjb25k");
-    let body = json!({ "hyperloopIP": "10.9.9.9", "caBundle": second });
+    assert_eq!(read(root.path(), bundle), format!("OLD\n{PEM}"));
+    let body = json!({ "hyperloopIP": "10.9.9.9", "caBundle": SECOND_PEM });
     assert_eq!(told(&daemon, body).await.0, 204);
-    assert_eq!(read(root.path(), bundle), format!("OLD\n{second}\n"));
+    assert_eq!(read(root.path(), bundle), format!("OLD\n{SECOND_PEM}"));
     assert_eq!(read(root.path(), "etc/hosts"), hosts.replace("10.1.2.3", "10.9.9.9"));
     // An address that is none is only logged.
     assert_eq!(told(&daemon, json!({ "hyperloopIP": "nowhere" })).await.0, 204);
@@ -344,39 +422,229 @@ async fn what_the_host_puts_into_the_guest() {
 }
 
 #[tokio::test]
-async fn what_fails_leaves_everything_as_it_was() {
+async fn certificates_that_cannot_be_installed_fail_with_token_and_variables_set() {
     let (root, flag) = guest();
-    fs::remove_file(root.path().join("etc/ssl/certs/ca-certificates.crt")).unwrap();
+    let bundle = root.path().join("etc/ssl/certs/ca-certificates.crt");
+    fs::remove_file(&bundle).unwrap();
     let daemon = Daemon::start(&[&flag]);
     let body = json!({
-        "accessToken": "t", "envVars": { "A": "1" }, "defaultUser": "x", "caBundle": PEM,
+        "accessToken": "t", "envVars": { "A": "1" }, "caBundle": PEM, "hyperloopIP": "10.1.2.3",
         "timestamp": "2099-01-01T00:00:00Z",
     });
     let (status, text) = told(&daemon, body.clone()).await;
     assert_eq!(status, 400);
     assert!(text.starts_with("failed to install CA bundle: etc/ssl/certs/"), "{text}");
-    assert!(!envs(&daemon, "").await.unwrap().contains_key("A"));
-    // Not even the timestamp counts: the host repeats itself, and then it works.
-    fs::write(root.path().join("etc/ssl/certs/ca-certificates.crt"), "").unwrap();
-    assert_eq!(told(&daemon, body).await.0, 204);
+    assert_eq!(envs(&daemon, "").await, Err(401));
     assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "1");
+    // What does not depend on it is done, too.
+    assert!(read(root.path(), "etc/hosts").contains("10.1.2.3"));
+    // The host repeats itself, and then it works: its timestamp is not stale.
+    fs::write(&bundle, "").unwrap();
+    assert_eq!(told(&daemon, body).await.0, 204);
+    assert_eq!(read(root.path(), "etc/ssl/certs/ca-certificates.crt"), PEM);
 }
 
 #[tokio::test]
-async fn a_volume_that_cannot_be_mounted_is_named_and_nothing_is_done() {
+async fn a_bundle_and_hosts_that_are_not_utf_8_are_kept_as_they_are() {
+    let (root, flag) = guest();
+    let bundle = root.path().join("etc/ssl/certs/ca-certificates.crt");
+    let hosts = root.path().join("etc/hosts");
+    fs::write(&bundle, b"# \xe4\n").unwrap();
+    fs::write(&hosts, b"1.2.3.4 x # \xe4\n").unwrap();
+    let daemon = Daemon::start(&[&flag]);
+    let body = json!({ "caBundle": PEM, "hyperloopIP": "10.1.2.3" });
+    assert_eq!(told(&daemon, body).await, (204, String::new()));
+    assert_eq!(fs::read(&bundle).unwrap(), [b"# \xe4\n", PEM.as_bytes()].concat());
+    let expected = [&b"1.2.3.4 x # \xe4\n"[..], b"10.1.2.3         events.e2b.local\n"].concat();
+    assert_eq!(fs::read(&hosts).unwrap(), expected);
+}
+
+#[tokio::test]
+async fn what_is_refused_is_named_and_nothing_of_its_request_is_done() {
+    let (root, flag) = guest();
+    let daemon = Daemon::start(&[&flag]);
+    let long = |length: usize| "x".repeat(length);
+    let cut = PEM.replacen("MII", "", 1);
+    let pair =
+        json!([{ "nfs_target": "h:/x", "path": "/a" }, { "nfs_target": "h:/x", "path": "/a" }]);
+    let many: Vec<_> =
+        (0..65).map(|n| json!({ "nfs_target": "h:/x", "path": format!("/m/{n}") })).collect();
+    let variables: BTreeMap<_, _> = (0..100_000).map(|n| (n.to_string(), "")).collect();
+    for (field, value) in [
+        ("caBundle", json!(cut)),
+        ("caBundle", json!(format!("{PEM}{cut}"))),
+        ("caBundle", json!("-----BEGIN CERTIFICATE-----\nZmlyc3Q=\n-----END CERTIFICATE-----")),
+        ("caBundle", json!(PEM.repeat(2000))),
+        ("defaultWorkdir", json!(format!("/{}", long(100 << 10)))),
+        ("defaultUser", json!(long(100 << 10))),
+        ("hyperloopIP", json!(long(100 << 10))),
+        ("lifecycleID", json!(long(100 << 10))),
+        ("envVars", json!({ "A": long(200 << 10) })),
+        ("envVars", json!(variables)),
+        ("volumeMounts", json!([{ "nfs_target": format!("h:/{}", long(5000)), "path": "/a" }])),
+        ("volumeMounts", json!([{ "nfs_target": "h:/x", "path": format!("/{}", long(5000)) }])),
+        ("volumeMounts", pair),
+        ("volumeMounts", json!(many)),
+    ] {
+        let mut body = json!({
+            "accessToken": "t", "envVars": { "A": "1" }, "caBundle": PEM, "hyperloopIP": "10.1.2.3",
+        });
+        body[field] = value;
+        let (status, text) = told(&daemon, body).await;
+        assert_eq!(status, 400, "{field}");
+        assert!(text.starts_with(&format!("{field}: ")) && text.len() < 4096, "{field}: {text}");
+    }
+    for (field, body) in [
+        ("caBundle", &b"{\"accessToken\":\"t\",\"caBundle\":\"\xff\"}"[..]),
+        ("defaultUser", &b"{\"accessToken\":\"t\",\"defaultUser\":\"a\xc3\"}"[..]),
+    ] {
+        let (status, text) = init(&daemon, body.to_vec()).await;
+        assert_eq!((status, text), (400, format!("{field}: it is not UTF-8")));
+    }
+    assert!(!envs(&daemon, "").await.unwrap().contains_key("A"));
+    assert_eq!(read(root.path(), "etc/ssl/certs/ca-certificates.crt"), "OLD\n");
+    assert_eq!(read(root.path(), "etc/hosts"), "127.0.0.1 localhost\n");
+}
+
+#[tokio::test]
+async fn a_volume_that_cannot_be_mounted_is_named_with_token_and_variables_set() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("volume");
     let daemon = Daemon::start(&[]);
     let body = json!({
-        "accessToken": "t",
+        "accessToken": "t", "envVars": { "A": "1" },
         "volumeMounts": [{ "nfs_target": "127.0.0.1:/export", "path": place }],
     });
     // The kernel has no NFS, there is no server, or this is not root.
     let (status, text) = told(&daemon, body).await;
     assert_eq!(status, 400, "{text}");
     assert!(text.starts_with("failed to setup NFS volumes: "), "{text}");
-    assert!(text.contains(place.to_str().unwrap()) || text.contains("10 s"), "{text}");
-    assert!(envs(&daemon, "").await.is_ok(), "no token was set");
+    assert!(text.contains(place.to_str().unwrap()), "{text}");
+    assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "1");
+}
+
+/// A daemon whose look-ups of names never end, so that a volume of a server with a name hangs; with
+/// what keeps it so.
+fn with_hanging_names() -> Option<(Daemon, tempfile::TempDir, UdpSocket)> {
+    let works = || Command::new("unshare").args(["-m", "true"]).output();
+    let possible = is_root() && works().is_ok_and(|output| output.status.success());
+    if !able("root and unshare(1), for a mount namespace", possible) {
+        return None;
+    }
+    // Of its own, so that no name server of the machine is in the way. It never answers.
+    let server = UdpSocket::bind("127.83.17.5:53").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("resolv.conf");
+    fs::write(&conf, "nameserver 127.83.17.5\noptions timeout:30 attempts:5\n").unwrap();
+    let mut command = Command::new("unshare");
+    let script = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", conf.display());
+    command.args(["-m", "sh", "-c", &script, "sh"]);
+    let daemon = Daemon::command(&["--listen", "tcp://127.0.0.1:0"]);
+    command.arg(daemon.get_program()).args(daemon.get_args());
+    Some((Daemon::spawn(&mut command), dir, server))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_that_hangs_delays_nothing_else_and_fails_no_later_call() {
+    let Some((daemon, dir, _server)) = with_hanging_names() else { return };
+    let place = dir.path().join("volume");
+    let volumes = json!([{ "nfs_target": "no-such-host.example:/x", "path": place }]);
+    let body = |value: &str| json!({ "accessToken": "t", "envVars": { "A": value }, "volumeMounts": volumes });
+    let first = told(&daemon, body("1"));
+    tokio::pin!(first);
+    let set = in_time("the token is set while the volume hangs", async || {
+        envs(&daemon, "t").await.ok().filter(|envs| envs.contains_key("A"))
+    });
+    let set = async {
+        tokio::select! { biased; set = set => set, early = &mut first => panic!("{early:?}") }
+    };
+    assert_eq!(set.await["A"], "1");
+    // Later ones do not wait for it, with the same volumes or without, through a link or not.
+    for (number, body) in
+        [body("2"), json!({ "accessToken": "t", "envVars": { "A": "3" } }), body("4")]
+            .into_iter()
+            .enumerate()
+    {
+        let begun = Instant::now();
+        assert_eq!(told(&daemon, body).await, (204, String::new()), "{number}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{number}: {:?}", begun.elapsed());
+    }
+    assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "4");
+    // One that hangs does not keep another from failing by itself.
+    let other = dir.path().join("other");
+    let mut both = body("5");
+    both["volumeMounts"] = json!([
+        { "nfs_target": "no-such-host.example:/x", "path": place },
+        { "nfs_target": "127.0.0.1:/x", "path": other },
+    ]);
+    let (status, text) = told(&daemon, both).await;
+    assert_eq!(status, 400, "{text}");
+    assert!(text.contains(other.to_str().unwrap()) && !text.contains("10 s"), "{text}");
+    let (status, text) = first.await;
+    assert_eq!(status, 400, "{text}");
+    let expected =
+        format!("failed to setup NFS volumes: {}: not done within 10 s", place.display());
+    assert_eq!(text, expected);
+    // It hangs still, and is left to hang.
+    assert_eq!(told(&daemon, body("6")).await, (204, String::new()));
+    assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "6");
+}
+
+/// The status of a call, and that it took no longer than the budget that the metadata has, by the
+/// measure of a machine that is busy with other tests.
+async fn in_budget(daemon: &Daemon, body: Value) -> (u16, String) {
+    let begun = Instant::now();
+    let answer = told(daemon, body).await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
+    answer
+}
+
+#[tokio::test]
+async fn a_metadata_service_that_never_answered_decides_nothing() {
+    let mmds = Mmds::start();
+    mmds.be_silent(true);
+    let daemon = Daemon::start(&[&mmds.flag()]);
+    assert_eq!(in_budget(&daemon, json!({ "envVars": { "A": "1" } })).await.0, 204);
+    assert_eq!(in_budget(&daemon, json!({ "accessToken": "t" })).await.0, 204);
+    assert_eq!(in_budget(&daemon, json!({ "accessToken": "t" })).await.0, 204);
+    let (status, text) = in_budget(&daemon, json!({ "accessToken": "u" })).await;
+    assert_eq!((status, text.as_str()), (401, "access token validation failed"));
+    let (status, text) = in_budget(&daemon, json!({})).await;
+    assert_eq!((status, text.as_str()), (401, "access token reset not authorized"));
+    envs(&daemon, "t").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_metadata_service_that_answered_once_is_waited_for() {
+    let mmds = Mmds::start();
+    mmds.say("a", "");
+    let daemon = Daemon::start(&[&mmds.flag()]);
+    in_time("it is seen at boot", async || {
+        envs(&daemon, "").await.unwrap().contains_key("E2B_SANDBOX_ID").then_some(())
+    })
+    .await;
+    // It says nothing of a token, and nobody is refused; but who keeps it from answering is.
+    assert_eq!(told(&daemon, json!({})).await.0, 204);
+    mmds.be_silent(true);
+    for (body, text) in [
+        (json!({ "accessToken": "t" }), "access token validation failed"),
+        (json!({ "timestamp": FAR_FUTURE }), "access token reset not authorized"),
+        (json!({ "accessToken": "t" }), "access token validation failed"),
+    ] {
+        assert_eq!(in_budget(&daemon, body).await, (401, text.to_owned()));
+    }
+    // The host repeats itself, and is heard once the service answers.
+    mmds.say("b", &sha512("t"));
+    mmds.be_silent(false);
+    in_time("the host's call is authorised", async || {
+        (told(&daemon, json!({ "accessToken": "t", "timestamp": NOW })).await.0 == 204)
+            .then_some(())
+    })
+    .await;
+    // With the stored token nothing has to be asked.
+    mmds.be_silent(true);
+    assert_eq!(in_budget(&daemon, json!({ "accessToken": "t" })).await.0, 204);
+    assert_eq!(in_budget(&daemon, json!({ "accessToken": "u" })).await.0, 401);
 }
 
 #[tokio::test]

@@ -186,10 +186,16 @@ async fn what_makes_no_sense_is_named_and_nothing_is_done() {
     let daemon = Daemon::start(&[]);
     let client = Client::new(&daemon, Wire::Connect { json: true });
     let base = SyncRequest { access_token: Some("t".to_owned()), ..SyncRequest::default() };
+    let not_der = "-----BEGIN CERTIFICATE-----\nZmlyc3Q=\n-----END CERTIFICATE-----";
     for (request, named) in [
         (SyncRequest { access_token: Some("x".repeat(5000)), ..base.clone() }, "access_token"),
-        (SyncRequest { env: variables(&[("A=", "secret")]), ..base.clone() }, "envVars: \"A=\""),
-        (SyncRequest { ca_bundle: "secret".to_owned(), ..base.clone() }, "caBundle"),
+        (SyncRequest { env: variables(&[("A=", "secret")]), ..base.clone() }, "env: \"A=\""),
+        (SyncRequest { ca_bundle: "secret".to_owned(), ..base.clone() }, "ca_bundle"),
+        (SyncRequest { ca_bundle: not_der.to_owned(), ..base.clone() }, "ca_bundle: certificate 1"),
+        (SyncRequest { default_user: "x".repeat(100 << 10), ..base.clone() }, "default_user"),
+        (SyncRequest { default_workdir: "x".repeat(100 << 10), ..base.clone() }, "default_workdir"),
+        (SyncRequest { events_ip: "x".repeat(100 << 10), ..base.clone() }, "events_ip"),
+        (SyncRequest { lifecycle_id: "x".repeat(100 << 10), ..base.clone() }, "lifecycle_id"),
         (SyncRequest { default_user: "a\0".to_owned(), ..base.clone() }, "default_user"),
         (
             SyncRequest {
@@ -199,7 +205,7 @@ async fn what_makes_no_sense_is_named_and_nothing_is_done() {
                 }],
                 ..base.clone()
             },
-            "volumeMounts: 'relative'",
+            "volumes: 'relative'",
         ),
     ] {
         let failure = sync(&client, &request).await.unwrap_err();

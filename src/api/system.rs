@@ -134,8 +134,8 @@ impl System for Systems {
             match error {
                 SetupError::Refused(_) => Status::unauthenticated(text),
                 SetupError::Invalid(_) => Status::invalid_argument(text),
-                SetupError::Failed { .. } => Status::failed_precondition(text),
-                SetupError::Broken => Status::unavailable(text),
+                SetupError::Failed(_) => Status::failed_precondition(text),
+                SetupError::Busy(_) | SetupError::Broken => Status::unavailable(text),
             }
         })?;
         Ok(Response::new(done(report)))
@@ -225,18 +225,33 @@ fn wanted(message: pb::SyncRequest) -> Result<setup::Request, Invalid> {
             _ => return Err(Invalid::new("timestamp", "it is no moment")),
         },
     };
-    let env = message.env.map(|env| setup::env(env.variables.into_iter().collect())).transpose()?;
+    let env = message
+        .env
+        .map(|env| setup::env("env", env.variables.into_iter().collect()))
+        .transpose()?;
     let volumes = message.volumes.into_iter().map(|volume| (volume.nfs_target, volume.path));
     Ok(setup::Request {
         token,
         timestamp,
         env,
-        default_user: setup::text("default_user", Some(message.default_user))?,
-        default_workdir: setup::text("default_workdir", Some(message.default_workdir))?,
-        events_ip: Some(message.events_ip).filter(|text| !text.is_empty()),
-        certificates: setup::certificates(Some(message.ca_bundle))?,
-        volumes: setup::volumes(volumes.collect())?,
-        lifecycle_id: Some(message.lifecycle_id).filter(|text| !text.is_empty()),
+        default_user: setup::text(
+            "default_user",
+            Some(message.default_user),
+            setup::MAX_USER_BYTES,
+        )?,
+        default_workdir: setup::text(
+            "default_workdir",
+            Some(message.default_workdir),
+            setup::MAX_PATH_BYTES,
+        )?,
+        events_ip: setup::text("events_ip", Some(message.events_ip), setup::MAX_ADDRESS_BYTES)?,
+        certificates: setup::certificates("ca_bundle", Some(message.ca_bundle))?,
+        volumes: setup::volumes("volumes", volumes.collect())?,
+        lifecycle_id: setup::text(
+            "lifecycle_id",
+            Some(message.lifecycle_id),
+            setup::MAX_LIFECYCLE_ID_BYTES,
+        )?,
     })
 }
 

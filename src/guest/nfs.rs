@@ -1,12 +1,17 @@
 //! Volumes of the host, mounted by NFS.
 //!
 //! mount(2) is called directly, with the options that upstream gives mount.nfs(8): the image needs
-//! no helper programs, only a kernel with the NFS client. What mount.nfs would do besides is to
-//! start `rpc.statd` for locks; where the image runs none, programs that lock files on a volume get
-//! ENOLCK.
+//! no helper programs, only a kernel with the NFS client. `nolock` comes on top: the host's proxy has
+//! no lock manager, so locks are local to the sandbox, and no `rpc.statd` is needed.
+//!
+//! A server that does not answer can keep a thread in mount(2), and every lookup that enters a mount
+//! of it. So what is mounted is looked up by [`table`], which never enters a mount, and [`ledger`]
+//! remembers what is mounted where, so that a volume is not looked for again.
+
+mod ledger;
+mod table;
 
 use std::{
-    collections::HashMap,
     fs, io,
     net::{IpAddr, ToSocketAddrs},
     path::{Path, PathBuf},
@@ -14,14 +19,16 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::sys::procfs;
+pub use ledger::{Claim, Ledger};
 
 /// The most volumes of one sandbox.
 pub const MAX_VOLUMES: usize = 64;
-/// What upstream mounts with. `fg` among its options is for mount.nfs alone, and `sync` is a flag.
-const OPTIONS: &str = "hard,rsize=1048576,wsize=1048576,mountproto=tcp,mountport=2049,proto=tcp,\
-    port=2049,vers=3,noacl,noac,lookupcache=none";
-const MOUNT_TABLE: &str = "/proc/self/mountinfo";
+/// The most bytes of a target or of a path, without the NUL at its end (PATH_MAX of the kernel).
+pub const MAX_PATH_BYTES: usize = 4095;
+/// What upstream mounts with, and `nolock`. `fg` among its options is for mount.nfs alone, and `sync`
+/// is a flag.
+const OPTIONS: &str = "hard,nolock,rsize=1048576,wsize=1048576,mountproto=tcp,mountport=2049,\
+    proto=tcp,port=2049,vers=3,noacl,noac,lookupcache=none";
 
 /// A volume to mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +48,12 @@ pub enum NfsError {
     /// The path is not absolute, or has `..` in it.
     #[error("'{0}' is no absolute path")]
     Path(String),
+    /// A target or a path is longer than the kernel takes.
+    #[error("the {0} of a volume has more than {MAX_PATH_BYTES} bytes")]
+    TooLong(&'static str),
+    /// Two volumes at one place.
+    #[error("'{0}' is the path of two volumes")]
+    Twice(String),
     /// Too many at once.
     #[error("{0} volumes: at most {MAX_VOLUMES} can be mounted")]
     TooMany(usize),
@@ -56,17 +69,17 @@ pub enum NfsError {
     },
 }
 
-/// Which volumes are mounted for which life of the sandbox: a volume is mounted again when the
-/// sandbox begins another.
-#[derive(Debug, Default)]
-pub struct Ledger(HashMap<PathBuf, String>);
-
 impl Volume {
     /// Checks the form of a volume.
     ///
     /// # Errors
-    /// [`NfsError::Target`], [`NfsError::Path`].
+    /// [`NfsError::Target`], [`NfsError::Path`], [`NfsError::TooLong`].
     pub fn new(target: String, path: String) -> Result<Self, NfsError> {
+        for (field, text) in [("nfs_target", &target), ("path", &path)] {
+            if text.len() > MAX_PATH_BYTES {
+                return Err(NfsError::TooLong(field));
+            }
+        }
         if !matches!(split(&target), Some((host, export)) if !host.is_empty() && export.starts_with('/'))
             || target.contains([',', '\0'])
         {
@@ -81,53 +94,67 @@ impl Volume {
     }
 }
 
-/// Mounts what is not mounted yet in this life, and says how many that were. Blocks, for as long as
-/// the server lets the kernel wait.
+/// Volumes in groups that can be mounted in parallel: a volume whose path lies below that of another
+/// is in the group of that one, and behind it.
+pub fn groups(mut volumes: Vec<Volume>) -> Vec<Vec<Volume>> {
+    // By components, so that what lies below a path directly follows it.
+    volumes.sort_by(|a, b| a.path.cmp(&b.path));
+    let mut groups: Vec<Vec<Volume>> = Vec::new();
+    for volume in volumes {
+        match groups.last_mut() {
+            Some(group) if group.first().is_some_and(|top| volume.path.starts_with(&top.path)) => {
+                group.push(volume);
+            }
+            _ => groups.push(vec![volume]),
+        }
+    }
+    groups
+}
+
+/// Mounts what is not mounted yet in this life, one after the other, and says how many that were.
+/// Blocks, for as long as the server lets the kernel wait.
 ///
 /// # Errors
 /// The first [`NfsError`]; the other volumes are tried all the same.
-pub fn mount_all(
-    volumes: &[Volume],
-    life: Option<&str>,
-    ledger: &mut Ledger,
-) -> Result<usize, NfsError> {
-    let life = life.unwrap_or_default();
+pub fn mount_all(claims: Vec<Claim>, life: &str) -> Result<usize, NfsError> {
     let (mut news, mut failed) = (0, None);
-    for volume in volumes {
-        let known = ledger.0.get(&volume.path).is_some_and(|of| of == life);
-        if known && is_mounted(&volume.path) {
-            continue;
-        }
-        match remount(volume) {
-            Ok(()) => {
-                ledger.0.insert(volume.path.clone(), life.to_owned());
-                news += 1;
-            }
+    for claim in claims {
+        match claim.mount(life) {
+            Ok(is_new) => news += usize::from(is_new),
             Err(error) => failed = failed.or(Some(error)),
         }
     }
     failed.map_or(Ok(news), Err)
 }
 
-fn remount(volume: &Volume) -> Result<(), NfsError> {
-    let path = &volume.path;
-    let at =
-        |what, source: io::Error| NfsError::Step { what, path: path.display().to_string(), source };
-    if is_mounted(path) && umount2(path, MntFlags::MNT_FORCE).is_err() {
-        // It is in use: out of the way at once, gone when it is not used any more.
-        umount2(path, MntFlags::MNT_DETACH).map_err(|error| at("unmount", error.into()))?;
+/// Mounts a volume, in place of what is mounted there; says where that is, behind all links.
+fn remount(volume: &Volume) -> Result<PathBuf, NfsError> {
+    let at = |what, source: io::Error| NfsError::Step {
+        what,
+        path: volume.path.display().to_string(),
+        source,
+    };
+    let path = table::behind_links(&volume.path).map_err(|error| at("find", error))?;
+    if table::is_mounted(&path).map_err(|error| at("read the mount table for", error))? {
+        let no_follow = MntFlags::UMOUNT_NOFOLLOW;
+        if umount2(&path, MntFlags::MNT_FORCE | no_follow).is_err() {
+            // It is in use: out of the way at once, gone when it is not used any more.
+            umount2(&path, MntFlags::MNT_DETACH | no_follow)
+                .map_err(|error| at("unmount", error.into()))?;
+        }
     }
-    fs::create_dir_all(path).map_err(|error| at("make", error))?;
+    fs::create_dir_all(&path).map_err(|error| at("make", error))?;
     let address = address(&volume.target).map_err(|error| at("find the server of", error))?;
     let options = options(address);
     mount(
         Some(volume.target.as_str()),
-        path,
+        &path,
         Some("nfs"),
         MsFlags::MS_SYNCHRONOUS,
         Some(options.as_str()),
     )
-    .map_err(|error| at("mount", error.into()))
+    .map_err(|error| at("mount", error.into()))?;
+    Ok(path)
 }
 
 /// The kernel looks up no names: it is told the address.
@@ -152,12 +179,6 @@ fn split(target: &str) -> Option<(&str, &str)> {
         false => target.find(':')?,
     };
     Some((target.get(..colon)?, target.get(colon + 1..)?))
-}
-
-/// Whether something is mounted exactly there (proc_pid_mountinfo(5): the fifth field).
-fn is_mounted(path: &Path) -> bool {
-    let table = fs::read(MOUNT_TABLE).unwrap_or_default();
-    procfs::mountinfo(&table).any(|mount| mount.mount_point == path)
 }
 
 #[cfg(test)]
@@ -186,11 +207,24 @@ mod tests {
         assert!(
             options("10.0.0.1".parse().unwrap()).ends_with("none,addr=10.0.0.1,mountaddr=10.0.0.1")
         );
+        assert!(OPTIONS.split(',').any(|option| option == "nolock"));
+        assert!(!OPTIONS.contains(' '));
+        let long = "x".repeat(MAX_PATH_BYTES);
+        for (target, path) in
+            [(format!("h:/{long}"), "/a".to_owned()), ("h:/x".to_owned(), format!("/{long}"))]
+        {
+            assert!(matches!(Volume::new(target, path), Err(NfsError::TooLong(_))));
+        }
     }
 
     #[test]
-    fn what_is_mounted() {
-        assert!(is_mounted(Path::new("/proc")));
-        assert!(!is_mounted(Path::new("/proc/self")));
+    fn what_lies_below_another_is_mounted_after_it() {
+        let volume = |path: &str| Volume::new("h:/x".to_owned(), path.to_owned()).unwrap();
+        let found = groups(["/m/b", "/m/a/x/y", "/m/a", "/m/a-b", "/m/a/x"].map(volume).to_vec());
+        let paths = |group: &Vec<Volume>| {
+            group.iter().map(|volume| volume.path.display().to_string()).collect::<Vec<_>>()
+        };
+        let found: Vec<_> = found.iter().map(paths).collect();
+        assert_eq!(found, [vec!["/m/a", "/m/a/x", "/m/a/x/y"], vec!["/m/a-b"], vec!["/m/b"]]);
     }
 }

@@ -97,8 +97,8 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
     let report = setup::run(sandbox, request, granted).await.map_err(|error| {
         let status = match &error {
             SetupError::Refused(_) => StatusCode::UNAUTHORIZED,
-            SetupError::Invalid(_) | SetupError::Failed { .. } => StatusCode::BAD_REQUEST,
-            SetupError::Broken => StatusCode::SERVICE_UNAVAILABLE,
+            SetupError::Invalid(_) | SetupError::Failed(_) => StatusCode::BAD_REQUEST,
+            SetupError::Busy(_) | SetupError::Broken => StatusCode::SERVICE_UNAVAILABLE,
         };
         tracing::warn!(%error, "not initialised");
         (status, error.to_string())

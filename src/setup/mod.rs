@@ -2,66 +2,84 @@
 //!
 //! The contract of this module:
 //!
-//! * **Who may** is decided before anything is looked at: by the access token, by its hash in the
-//!   host's metadata, or because there is no token yet ([`Access::authorise`]). An unauthorised
-//!   request changes nothing.
-//! * **One at a time.** Others wait for their turn, and are forgotten when their client leaves.
-//! * **A stale request is a success that changes nothing**: the host repeats itself, and what was
-//!   sent first may come last.
-//! * **All or nothing, as far as the machine allows.** The request is checked as a whole, then
-//!   volumes and certificates, which can fail, are put in place, and only when they are, the token,
-//!   the variables and the defaults are replaced. The clock and the name in `/etc/hosts` are a help;
-//!   that they failed is in the report and in the log.
+//! * **Everything is validated before anything is applied**, by whoever builds the [`Request`]. A
+//!   request with a wrong field changes nothing.
+//! * **Who may** is decided first: by the access token, by its hash in the host's metadata, or because
+//!   there is no token yet ([`Access::authorise`]). An unauthorised request changes nothing. The
+//!   metadata service costs a call 20 ms at most.
+//! * **A stale request is a success that changes nothing**: the host repeats itself, and what was sent
+//!   first may come last. One with a token that is not the stored one is refused, since a success would
+//!   say that the token is set. Only who has proved to have the token, or sets the first one, moves the
+//!   newest timestamp: a stranger cannot make the host's requests stale.
+//! * **Token, variables, defaults and clock come first**, in one step under a lock that is never held
+//!   while anything waits. So they follow the order of requests, and nothing that hangs delays them.
+//! * **Then the machine's files and volumes, in parallel**, each with a deadline of its own
+//!   ([`steps`]). If certificates or volumes fail the request fails, and what came first stays done;
+//!   the host repeats it with the same timestamp. The name in `/etc/hosts` and the sandbox's ids are
+//!   best effort; that they failed is in the report and in the log.
 //! * **Once begun it is finished**, whether or not the client still waits.
 //! * Nothing runs afterwards, but for at most a minute the search for the host's metadata where that
-//!   was not to be had at once.
+//!   was not to be had at once, and a mount or a file that still hangs.
 //!
 //! [`Access::authorise`]: crate::access::Access::authorise
 
 mod metadata;
+mod places;
 mod report;
 mod request;
+mod steps;
 
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, atomic::AtomicBool},
-    time::Duration,
 };
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::{Instant, timeout},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
 };
 
 pub use metadata::{search as search_metadata, write_marker};
+pub use places::PlaceOf;
 pub use report::{Outcome, Report, Step};
-pub use request::{Invalid, Request, TokenChange, address, certificates, env, text, volumes};
+pub use request::{
+    Invalid, MAX_ADDRESS_BYTES, MAX_LIFECYCLE_ID_BYTES, MAX_PATH_BYTES, MAX_USER_BYTES,
+    MAX_VARIABLE_BYTES, MAX_VARIABLES, Request, TokenChange, certificates, env, text, volumes,
+};
 
+use self::{
+    metadata::Answer,
+    places::Places,
+    steps::{Rewrites, Steps},
+};
 use crate::{
-    access::InitRefused,
+    access::{InitRefused, Proof},
     blocking::Pool,
     guest::{
-        ca,
         clock::{self, Moment},
-        hosts, markers,
-        mmds::{self, Document},
-        nfs::{self, Ledger},
+        markers,
+        mmds::Document,
+        nfs::{Ledger, MAX_VOLUMES},
     },
     sandbox::Sandbox,
 };
 
-/// How long volumes may take to be mounted (upstream's).
-const VOLUMES_PATIENCE: Duration = Duration::from_secs(10);
 /// The requests at a time, waiting for their turn included; more are refused.
 pub const MAX_REQUESTS: usize = 512;
 /// Of those, the ones that are larger than usual.
 pub const MAX_LARGE: usize = 8;
 /// How many more requests of both kinds there may be from outside the machine.
 pub const KEPT: (usize, usize) = (64, 2);
-/// Threads that mount: a server that does not answer holds one until the kernel gives up.
-const MOUNT_THREADS: usize = 2;
+/// Threads that mount: a server that does not answer holds one until the kernel gives up. Twice the
+/// volumes of a request, so that those of one life of the sandbox do not hold up those of the next.
+const MOUNT_THREADS: usize = 2 * MAX_VOLUMES;
+/// Threads that rewrite files of the machine.
+const FILE_THREADS: usize = 4;
+/// The requests at a time whose certificates, volumes and files are put in place, whether or not
+/// their clients still wait; others wait before anything of them is done.
+const MAX_UNFINISHED: usize = 64;
 
 /// Why the sandbox was not initialised.
 #[derive(Debug, thiserror::Error)]
@@ -72,14 +90,13 @@ pub enum SetupError {
     /// A field makes no sense.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// A step failed; nothing but what stands before it in the order was done.
-    #[error("failed to {step}: {reason}")]
-    Failed {
-        /// The step, as upstream words it.
-        step: &'static str,
-        /// What went wrong.
-        reason: String,
-    },
+    /// Certificates or volumes could not be put in place. Token, variables, defaults and clock are as
+    /// the request says.
+    #[error("{0}")]
+    Failed(String),
+    /// As [`SetupError::Failed`], but they have not even been tried: something before them hangs.
+    #[error("{0}")]
+    Busy(String),
     /// The daemon is ending, or the task broke down.
     #[error("the initialisation was not finished")]
     Broken,
@@ -102,43 +119,32 @@ pub struct Machine {
 #[derive(Debug)]
 pub struct Setup {
     machine: Machine,
-    turn: Arc<Semaphore>,
-    /// The newest timestamp; only who has the turn changes it.
-    last: Mutex<Option<Moment>>,
-    ledger: Arc<Mutex<Ledger>>,
+    order: Mutex<Order>,
+    unfinished: Arc<Semaphore>,
+    rewrites: Rewrites,
+    ledger: Arc<Ledger>,
     mounts: Arc<Pool>,
+    /// For files of the machine: not those that callers' files wait for, which a file system that
+    /// hangs may hold up.
+    files: Arc<Pool>,
     searching: AtomicBool,
+    /// Whether the metadata service has given a document since the daemon started.
+    metadata_seen: AtomicBool,
+    /// Whether a call of `/init` waits for what the search finds.
+    late_wanted: AtomicBool,
+    /// What it found, and when.
+    late_document: Mutex<Option<(Instant, Document)>>,
     requests: Places,
     large: Places,
 }
 
-/// Places for requests, and more of them for callers from outside the machine: those inside cannot keep
-/// out the host.
-#[derive(Debug)]
-struct Places {
-    all: Semaphore,
-    inner: Semaphore,
-}
-
-/// A place, until it is dropped.
-#[derive(Debug)]
-pub struct PlaceOf<'a> {
-    _all: SemaphorePermit<'a>,
-    _inner: Option<SemaphorePermit<'a>>,
-}
-
-impl Places {
-    fn new(inner: usize, kept: usize) -> Self {
-        Self { all: Semaphore::new(inner + kept), inner: Semaphore::new(inner) }
-    }
-
-    fn take(&self, inner: bool) -> Option<PlaceOf<'_>> {
-        let inner = match inner {
-            true => Some(self.inner.try_acquire().ok()?),
-            false => None,
-        };
-        Some(PlaceOf { _all: self.all.try_acquire().ok()?, _inner: inner })
-    }
+/// What orders requests. Its lock is held while token, variables, defaults and clock are set.
+#[derive(Debug, Default)]
+struct Order {
+    /// The newest timestamp.
+    newest: Option<Moment>,
+    /// How many requests have been applied.
+    applied: u64,
 }
 
 impl Setup {
@@ -146,11 +152,16 @@ impl Setup {
     pub fn new(machine: Machine) -> Self {
         Self {
             machine,
-            turn: Arc::new(Semaphore::new(1)),
-            last: Mutex::default(),
+            order: Mutex::default(),
+            unfinished: Arc::new(Semaphore::new(MAX_UNFINISHED)),
+            rewrites: Rewrites::default(),
             ledger: Arc::default(),
             mounts: Pool::new("mount", 0, MOUNT_THREADS),
+            files: Pool::new("setup", 0, FILE_THREADS),
             searching: AtomicBool::new(false),
+            metadata_seen: AtomicBool::new(false),
+            late_wanted: AtomicBool::new(false),
+            late_document: Mutex::default(),
             requests: Places::new(MAX_REQUESTS, KEPT.0),
             large: Places::new(MAX_LARGE, KEPT.1),
         }
@@ -183,68 +194,69 @@ pub async fn run(
     granted: bool,
 ) -> Result<Report, SetupError> {
     let setup = &sandbox.setup;
-    // Asked before the turn: a host that is slow to answer holds up nobody else.
-    let known = granted || sandbox.access.is_current(request.token.token());
-    let document = match setup.machine.mmds {
-        Some(address) if !known => match mmds::fetch(address).await {
-            Ok(document) => Some(document),
-            Err(error) => {
-                tracing::warn!(%error, "the access token cannot be checked against its hash");
-                None
-            }
-        },
-        _ => None,
-    };
-    let turn = Arc::clone(&setup.turn).acquire_owned().await.map_err(|_| SetupError::Broken)?;
-    if !granted {
-        let hash = document.as_ref().map(|document| document.token_hash.as_str());
-        sandbox.access.authorise(request.token.token(), hash)?;
-    }
-    let sandbox = Arc::clone(sandbox);
-    let working = tokio::spawn(async move {
-        // Until it is done, whoever waits for it.
-        let _turn = turn;
-        apply(&sandbox, request, document).await
-    });
-    working.await.unwrap_or(Err(SetupError::Broken))
-}
-
-async fn apply(
-    sandbox: &Arc<Sandbox>,
-    request: Request,
-    document: Option<Document>,
-) -> Result<Report, SetupError> {
     let begun = Instant::now();
-    let setup = &sandbox.setup;
-    let is_stale = matches!(
-        (request.timestamp, *setup.last.lock()),
-        (Some(timestamp), Some(last)) if timestamp < last
-    );
-    if is_stale {
-        sandbox.access.initialise();
-        return Ok(Report { stale: true, took: begun.elapsed(), ..Report::default() });
-    }
-    let mut report = Report::default();
-    volumes_of(sandbox, &request, &mut report).await?;
-    certificates_of(sandbox, &request, &mut report).await?;
-    if let Some(host) = request.timestamp.filter(|_| setup.machine.sets_clock) {
-        let since = Instant::now();
-        report.note("clock", since, clock::set(host));
-    }
-    let events = hosts_of(sandbox, &request, &mut report).await;
-    let document = match document {
-        Some(document) => Some(document),
-        None => metadata::at_once(sandbox).await,
+    let known = granted || sandbox.access.is_current(request.token.token());
+    let answer = match known {
+        true => Answer::not_asked(sandbox),
+        false => metadata::ask(sandbox).await,
     };
-    commit(sandbox, request, events, document.as_ref(), &mut report);
-    if let Some(document) = &document {
-        metadata::write_ids(sandbox, document).await;
-    }
+    let unfinished = match request.has_steps() {
+        true => Some(Arc::clone(&setup.unfinished).acquire_owned().await),
+        false => None,
+    };
+    let unfinished = unfinished.transpose().map_err(|_| SetupError::Broken)?;
+    let Some(applied) = apply(sandbox, request, granted, &answer)? else {
+        return Ok(Report { stale: true, took: begun.elapsed(), ..Report::default() });
+    };
+    let finishing = tokio::spawn(finish(Arc::clone(sandbox), applied, answer, known, unfinished));
+    let mut report = finishing.await.unwrap_or(Err(SetupError::Broken))?;
     report.took = begun.elapsed();
     Ok(report)
 }
 
-/// What cannot fail, in one go.
+/// A request whose token, variables, defaults and clock are set.
+struct Applied {
+    steps: Steps,
+    report: Report,
+}
+
+/// Decides whether the request may be applied, and applies what cannot hang, in one step. `None` for
+/// a stale one.
+fn apply(
+    sandbox: &Sandbox,
+    mut request: Request,
+    granted: bool,
+    answer: &Answer,
+) -> Result<Option<Applied>, SetupError> {
+    let mut order = sandbox.setup.order.lock();
+    let token = request.token.token();
+    let proof = match granted {
+        true => Proof::Token,
+        false => sandbox.access.authorise(token, answer.hash())?,
+    };
+    if matches!((request.timestamp, order.newest), (Some(own), Some(newest)) if own < newest) {
+        if token.is_some() && !sandbox.access.is_current(token) {
+            return Err(InitRefused::Wrong.into());
+        }
+        sandbox.access.initialise();
+        return Ok(None);
+    }
+    let moves_time = match proof {
+        Proof::Token => true,
+        Proof::NeverSet => token.is_some(),
+        Proof::NotNeeded => false,
+    };
+    if let Some(timestamp) = request.timestamp.filter(|_| moves_time) {
+        order.newest = Some(timestamp);
+    }
+    order.applied += 1;
+    let steps = Steps::of(&mut request, order.applied);
+    let mut report = Report::default();
+    commit(sandbox, request, steps.events, answer.document(), &mut report);
+    Ok(Some(Applied { steps, report }))
+}
+
+/// What neither fails nor hangs.
 fn commit(
     sandbox: &Sandbox,
     request: Request,
@@ -254,6 +266,18 @@ fn commit(
 ) {
     let since = Instant::now();
     let applied = |news| Ok::<bool, Invalid>(news);
+    match request.token {
+        TokenChange::Keep => {}
+        TokenChange::Clear => {
+            sandbox.access.set(None);
+            report.note("access_token", since, applied(true));
+        }
+        TokenChange::Set(token) => {
+            let news = !sandbox.access.is_current(Some(&token));
+            sandbox.access.set(Some(token));
+            report.note("access_token", since, applied(news));
+        }
+    }
     sandbox.defaults.update(|defaults| {
         if let Some(env) = request.env {
             let news = env != defaults.user_env;
@@ -282,77 +306,39 @@ fn commit(
             report.note("identity", since, applied(true));
         }
     });
-    match request.token {
-        TokenChange::Keep => {}
-        TokenChange::Clear => {
-            sandbox.access.set(None);
-            report.note("access_token", since, applied(true));
-        }
-        TokenChange::Set(token) => {
-            let news = !sandbox.access.is_current(Some(&token));
-            sandbox.access.set(Some(token));
-            report.note("access_token", since, applied(news));
-        }
-    }
-    if let Some(timestamp) = request.timestamp {
-        *sandbox.setup.last.lock() = Some(timestamp);
+    if let Some(host) = request.timestamp.filter(|_| sandbox.setup.machine.sets_clock) {
+        let since = Instant::now();
+        report.note("clock", since, clock::set(host));
     }
     sandbox.access.initialise();
 }
 
-async fn volumes_of(
-    sandbox: &Sandbox,
-    request: &Request,
-    report: &mut Report,
-) -> Result<(), SetupError> {
-    if request.volumes.is_empty() {
-        return Ok(());
-    }
-    let since = Instant::now();
-    let failed = |reason: String| SetupError::Failed { step: "setup NFS volumes", reason };
-    let (volumes, life) = (request.volumes.clone(), request.lifecycle_id.clone());
-    let ledger = Arc::clone(&sandbox.setup.ledger);
-    let mounted = sandbox.setup.mounts.run(move || {
-        // A run that still hangs has the ledger; it is not waited for.
-        let mut ledger = ledger.try_lock().ok_or("volumes are being mounted already")?;
-        nfs::mount_all(&volumes, life.as_deref(), &mut ledger).map_err(|error| error.to_string())
-    });
-    let mounted = timeout(VOLUMES_PATIENCE, mounted).await;
-    let mounted = mounted.map_err(|_| failed("not done within 10 s".to_owned()))?;
-    let news = mounted.map_err(|busy| failed(busy.to_string()))?.map_err(failed)?;
-    report.note("volumes", since, Ok::<bool, Invalid>(news > 0));
-    Ok(())
-}
-
-async fn certificates_of(
-    sandbox: &Sandbox,
-    request: &Request,
-    report: &mut Report,
-) -> Result<(), SetupError> {
-    let Some(certificates) = request.certificates.clone() else { return Ok(()) };
-    let since = Instant::now();
-    let failed = |reason: String| SetupError::Failed { step: "install CA bundle", reason };
-    let root = sandbox.setup.machine.root.clone();
-    let installed = sandbox.files.run(move || ca::install(&root, &certificates)).await;
-    let installed = installed.map_err(|busy| failed(busy.to_string()))?;
-    let news = installed.map_err(|error| failed(error.to_string()))?;
-    report.note("ca_bundle", since, Ok::<bool, Invalid>(news));
-    Ok(())
-}
-
-async fn hosts_of(sandbox: &Sandbox, request: &Request, report: &mut Report) -> Option<IpAddr> {
-    let text = request.events_ip.as_deref()?;
-    let since = Instant::now();
-    let Some(address) = address(text) else {
-        let why =
-            Invalid::new("hyperloopIP", format!("'{}' is no address", crate::quote::text(text)));
-        report.note("hosts", since, Err(why));
-        return None;
+/// Puts in place what may fail or hang, and names the sandbox where that has not been done.
+async fn finish(
+    sandbox: Arc<Sandbox>,
+    applied: Applied,
+    answer: Answer,
+    known: bool,
+    _unfinished: Option<OwnedSemaphorePermit>,
+) -> Result<Report, SetupError> {
+    let Applied { steps, mut report } = applied;
+    let identity = async {
+        let answer = match known {
+            // It had no need to ask before.
+            true => metadata::ask(&sandbox).await,
+            false => answer,
+        };
+        let document = answer.document()?;
+        if known {
+            sandbox.defaults.update(|defaults| metadata::name(&mut defaults.own_env, document));
+        }
+        metadata::write_ids(&sandbox, document).await;
+        Some(known)
     };
-    let root = sandbox.setup.machine.root.clone();
-    let pointed = sandbox.files.run(move || hosts::point(&root, address)).await;
-    let pointed = pointed.map_err(|busy| busy.to_string());
-    let pointed = pointed.and_then(|done| done.map_err(|error| format!("/etc/hosts: {error}")));
-    report.note("hosts", since, pointed);
-    Some(address)
+    let since = Instant::now();
+    let (done, named) = futures_util::join!(steps.run(&sandbox, &mut report), identity);
+    if named == Some(true) {
+        report.note("identity", since, Ok::<bool, Invalid>(true));
+    }
+    done.map(|()| report)
 }

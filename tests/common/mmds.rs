@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -16,6 +16,7 @@ pub struct Mmds {
     address: SocketAddr,
     document: Arc<Mutex<Option<Value>>>,
     asked: Arc<AtomicUsize>,
+    silent: Arc<AtomicBool>,
 }
 
 impl Mmds {
@@ -25,16 +26,23 @@ impl Mmds {
         let address = listener.local_addr().unwrap();
         let document = Arc::new(Mutex::new(None));
         let asked = Arc::new(AtomicUsize::new(0));
+        let silent = Arc::new(AtomicBool::new(false));
         std::thread::spawn({
             let (document, asked) = (Arc::clone(&document), Arc::clone(&asked));
+            let silent = Arc::clone(&silent);
             move || {
+                let mut unanswered = Vec::new();
                 for stream in listener.incoming().map_while(Result::ok) {
+                    if silent.load(Ordering::Relaxed) {
+                        unanswered.push(stream);
+                        continue;
+                    }
                     let document = document.lock().unwrap().clone();
                     answer(stream, document.as_ref(), &asked);
                 }
             }
         });
-        Self { address, document, asked }
+        Self { address, document, asked, silent }
     }
 
     /// The flag that leads a daemon to it.
@@ -45,6 +53,11 @@ impl Mmds {
     /// How often the document was asked for.
     pub fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
+    }
+
+    /// From now on it accepts connections and answers none, or answers again.
+    pub fn be_silent(&self, silent: bool) {
+        self.silent.store(silent, Ordering::Relaxed);
     }
 
     pub fn say(&self, sandbox: &str, hash: &str) {

@@ -15,7 +15,8 @@
 //! * [`guest`] knows the machine around them: its users, its boot, and its PID 1, which envd can
 //!   be itself; and whom to tell that the daemon is ready.
 //! * [`telemetry`] logs, and tells a collector.
-//! * [`blocking`] runs what may block, [`quote`] cuts what messages quote; anyone may use them.
+//! * [`blocking`] runs what may block, [`slots`] bounds transfers, [`quote`] cuts what messages quote;
+//!   anyone may use them.
 //! * [`sys`] holds every `unsafe` block, each behind a safe function.
 //! * [`config`] and [`daemon`] read the arguments and put the parts together.
 //! * [`version`] says what this envd calls itself.
@@ -34,6 +35,7 @@ pub mod proto;
 pub mod quote;
 pub mod sandbox;
 pub mod setup;
+pub mod slots;
 mod sync;
 pub mod sys;
 pub mod telemetry;

@@ -20,12 +20,14 @@ use crate::{
     },
     process::Manager,
     setup::Setup,
+    slots::Slots,
     sys,
     template::Template,
     wire::Limits,
 };
 
-/// The uploads at a time; beyond it they are refused. Each may hold
+/// The uploads at a time; beyond it the slowest is evicted if it drips ([`crate::slots`]), and else a
+/// newcomer is refused. Each may hold
 /// [`MAX_BODY_IN_MEMORY`](crate::fs::transfer::MAX_BODY_IN_MEMORY) and two descriptors.
 pub const MAX_UPLOADS: usize = 64;
 
@@ -52,7 +54,7 @@ pub struct Sandbox {
     /// The uploads that are under way.
     pub writers: Arc<Writers>,
     /// Who may upload: [`MAX_UPLOADS`] at a time.
-    pub uploads: Arc<Semaphore>,
+    pub uploads: Arc<Slots>,
     /// Who may list directories: [`MAX_LISTINGS`] at a time.
     pub listings: Arc<Semaphore>,
     /// Who may search: [`MAX_SEARCHES`] at a time.

@@ -5,6 +5,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "hostile/eviction.rs"]
+mod eviction;
 #[path = "hostile/log.rs"]
 mod log;
 
@@ -221,11 +223,15 @@ fn all_the_connections_that_it_gets_keep_nobody_out_from_elsewhere() {
     let listen = format!("--listen=unix://{}", socket.display());
     let daemon = Daemon::start(&["--max-connections", "64", &listen]);
     let elsewhere = || serves(UnixStream::connect(&socket).unwrap());
-    // Each with a request that never ends, until there are no more; the kernel accepts them all.
+    // Each with a call that never ends, until there are no more; the kernel accepts them all. A connection
+    // without a call would make room.
     let mut held = Vec::new();
     for _ in 0..200 {
         let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-        let _ = stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n");
+        let call =
+            b"POST /process.Process/List HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+            content-length: 9\r\n\r\n";
+        let _ = stream.write_all(call);
         held.push(stream);
     }
     eventually("programs of the sandbox are refused", || {

@@ -357,11 +357,17 @@ fn one_connection_too_many_is_told_so() {
     let mut held: Vec<_> = (0..2)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-            stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+            // A call that runs: an idle connection would make room.
+            let body = envelope(0, br#"{"process":{"cmd":"cat"}}"#);
+            let head = format!(
+                "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
             // Its place is taken once it has an answer.
             let mut first = [0; 12];
             stream.read_exact(&mut first).unwrap();
-            assert_eq!(&first, b"HTTP/1.1 204");
+            assert_eq!(&first, b"HTTP/1.1 200");
             stream
         })
         .collect();

@@ -1,16 +1,14 @@
 //! `POST /files/compose`: one file from parts that were uploaded before.
 
-use std::sync::Arc;
-
 use axum::{
     body::Bytes,
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::{StatusCode, header};
+use http::header;
 use serde::{Deserialize, Serialize};
 
-use super::{FilesQuery, Refusal, Shared, blocking, user};
+use super::{FilesQuery, Refusal, Shared, blocking, upload::too_many_uploads, user};
 use crate::{
     fs::{
         compose::{self, Part},
@@ -66,10 +64,8 @@ pub(super) async fn compose(State(sandbox): Shared, body: Bytes) -> Result<Respo
         }
     });
     let parts = parts.collect::<Result<Vec<_>, _>>()?;
-    let slot = Arc::clone(&sandbox.uploads).try_acquire_owned().map_err(|_| {
-        let text = format!("too many uploads: {} are under way", crate::sandbox::MAX_UPLOADS);
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, text)
-    })?;
+    // It waits for no client, so it cannot be too slow; whether it is evicted is not looked at.
+    let slot = sandbox.uploads.take().await.ok_or_else(too_many_uploads)?;
     let composed = blocking(&sandbox.files, move || {
         let _slot = slot;
         compose::compose(&parts, &to, &user)?;

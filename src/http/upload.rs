@@ -24,7 +24,6 @@ use flate2::write::MultiGzDecoder;
 use futures_util::{FutureExt, Stream, StreamExt};
 use http::{HeaderMap, StatusCode, header};
 use serde::Serialize;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::{FilesParams, FilesQuery, Refusal, Shared, check_signature, query, resolve, user};
 use crate::{
@@ -33,6 +32,7 @@ use crate::{
     guest::users::User,
     quote,
     sandbox::{MAX_UPLOADS, Sandbox},
+    slots::Slot,
 };
 
 mod sink;
@@ -76,17 +76,14 @@ pub(super) async fn upload(
     let gzip = is_gzip(&parts.headers)?;
     let user = Arc::new(user(&sandbox, &query)?);
     let metadata = metadata(&parts.headers)?;
-    let slot = Arc::clone(&sandbox.uploads).try_acquire_owned().map_err(|_| {
-        Refusal(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("too many uploads: {MAX_UPLOADS} are under way"),
-        )
-    })?;
-    let target = Target { sandbox, query, user, metadata, slot: Arc::new(slot) };
+    let slot = Arc::new(sandbox.uploads.take().await.ok_or_else(too_many_uploads)?);
+    let target = Target { sandbox, query, user, metadata, slot: Arc::clone(&slot) };
     let stalled = Arc::new(AtomicBool::new(false));
-    let written = write_all(target, &parts.headers, gzip, patient(body, &stalled, UPLOAD_STALL));
+    let chunks = patient(body, &stalled, &slot, UPLOAD_STALL);
+    let written = write_all(target, &parts.headers, gzip, chunks);
     // Whatever the layers between made of it.
     let written = written.await.map_err(|refusal| match stalled.load(Ordering::Relaxed) {
+        _ if slot.is_evicted() => Refusal(StatusCode::SERVICE_UNAVAILABLE, EVICTED.to_owned()),
         true => Refusal(StatusCode::REQUEST_TIMEOUT, Stalled(UPLOAD_STALL).to_string()),
         false => refusal,
     })?;
@@ -94,23 +91,34 @@ pub(super) async fn upload(
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
+/// The answer to one upload too many.
+pub(super) fn too_many_uploads() -> Refusal {
+    let text = format!("too many uploads: {MAX_UPLOADS} are under way");
+    Refusal(StatusCode::SERVICE_UNAVAILABLE, text)
+}
+
+/// The answer to an upload that made room for another.
+const EVICTED: &str = "too many uploads: this one was the slowest while another waited; try again";
+
 /// The client brings nothing.
 #[derive(Debug, thiserror::Error)]
 #[error("error reading the body of the upload: no byte came for {} s", .0.as_secs())]
 struct Stalled(Duration);
 
-/// The chunks of a body; it ends with an error, and sets `stalled`, when none comes for `stall`.
+/// The chunks of a body; it ends with an error when the slot is evicted, and, having set `stalled`, when
+/// none comes for `stall`.
 fn patient<B>(
     body: B,
     stalled: &Arc<AtomicBool>,
+    slot: &Arc<Slot>,
     stall: Duration,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin + use<B>
 where
     B: Stream<Item = Result<Bytes, axum::Error>> + Send + Unpin + 'static,
 {
-    let stalled = Arc::clone(stalled);
+    let (stalled, slot) = (Arc::clone(stalled), Arc::clone(slot));
     Box::pin(futures_util::stream::try_unfold(body, move |mut body| {
-        let stalled = Arc::clone(&stalled);
+        let (stalled, slot) = (Arc::clone(&stalled), Arc::clone(&slot));
         async move {
             // Frames without a byte do not count.
             let bytes = async {
@@ -121,8 +129,16 @@ where
                     }
                 }
             };
-            match tokio::time::timeout(stall, bytes).await {
-                Ok(chunk) => Ok(chunk.map_err(io::Error::other)?.map(|chunk| (chunk, body))),
+            let bytes = tokio::time::timeout(stall, bytes);
+            let bytes = tokio::select! {
+                bytes = bytes => bytes,
+                () = slot.evicted() => return Err(io::Error::other(EVICTED)),
+            };
+            match bytes {
+                Ok(chunk) => Ok(chunk.map_err(io::Error::other)?.map(|chunk| {
+                    slot.progress(chunk.len());
+                    (chunk, body)
+                })),
                 Err(_) => {
                     stalled.store(true, Ordering::Relaxed);
                     Err(io::Error::other(Stalled(stall)))
@@ -172,7 +188,7 @@ struct Target {
     user: Arc<User>,
     metadata: BTreeMap<String, String>,
     /// Goes with every piece of the work, so that what hangs in the kernel still counts.
-    slot: Arc<OwnedSemaphorePermit>,
+    slot: Arc<Slot>,
 }
 
 impl Target {
@@ -399,7 +415,8 @@ mod tests {
         let chunks = [&b"one"[..], b"", b"two"].map(|chunk| Ok(Bytes::from_static(chunk)));
         // Then nothing, and no end.
         let body = futures_util::stream::iter(chunks).chain(futures_util::stream::pending());
-        let mut body = patient(body, &stalled, Duration::from_millis(20));
+        let slot = Arc::new(crate::slots::Slots::new(1).take().await.unwrap());
+        let mut body = patient(body, &stalled, &slot, Duration::from_millis(20));
         assert_eq!(body.next().await.unwrap().unwrap(), "one");
         assert_eq!(body.next().await.unwrap().unwrap(), "two");
         assert!(!stalled.load(Ordering::Relaxed));

@@ -1,8 +1,11 @@
 //! What happens on a connection: how many calls run, and else what it waits for since when.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -17,10 +20,14 @@ pub(super) enum Waiting {
     ForHead,
 }
 
+/// How long a connection has for the head of a request before it may be evicted like an idle one.
+const MIN_HEAD_TIME: Duration = Duration::from_millis(500);
+
 /// What happens on a connection.
 #[derive(Debug)]
 pub(super) struct Activity {
     calls: AtomicUsize,
+    evicted: AtomicBool,
     /// Since when it waits, and for what; of no meaning while calls run.
     waiting: Mutex<(Instant, Waiting)>,
     pub(super) changed: Notify,
@@ -29,7 +36,38 @@ pub(super) struct Activity {
 impl Activity {
     pub(super) fn new(waiting: Waiting) -> Self {
         let waiting = Mutex::new((Instant::now(), waiting));
-        Self { calls: AtomicUsize::new(0), waiting, changed: Notify::new() }
+        let (calls, evicted) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { calls, evicted, waiting, changed: Notify::new() }
+    }
+
+    /// Since when it has been idle, or slow with the head of a request; `None` while it must stay.
+    pub(super) fn evictable_since(&self, now: Instant) -> Option<Instant> {
+        if self.calls.load(Ordering::Acquire) > 0 || self.is_evicted() {
+            return None;
+        }
+        let (since, waiting) = *self.waiting.lock();
+        let min = match waiting {
+            Waiting::ForRequest => Duration::ZERO,
+            Waiting::ForHead => MIN_HEAD_TIME,
+        };
+        (now.saturating_duration_since(since) >= min).then_some(since)
+    }
+
+    /// Asks the connection to close, because another one waits for its place.
+    pub(super) fn evict(&self) {
+        self.evicted.store(true, Ordering::Release);
+        self.changed.notify_one();
+    }
+
+    pub(super) fn is_evicted(&self) -> bool {
+        self.evicted.load(Ordering::Acquire)
+    }
+
+    /// Completes when the connection is to close for another one.
+    pub(super) async fn evicted(&self) {
+        while !self.is_evicted() {
+            self.changed.notified().await;
+        }
     }
 
     pub(super) fn timer(&self, limits: &Limits) -> Option<(Instant, Waiting)> {
@@ -58,7 +96,8 @@ impl Activity {
         Running(Arc::clone(self))
     }
 
-    fn rest(&self) {
+    /// From now on it waits for a request.
+    pub(super) fn rest(&self) {
         *self.waiting.lock() = (Instant::now(), Waiting::ForRequest);
     }
 }

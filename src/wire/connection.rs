@@ -8,7 +8,9 @@
 //! * A connection without a call is closed after the idle timeout. One timer an idle connection,
 //!   none while calls run.
 //! * A client that takes nothing of what is there for it for [`super::STALL_TIMEOUT`] is let go.
-//! * Above the limit on connections a call is answered with `unavailable` or 503.
+//! * At the limit on connections the one that has been without a call for longest is closed for a
+//!   newcomer ([`super::eviction`]); where there is none, a call of the newcomer is answered with
+//!   `unavailable` or 503.
 
 use std::{
     convert::Infallible,
@@ -60,6 +62,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a connection without a call may take to end once that was asked of it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same for one that makes room for another.
+const EVICTION_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// In a request's extensions: its caller is a program of this machine ([`super::KEPT_SHARE`]).
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +90,8 @@ pub struct Place {
     pub log_peer: rate_limit::Peer,
     /// Present when the connection is one too many.
     pub refused: Option<Refused>,
+    /// What happens on it, which others may look at.
+    pub(super) activity: Arc<Activity>,
 }
 
 /// Serves one connection until it ends; on `shutdown` after its running calls.
@@ -101,17 +107,21 @@ pub async fn serve<I, S>(
     S: Clone + Send + 'static,
     S::Future: Send + 'static,
 {
-    let start = match tokio::time::timeout(limits.header_timeout, sniff(&mut io)).await {
+    let activity = place.activity;
+    let sniffed = tokio::select! {
+        sniffed = tokio::time::timeout(limits.header_timeout, sniff(&mut io)) => sniffed,
+        () = activity.evicted() => return tracing::debug!("connection closed for another one"),
+    };
+    let start = match sniffed {
         Ok(Ok(start)) => start,
         Ok(Err(error)) => return tracing::debug!(%error, "connection closed before a request"),
         Err(_) => return tracing::debug!("connection closed: no request within the time for one"),
     };
     let http2 = start.starts_with(PREFACE);
-    let activity = Arc::new(Activity::new(match http2 {
+    if http2 {
         // A client that says hello and calls later is idle, not slow.
-        true => Waiting::ForRequest,
-        false => Waiting::ForHead,
-    }));
+        activity.rest();
+    }
     let io = Watched {
         io: Rewound { start, io },
         activity: Arc::clone(&activity),
@@ -181,6 +191,9 @@ where
         let expired = async {
             match timer {
                 // The end that was announced is given time to be read.
+                Some(_) if closing && activity.is_evicted() => {
+                    tokio::time::sleep(EVICTION_TIMEOUT).await;
+                }
                 Some(_) if closing => tokio::time::sleep(CLOSE_TIMEOUT).await,
                 Some((at, _)) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
@@ -193,7 +206,10 @@ where
                 }
                 return false;
             }
-            () = activity.changed.notified() => {}
+            () = activity.changed.notified() => if activity.is_evicted() && !closing {
+                closing = true;
+                close(connection.as_mut());
+            },
             () = expired => match timer {
                 // The state may have changed while the timer fired.
                 now if now != activity.timer(limits) => {}

@@ -27,6 +27,7 @@ pub mod dial;
 pub mod drain;
 pub mod envelope;
 pub mod error;
+mod eviction;
 pub mod gate;
 pub mod listen;
 pub mod metadata;
@@ -69,8 +70,8 @@ pub const MAX_HEADER_BYTES: usize = 128 << 10;
 /// The most header lines of one request. Beyond: 431.
 pub const MAX_HEADER_LINES: usize = 256;
 
-/// The most connections served at the same time, over all listeners. Beyond: 503, or
-/// `unavailable` in the caller's protocol.
+/// The most connections served at the same time, over all listeners. Beyond, the longest idle one is
+/// closed; where none is idle: 503, or `unavailable` in the caller's protocol.
 pub const MAX_CONNECTIONS: usize = 1024;
 
 /// For so many connections there is one more for peers from elsewhere: programs of the sandbox, which

@@ -2,7 +2,8 @@
 //!
 //! Beyond that limit some are kept for peers from elsewhere ([`KEPT_SHARE`]): a program of the sandbox
 //! that opens all the connections it gets does not keep out who runs the sandbox. Peers over unix
-//! sockets count as from elsewhere: whom those serve, their mode says.
+//! sockets count as from elsewhere: whom those serve, their mode says. At the limit a newcomer gets the
+//! place of the connection that has been idle for longest ([`super::eviction`]).
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -19,7 +20,9 @@ use tower::Service;
 
 use super::{
     Body, KEPT_SHARE, Limits, MAX_REFUSALS, REFUSAL_TIME,
+    activity::{Activity, Waiting},
     connection::{self, Place},
+    eviction::Connections,
     listen::Listener,
     peer::Peer,
     translate::Refused,
@@ -43,6 +46,7 @@ pub struct Server<S> {
     /// Of those, the ones that peers of this machine may have.
     inner_slots: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
+    connections: Arc<Connections>,
     shutdown: watch::Receiver<bool>,
 }
 
@@ -59,6 +63,7 @@ where
             slots: Arc::new(Semaphore::new(all(&limits))),
             inner_slots: Arc::new(Semaphore::new(limits.connections)),
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
+            connections: Arc::default(),
             limits,
             shutdown,
         })
@@ -129,6 +134,31 @@ where
         Some(connection::Slot { all: slot, inner })
     }
 
+    /// The place of the connection that has been idle for longest, which is closed for it.
+    async fn make_room(&self, inner: bool) -> Option<connection::Slot> {
+        if !self.connections.evict_for(inner) {
+            return None;
+        }
+        let freed = async {
+            let inner = match inner {
+                true => Some(Arc::clone(&self.inner_slots).acquire_owned().await.ok()?),
+                false => None,
+            };
+            let slot = Arc::clone(&self.slots).acquire_owned().await.ok()?;
+            Some(connection::Slot { all: slot, inner })
+        };
+        timeout(REFUSAL_TIME, freed).await.ok()?
+    }
+
+    /// What a connection is told for which there is no place.
+    fn refuse(&self, log_peer: rate_limit::Peer) -> Refused {
+        let limit = self.limits.connections;
+        rate_limit::of_peer_now(log_peer, || {
+            tracing::warn!(peer = %log_peer, limit, "too many connections");
+        });
+        Refused(format!("too many connections: the limit is {limit}").into())
+    }
+
     /// Serves a connection once its client has been greeted, if there is a place for it.
     fn spawn<I>(
         self: &Arc<Self>,
@@ -138,22 +168,38 @@ where
     ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (slot, refused) = if let Some(slot) = self.slot(inner) {
-            (slot, None)
-        } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
-            let limit = self.limits.connections;
-            rate_limit::of_peer_now(log_peer, || {
-                tracing::warn!(peer = %log_peer, limit, "too many connections");
-            });
-            let why = format!("too many connections: the limit is {limit}");
-            (connection::Slot { all: permit, inner: None }, Some(Refused(why.into())))
-        } else {
-            return;
+        let place = match self.slot(inner) {
+            Some(slot) => Ok(slot),
+            // There are few places to wait or to be refused on.
+            None => match Arc::clone(&self.refusals).try_acquire_owned() {
+                Ok(permit) => Err(permit),
+                Err(_) => return,
+            },
         };
         let server = Arc::clone(self);
         tokio::spawn(rate_limit::of_peer(Some(log_peer), async move {
             tracing::debug!(peer = %log_peer, "connection accepted");
-            let (io, peer) = match timeout(server.limits.header_timeout, greeting).await {
+            let (slot, refused) = match place {
+                Ok(slot) => (slot, None),
+                Err(permit) => match server.make_room(inner).await {
+                    Some(slot) => (slot, None),
+                    None => (
+                        connection::Slot { all: permit, inner: None },
+                        Some(server.refuse(log_peer)),
+                    ),
+                },
+            };
+            let activity = Arc::new(Activity::new(Waiting::ForHead));
+            // One that is refused has no place to give away.
+            let registered =
+                refused.is_none().then(|| server.connections.register(&activity, inner));
+            let greeting = async {
+                tokio::select! {
+                    greeted = timeout(server.limits.header_timeout, greeting) => greeted,
+                    () = activity.evicted() => Ok(Err(io::ErrorKind::ConnectionAborted.into())),
+                }
+            };
+            let (io, peer) = match greeting.await {
                 Ok(Ok(greeted)) => greeted,
                 Ok(Err(error)) => return tracing::debug!(%error, "connection not greeted"),
                 Err(_) => return tracing::debug!("connection not greeted within the time for it"),
@@ -167,9 +213,10 @@ where
                     ..server.limits.clone()
                 },
             };
-            let place = Place { slot, peer, log_peer, refused };
+            let place = Place { slot, peer, log_peer, refused, activity };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &limits, shutdown).await;
+            drop(registered);
         }));
     }
 }

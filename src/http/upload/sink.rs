@@ -10,13 +10,13 @@ use std::{
 use bytes::Bytes;
 use flate2::write::MultiGzDecoder;
 use http::StatusCode;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Target, Written};
 use crate::{
     fs::{FsError, transfer::Writer},
     http::{Refusal, blocking},
     sandbox::Sandbox,
+    slots::Slot,
 };
 
 /// A file that is being written, between the jobs that do it.
@@ -30,7 +30,7 @@ pub(super) struct Sink {
 /// What the jobs of one file hand on.
 struct Open {
     coder: Coder,
-    _slot: Arc<OwnedSemaphorePermit>,
+    _slot: Arc<Slot>,
 }
 
 enum Coder {

@@ -1,0 +1,101 @@
+//! Which connection is closed when there are too many: the one that has been idle for longest.
+//!
+//! Connections without a call stay open for [`super::IDLE_TIMEOUT`], more than ten minutes. Without an
+//! eviction, whoever opens all connections that there may be locks newcomers out for as long. A connection
+//! with a running call is never evicted. Programs of the sandbox evict only connections of programs of the
+//! sandbox; others evict those first.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::activity::Activity;
+
+/// All connections that hold a place.
+#[derive(Debug, Default)]
+pub(super) struct Connections(Mutex<Vec<Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    activity: Arc<Activity>,
+    inner: bool,
+}
+
+/// A connection's entry, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Registered {
+    connections: Arc<Connections>,
+    activity: Arc<Activity>,
+}
+
+impl Connections {
+    /// Enters a connection; `inner` says that its peer is a program of the sandbox.
+    pub(super) fn register(self: &Arc<Self>, activity: &Arc<Activity>, inner: bool) -> Registered {
+        let activity = Arc::clone(activity);
+        self.0.lock().push(Entry { activity: Arc::clone(&activity), inner });
+        Registered { connections: Arc::clone(self), activity }
+    }
+
+    /// Evicts a connection for a newcomer; false when there is none that may be.
+    pub(super) fn evict_for(&self, inner: bool) -> bool {
+        let now = Instant::now();
+        let entries = self.0.lock();
+        let evictable = entries.iter().filter(|entry| entry.inner || !inner).filter_map(|entry| {
+            Some(((!entry.inner, entry.activity.evictable_since(now)?), entry))
+        });
+        let longest = evictable.min_by_key(|(key, _)| *key);
+        longest.inspect(|(_, entry)| entry.activity.evict()).is_some()
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let mut entries = self.connections.0.lock();
+        let own = entries.iter().position(|entry| Arc::ptr_eq(&entry.activity, &self.activity));
+        if let Some(own) = own {
+            entries.swap_remove(own);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::wire::activity::Waiting;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_longest_idle_first_and_nobody_with_a_call() {
+        let connections = Arc::<Connections>::default();
+        let mut held = Vec::new();
+        for inner in [false, true, true, true] {
+            let activity = Arc::new(Activity::new(Waiting::ForRequest));
+            let registered = connections.register(&activity, inner);
+            held.push((activity, registered));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let call = held[1].0.begin();
+        let evicted = |number: usize| held[number].0.is_evicted();
+        assert!(connections.evict_for(false));
+        assert!(evicted(2), "an inner one first, and not the one with a call");
+        assert!(connections.evict_for(true) && evicted(3));
+        assert!(!connections.evict_for(true), "no inner one is left");
+        assert!(connections.evict_for(false) && evicted(0));
+        drop(call);
+        assert!(connections.evict_for(true) && evicted(1));
+        drop(held);
+        assert!(connections.0.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_newcomer_has_a_moment_for_its_first_bytes() {
+        let connections = Arc::<Connections>::default();
+        let activity = Arc::new(Activity::new(Waiting::ForHead));
+        let _registered = connections.register(&activity, true);
+        assert!(!connections.evict_for(true));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(connections.evict_for(true));
+    }
+}

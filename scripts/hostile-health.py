@@ -24,7 +24,7 @@ import socket
 import tempfile
 import time
 
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HELD = 400  # connections of one attacker
 
 
@@ -61,7 +61,7 @@ def slow(port):
     """Sends the heads of many requests, a byte at a time."""
     held = [connect(port) for _ in range(HELD // 2)]
     for connection in held:
-        connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+        connection.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
     while True:
         for connection in held:
             connection.send(b"x")
@@ -69,7 +69,7 @@ def slow(port):
 
 def heads(port):
     """Sends heads of 120 KiB, which are read to the end."""
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * (120 << 10) + b"\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (120 << 10) + b"\r\n\r\n"
     while True:
         with connect(port) as connection:
             for _ in range(20):
@@ -96,7 +96,7 @@ def resets(port):
 
 def calls(port):
     """Calls what it may, and what it may not, without a pause and without waiting."""
-    batch = (HEALTH + b"POST /process.Process/List HTTP/1.1\r\nHost: x\r\n"
+    batch = (HEALTH + b"POST /process.Process/List HTTP/1.1\r\nHost: localhost\r\n"
              b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}") * 50
     while True:
         with connect(port) as connection:
@@ -108,7 +108,7 @@ def calls(port):
 def inits(port):
     """Tries tokens."""
     body = b'{"accessToken":"wrong","envVars":{"A":"' + b"x" * 30000 + b'"}}'
-    head = b"POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     while True:
         with connect(port) as connection:
             for _ in range(100):

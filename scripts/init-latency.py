@@ -71,7 +71,7 @@ def stream(port, script):
     body = json.dumps(start).encode()
     body = struct.pack(">BI", 0, len(body)) + body
     head = (
-        "POST /process.Process/Start HTTP/1.1\r\nHost: x\r\n"
+        "POST /process.Process/Start HTTP/1.1\r\nHost: localhost\r\n"
         "Content-Type: application/connect+json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
@@ -105,9 +105,9 @@ def measure(what, port, calls):
     for number in range(calls):
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{number:09}Z"
         body = json.dumps({"envVars": env, "accessToken": "t", "timestamp": stamp}).encode()
-        head = f"POST /init HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /init HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         inits.append(call(port, head.encode() + body, 204))
-        healths.append(call(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", 204))
+        healths.append(call(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 204))
     for name, times in [("POST /init", inits), ("GET /health", healths)]:
         times.sort()
         at = lambda share: times[min(len(times) - 1, int(share * len(times)))]

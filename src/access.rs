@@ -194,6 +194,11 @@ impl Access {
         }
     }
 
+    /// Whether a token is set.
+    pub fn has_token(&self) -> bool {
+        self.state.read().token.is_some()
+    }
+
     /// Whether this is the token that is set.
     pub fn is_current(&self, token: Option<&Token>) -> bool {
         let state = self.state.read();

@@ -25,7 +25,7 @@ use tower::{Layer, Service, ServiceExt};
 use zeroize::Zeroizing;
 
 use crate::{
-    access::{Access, Token},
+    access::{Access, Token, Verdict},
     api,
     blocking::Pool,
     config::Config,
@@ -114,12 +114,20 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let (stop, stopped) = watch::channel(false);
     let server = Server::new(service.clone(), limits, stopped);
     let mut addresses = Vec::new();
+    let mut open = false;
     let mut accepting = JoinSet::new();
     for listener in listeners {
         let address = listener.local();
         tracing::info!(address, "listening");
+        open |= listener.is_open_to_the_network();
         addresses.push(address);
         accepting.spawn(Arc::clone(&server).accept(listener));
+    }
+    if open && sandbox.access.verdict(None) == Verdict::Open {
+        tracing::warn!(
+            "there is no access token yet: whoever reaches the port runs commands; \
+             --require-token closes the daemon until it has one"
+        );
     }
     let manager = notify::Manager::from_env().map(Arc::new);
     let template = launch::template(&sandbox);
@@ -222,6 +230,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     };
     let machine = Machine {
         root: config.guest_root.clone(),
+        writes_markers: !config.no_markers,
         sets_clock: !config.no_clock,
         cgroup_root: config.cgroup_root.clone(),
         mmds: config.mmds,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use envd::{
-    config::{Command, Config, ConfigError, Subcommand},
+    config::{Command, Config, ConfigError, Origin, Subcommand},
     daemon,
     guest::{inherited, init},
     quote, telemetry, wait,
@@ -36,13 +36,16 @@ fn main() -> ExitCode {
         Err(error) => return misused(&error),
     };
     inherited::reset();
-    let config = match Config::parse(args) {
+    let mut config = match Config::parse(args) {
         Ok(Command::Run(config)) => *config,
         Ok(Command::Print(text)) => return print(&text),
         Err(error) => return misused(&error),
     };
     if let Err(error) = config.check_files() {
         return misused(&error);
+    }
+    if let Some(line) = config.restrict_first_run(Origin::of_this_process()) {
+        let _ = writeln!(io::stderr(), "envd: {line}");
     }
     inherited::keep_secrets();
     let runtime = tokio::runtime::Builder::new_multi_thread()

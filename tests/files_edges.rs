@@ -259,7 +259,7 @@ async fn a_slow_reader_gets_every_byte() {
     let path = house.put("file", &content);
     let mut raw = Raw::open(&house.daemon).await;
     raw.at_once = 4 << 10;
-    raw.send(format!("GET /files?path={path} HTTP/1.1\r\nhost: x\r\n\r\n")).await;
+    raw.send(format!("GET /files?path={path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
     let answer = raw.answer().await;
     assert!(answer.body == content);
 }

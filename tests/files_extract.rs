@@ -55,7 +55,7 @@ async fn half(house: &House, path: &str, archive: &[u8]) -> Raw {
     }
     let mut raw = Raw::open(&house.daemon).await;
     let head = format!(
-        "POST {EXTRACT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+proto\r\n\
+        "POST {EXTRACT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+proto\r\n\
          content-length: {}\r\n\r\n",
         body.len() + 1
     );

@@ -390,7 +390,7 @@ async fn an_upload_is_continued_where_it_broke_off() {
     assert_eq!(write(&client, &gap).await.unwrap_err().code, "out_of_range");
     // Nor does a connection that breaks.
     let mut raw = common::raw::Raw::open(&house.daemon).await;
-    let head = "POST /filesystem.Filesystem/Write HTTP/1.1\r\nhost: x\r\n\
+    let head = "POST /filesystem.Filesystem/Write HTTP/1.1\r\nhost: localhost\r\n\
                 content-type: application/connect+json\r\ntransfer-encoding: chunked\r\n\r\n";
     raw.send(head).await;
     for message in [begin(named()), chunk(Some(200_000), &content[200_000..300_000])] {

@@ -486,7 +486,7 @@ async fn an_expected_100_comes_when_the_body_is_wanted() {
     let path = house.at("file");
     let mut raw = Raw::open(&house.daemon).await;
     let head = format!(
-        "POST /files?path={path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\n\
+        "POST /files?path={path} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n\
          content-type: application/octet-stream\r\ncontent-length: 5\r\n\r\n"
     );
     raw.send(&head).await;

@@ -508,3 +508,77 @@ async fn the_token_is_neither_logged_nor_listed() {
         }
     }
 }
+
+#[tokio::test]
+async fn no_web_page_reaches_a_loopback_daemon_without_a_token() {
+    const JSON: (&str, &str) = ("content-type", "application/json");
+    let foreign: &[&[(&str, &str)]] = &[
+        // A page from elsewhere, a sandboxed frame, a file; a name that resolves to 127.0.0.1.
+        &[("origin", "https://evil.example")],
+        &[("origin", "http://localhost.evil.example")],
+        &[("origin", "null")],
+        &[("origin", "file://")],
+        &[("host", "evil.example:49983")],
+        &[("host", "127.0.0.1.nip.io")],
+        &[("host", "evil.example"), ("origin", "http://evil.example")],
+        // An image, a script or a link: without Origin.
+        &[("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "no-cors")],
+    ];
+    let local: &[&[(&str, &str)]] = &[
+        &[],
+        &[("host", "localhost:49983")],
+        &[("host", "LOCALHOST")],
+        &[("host", "[::1]:49983")],
+        &[("origin", "http://localhost:3000"), ("sec-fetch-site", "same-site")],
+        &[("origin", "http://127.0.0.1:5173"), ("sec-fetch-site", "cross-site")],
+        &[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")],
+    ];
+    let with = |headers: &[(&'static str, &'static str)]| [&[JSON][..], headers].concat();
+    let preflight = ("access-control-request-method", "POST");
+    let daemon = Daemon::start(&[]);
+    for headers in foreign {
+        for (method, path) in [("GET", "/health"), ("POST", LIST), ("POST", "/init")] {
+            let (status, body) = call(&daemon, method, path, &with(headers)).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{path} {headers:?}: {body}");
+            assert!(body.contains("access token"), "{body}");
+        }
+        let asked = [&[preflight][..], headers].concat();
+        assert_eq!(call(&daemon, "OPTIONS", LIST, &asked).await.0, StatusCode::FORBIDDEN);
+        // The native protocol too; a browser cannot even speak it.
+        let mut grpc = Client::new(&daemon, Wire::Grpc);
+        for (name, value) in headers.iter().filter(|(name, _)| *name != "host") {
+            grpc = grpc.with(name, value);
+        }
+        if headers.iter().any(|(name, _)| *name != "host") {
+            let refused = grpc.unary::<_, ListResponse>(LIST, &ListRequest::default()).await;
+            assert_eq!(refused.unwrap_err().code, "permission_denied", "{headers:?}");
+        }
+    }
+    for headers in local {
+        let (status, body) = call(&daemon, "GET", "/envs", headers).await;
+        assert_eq!(status, StatusCode::OK, "{headers:?}: {body}");
+    }
+    // With --require-token a page must not bring its own token either.
+    let closed = Daemon::start(&["--require-token"]);
+    let (status, _) = call(&closed, "POST", "/init", &with(foreign[0])).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    // With a token it is that which counts, as with upstream, and on every address of the machine.
+    let locked = locked(&[]);
+    let open = Daemon::start_with(&["--listen", "tcp://0.0.0.0:0"]);
+    let port = open.tcp().rsplit_once(':').unwrap().1.to_owned();
+    for headers in foreign {
+        let known = [&[JSON, ("x-access-token", TOKEN)][..], headers].concat();
+        assert_eq!(call(&locked, "GET", "/envs", &known).await.0, StatusCode::OK, "{headers:?}");
+        let mut request = http().post(format!("http://127.0.0.1:{port}{LIST}")).body("{}");
+        for (name, value) in with(headers) {
+            request = request.header(name, value);
+        }
+        assert_eq!(soon("list", request.send()).await.unwrap().status(), 200, "{headers:?}");
+    }
+    let warned = |daemon: &Daemon| {
+        let lines = daemon.wait_for_log("ready");
+        let open = "there is no access token yet";
+        lines.iter().filter(|line| line.to_string().contains(open)).count()
+    };
+    assert_eq!([&daemon, &closed, &locked, &open].map(warned), [0, 0, 0, 1]);
+}

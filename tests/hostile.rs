@@ -27,7 +27,7 @@ use common::{
 use envd::proto::process::StartRequest;
 
 const TOKEN: &str = "token-of-the-sandbox";
-const HEALTH: &[u8] = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+const HEALTH: &[u8] = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 /// Tries everything, and tells on stdout what it could.
 const ATTACK: &str = r#"
@@ -207,7 +207,7 @@ fn answers(stream: impl Read + Write) -> bool {
 
 /// Whether `/envs` is told here: unlike the other, not on a connection that is one too many.
 fn serves(stream: impl Read + Write) -> bool {
-    says(stream, b"GET /envs HTTP/1.1\r\nhost: x\r\n\r\n", b"HTTP/1.1 200")
+    says(stream, b"GET /envs HTTP/1.1\r\nhost: localhost\r\n\r\n", b"HTTP/1.1 200")
 }
 
 fn says(mut stream: impl Read + Write, request: &[u8], expected: &[u8; 12]) -> bool {
@@ -229,7 +229,7 @@ fn all_the_connections_that_it_gets_keep_nobody_out_from_elsewhere() {
     for _ in 0..200 {
         let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
         let call =
-            b"POST /process.Process/List HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+            b"POST /process.Process/List HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
             content-length: 9\r\n\r\n";
         let _ = stream.write_all(call);
         held.push(stream);
@@ -259,7 +259,8 @@ fn half_requests_to_init_do_not_keep_out_the_host() {
     let listen = format!("--listen=unix://{}", socket.display());
     let daemon = Daemon::start(&["--max-connections", "2000", &listen]);
     let init = |stream: &mut dyn Write, length: usize| {
-        let head = format!("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+        let head =
+            format!("POST /init HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n");
         stream.write_all(head.as_bytes()).unwrap();
     };
     // More than there are places, and as many large ones as there may be.
@@ -340,7 +341,8 @@ fn headers_without_end_are_refused_and_cost_no_memory() {
     let held: Vec<_> = (0..200)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-            let head = format!("GET /health HTTP/1.1\r\nhost: x\r\nx: {}", "x".repeat(1 << 20));
+            let head =
+                format!("GET /health HTTP/1.1\r\nhost: localhost\r\nx: {}", "x".repeat(1 << 20));
             // It is cut while it sends.
             stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
             let _ = stream.write_all(head.as_bytes());

@@ -194,7 +194,7 @@ async fn a_body_that_is_too_large_or_cut_is_refused() {
     let large = format!("{{\"unknown\":\"{}\"}}", "x".repeat(1 << 20));
     assert_eq!(init(&daemon, large).await.0, 204);
     let mut raw = Raw::open(&daemon).await;
-    raw.send("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"accessToken\":\"t\"")
+    raw.send("POST /init HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{\"accessToken\":\"t\"")
         .await;
     drop(raw);
     assert_eq!(told(&daemon, json!({})).await.0, 204);
@@ -204,7 +204,7 @@ async fn a_body_that_is_too_large_or_cut_is_refused() {
 async fn bodies_of_strangers_wait_in_bounded_memory() {
     let daemon = Daemon::start(&[]);
     let head = |length: usize| {
-        format!("POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n")
+        format!("POST /init HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n")
     };
     // Large ones that do not come to their end. Which of them have a place is not to be seen, so
     // there are more of them until a whole one finds none.

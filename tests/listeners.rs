@@ -7,12 +7,16 @@ mod common;
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
-    os::unix::process::CommandExt,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::Path,
+    process::Stdio,
 };
 
 use common::{Daemon, PATIENCE};
-use nix::sys::signal::Signal;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 
 /// The exit code and output of a daemon that ends by itself.
 fn run(args: &[&str]) -> (i32, String, String) {
@@ -22,7 +26,9 @@ fn run(args: &[&str]) -> (i32, String, String) {
 }
 
 fn health(mut stream: impl Read + Write) {
-    stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    stream
+        .write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
@@ -138,7 +144,7 @@ fn sigterm_drains_and_exits_0() {
     let mut running = TcpStream::connect(daemon.tcp()).unwrap();
     let body = common::rpc::envelope(0, br#"{"process":{"cmd":"cat"}}"#);
     let head = format!(
-        "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+        "POST /process.Process/Start HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     running.write_all(head.as_bytes()).unwrap();
@@ -173,7 +179,7 @@ fn a_call_that_never_ends_holds_the_exit_for_the_grace_only() {
     let mut daemon = Daemon::start(&["--shutdown-grace", "0"]);
     let mut running = TcpStream::connect(daemon.tcp()).unwrap();
     running
-        .write_all(b"POST /process.Process/StreamInput HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ntransfer-encoding: chunked\r\n\r\n")
+        .write_all(b"POST /process.Process/StreamInput HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ntransfer-encoding: chunked\r\n\r\n")
         .unwrap();
     health(TcpStream::connect(daemon.tcp()).unwrap());
     daemon.signal(Signal::SIGINT);
@@ -241,6 +247,50 @@ fn flags() {
     assert_eq!((&line["level"], &line["words"]), (&"WARN".into(), &"stray word".into()));
 }
 
+/// What a daemon prints at a terminal until it contains one of these texts.
+fn at_a_terminal(args: &[&str], until: &[&str]) -> String {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let slave = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_envd"));
+    command.args(args).stdin(slave()).stdout(slave()).stderr(slave());
+    let mut daemon = command.spawn().unwrap();
+    let mut master = std::fs::File::from(pty.master);
+    let mut printed = String::new();
+    let mut buffer = [0; 4096];
+    while !until.iter().any(|text| printed.contains(text)) {
+        let mut ready = [PollFd::new(master.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(*PATIENCE).unwrap();
+        assert_eq!(poll(&mut ready, patience), Ok(1), "nothing more: {printed}");
+        let bytes = master.read(&mut buffer).unwrap();
+        printed.push_str(&String::from_utf8_lossy(&buffer[..bytes]));
+    }
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    printed
+}
+
+#[test]
+fn a_persons_first_run_is_on_loopback_and_leaves_the_machine_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = format!("--guest-root={}", dir.path().display());
+    // Another daemon may have the port.
+    let done = ["ready_us", "cannot listen on"];
+    let printed = at_a_terminal(&[&root], &done);
+    let first = printed.lines().next().unwrap();
+    assert!(first.starts_with("envd: started at a terminal without --listen: "), "{printed}");
+    assert!(
+        first.contains("127.0.0.1:49983 only") && first.contains("--listen tcp://0.0.0.0:49983")
+    );
+    assert!(printed.contains("tcp://127.0.0.1:49983"), "{printed}");
+    assert!(!printed.contains("tcp://0.0.0.0:49983\u{1b}"), "{printed}");
+    assert!(!dir.path().join("run").exists());
+    // What says where it is to be reached from leaves everything as it was.
+    let args = ["--listen", "tcp://127.0.0.1:0", "--no-clock", &root];
+    let printed = at_a_terminal(&args, &done);
+    assert!(!printed.contains("started at a terminal"), "{printed}");
+    assert!(dir.path().join("run/e2b/.E2B_SANDBOX").exists());
+}
+
 #[test]
 fn without_root_only_the_own_user_can_be_used() {
     if !common::is_root() {
@@ -262,7 +312,7 @@ fn without_root_only_the_own_user_can_be_used() {
         let body = common::rpc::envelope(0, body.as_bytes());
         let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
         let head = format!(
-            "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{user}content-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+            "POST /process.Process/Start HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{user}content-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
         stream.write_all(head.as_bytes()).unwrap();

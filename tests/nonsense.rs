@@ -29,8 +29,10 @@ fn raw(daemon: &Daemon, bytes: &[u8]) -> Vec<u8> {
 fn http(daemon: &Daemon, head: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
     let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
     stream.set_read_timeout(Some(*PATIENCE)).unwrap();
-    let head =
-        format!("{head}\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "{head}\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
     stream.write_all(head.as_bytes()).unwrap();
     let _ = stream.write_all(body);
     let mut answer = Vec::new();
@@ -302,7 +304,7 @@ fn slow_clients_are_let_go() {
     let mut second = TcpStream::connect(daemon.tcp()).unwrap();
     preface.write_all(b"PRI * HT").unwrap();
     head.write_all(b"GET /health HTTP/1.1\r\nx: ").unwrap();
-    second.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    second.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
     let mut first = [0; 12];
     second.read_exact(&mut first).unwrap();
     assert_eq!(&first, b"HTTP/1.1 204");
@@ -324,13 +326,13 @@ fn slow_clients_are_let_go() {
 #[test]
 fn idle_connections_are_closed_and_busy_ones_are_not() {
     let daemon = Daemon::start(&["--idle-timeout", "1"]);
-    let request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+    let request = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
     let mut idle = TcpStream::connect(daemon.tcp()).unwrap();
     idle.write_all(request).unwrap();
     let mut busy = TcpStream::connect(daemon.tcp()).unwrap();
     let body = envelope(0, br#"{"process":{"cmd":"cat"}}"#);
     let head = format!(
-        "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\nkeepalive-ping-interval: 3\r\ncontent-length: {}\r\n\r\n",
+        "POST /process.Process/Start HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\nkeepalive-ping-interval: 3\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     busy.write_all(head.as_bytes()).unwrap();
@@ -357,13 +359,17 @@ fn one_connection_too_many_is_told_so() {
     let mut held: Vec<_> = (0..2)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
+<<<<<<< HEAD
             // A call that runs: an idle connection would make room.
             let body = envelope(0, br#"{"process":{"cmd":"cat"}}"#);
             let head = format!(
-                "POST /process.Process/Start HTTP/1.1\r\nhost: x\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+                "POST /process.Process/Start HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
                 body.len()
             );
             stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
+=======
+            stream.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+>>>>>>> 4d8488e (daemon: Serve loopback only on a person's first run, and no web pages there)
             // Its place is taken once it has an answer.
             let mut first = [0; 12];
             stream.read_exact(&mut first).unwrap();
@@ -394,7 +400,7 @@ fn requests_together_stay_within_the_budget() {
     let daemon =
         Daemon::start(&["--max-message-bytes", "1048576", "--max-buffered-bytes", "2097152"]);
     // Each client sends most of a message and waits; together that is too much for one.
-    let head = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 600000\r\n\r\n";
+    let head = "POST /filesystem.Filesystem/Stat HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 600000\r\n\r\n";
     let mut clients: Vec<_> = (0..5)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
@@ -439,7 +445,7 @@ fn clients_that_stall_are_let_go() {
     // In the middle of a message.
     let mut sender = TcpStream::connect(daemon.tcp()).unwrap();
     sender.set_read_timeout(Some(*PATIENCE)).unwrap();
-    sender.write_all(b"POST /process.Process/List HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{").unwrap();
+    sender.write_all(b"POST /process.Process/List HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{").unwrap();
     let mut answer = String::new();
     let _ = sender.read_to_string(&mut answer);
     assert!(answer.starts_with("HTTP/1.1 504 "), "{answer}");
@@ -451,7 +457,7 @@ fn clients_that_stall_are_let_go() {
     let mut reader = common::eventually("the place is free", || {
         let mut reader = TcpStream::connect(daemon.tcp()).unwrap();
         let path = file.path().display();
-        let request = format!("GET /files?path={path} HTTP/1.1\r\nhost: x\r\n\r\n");
+        let request = format!("GET /files?path={path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
         reader.write_all(request.as_bytes()).unwrap();
         let mut first = [0; 12];
         reader.read_exact(&mut first).unwrap();
@@ -492,7 +498,9 @@ fn an_http2_client_that_calls_later_is_idle_and_not_slow() {
 fn a_body_that_nobody_wanted_is_no_slow_request() {
     let daemon = Daemon::start(&["--header-timeout", "1"]);
     let mut client = TcpStream::connect(daemon.tcp()).unwrap();
-    client.write_all(b"POST /health HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n").unwrap();
+    client
+        .write_all(b"POST /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n")
+        .unwrap();
     let mut answer = [0; 1024];
     let bytes = client.read(&mut answer).unwrap();
     assert!(answer[..bytes].starts_with(b"HTTP/1.1 405 "));
@@ -502,7 +510,7 @@ fn a_body_that_nobody_wanted_is_no_slow_request() {
     let nothing = client.read(&mut answer).unwrap_err().kind();
     assert_eq!(nothing, std::io::ErrorKind::WouldBlock);
     client.set_read_timeout(Some(*PATIENCE)).unwrap();
-    client.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    client.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
     let bytes = client.read(&mut answer).unwrap();
     assert!(answer[..bytes].starts_with(b"HTTP/1.1 204 "));
 }

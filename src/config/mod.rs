@@ -5,6 +5,7 @@
 //! somebody took for one must not start a daemon that serves everybody.
 
 pub(crate) mod args;
+mod first_run;
 mod parse;
 mod subcommand;
 #[cfg(test)]
@@ -13,10 +14,7 @@ mod usage;
 
 use std::{ffi::OsStr, io, net::SocketAddr, path::PathBuf, time::Duration};
 
-pub use self::{
-    subcommand::{Subcommand, flags},
-    usage::USAGE,
-};
+pub use self::{first_run::Origin, subcommand::Subcommand, usage::USAGE};
 
 use crate::{
     fs::{actor::FileAccess, watch::Retention},
@@ -95,6 +93,11 @@ pub struct Config {
     pub verbose: bool,
     /// The OpenTelemetry collector, if it is not in the environment.
     pub otlp: Option<Collector>,
+    /// Whether nothing is written to `/run/e2b`.
+    pub no_markers: bool,
+    /// Whether anything was given that says where the daemon is to be reached from, or what kind of
+    /// place it is in: `--listen`, `-port`, `--ready` or `-isnotfc`.
+    pub says_where: bool,
     /// Words behind flags, which mean nothing; as they are logged.
     pub ignored: Vec<String>,
 }

@@ -59,6 +59,8 @@ impl Config {
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
             verbose: false,
             otlp: None,
+            no_markers: false,
+            says_where: false,
             ignored: Vec::new(),
         };
         let (mut port, mut mmds) = (None, None);
@@ -75,6 +77,8 @@ impl Config {
                     continue;
                 }
             };
+            config.says_where |=
+                matches!(flag.name.as_str(), "listen" | "port" | "ready" | "isnotfc");
             match flag.name.as_str() {
                 "listen" => config.listen.push(address(&flag, &mut args)?),
                 "ready" => config.ready = Some(address(&flag, &mut args)?),

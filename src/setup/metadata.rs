@@ -145,7 +145,11 @@ pub(super) async fn write_ids(sandbox: &Sandbox, document: &Document) {
 
 /// Writes a file of `/run/e2b`; a sandbox without them works as well.
 pub async fn write_marker(sandbox: &Sandbox, name: &'static str, value: String) {
-    let root = sandbox.setup.machine.root.clone();
+    let machine = &sandbox.setup.machine;
+    if !machine.writes_markers {
+        return;
+    }
+    let root = machine.root.clone();
     let written = sandbox.setup.files.run(move || markers::write(&root, name, &value)).await;
     match written {
         Ok(Ok(())) => {}

@@ -107,6 +107,8 @@ pub enum SetupError {
 pub struct Machine {
     /// Where `/etc` and `/run` are.
     pub root: PathBuf,
+    /// Whether `/run/e2b` is written.
+    pub writes_markers: bool,
     /// Whether the clock is set.
     pub sets_clock: bool,
     /// Where cgroup v2 is mounted, if it is.

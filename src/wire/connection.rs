@@ -44,6 +44,7 @@ use super::{
     activity::{Activity, Running, Waiting},
     drain::DrainOnDrop,
     error,
+    loopback::ViaLoopback,
     peer::Peer,
     translate::Refused,
 };
@@ -88,6 +89,8 @@ pub struct Place {
     pub peer: Peer,
     /// Whose log lines those of its requests are.
     pub log_peer: rate_limit::Peer,
+    /// Whether it is over a listener that is bound to a loopback address.
+    pub via_loopback: bool,
     /// Present when the connection is one too many.
     pub refused: Option<Refused>,
     /// What happens on it, which others may look at.
@@ -134,6 +137,7 @@ pub async fn serve<I, S>(
         activity: Arc::clone(&activity),
         peer: place.peer,
         log_peer: place.log_peer,
+        via_loopback: place.via_loopback,
         from_inside: place.slot.inner.is_some(),
         refused: place.refused,
     };
@@ -336,6 +340,7 @@ struct Calls<S> {
     activity: Arc<Activity>,
     peer: Peer,
     log_peer: rate_limit::Peer,
+    via_loopback: bool,
     from_inside: bool,
     refused: Option<Refused>,
 }
@@ -359,6 +364,9 @@ where
         });
         request.extensions_mut().insert(self.peer);
         request.extensions_mut().insert(self.log_peer);
+        if self.via_loopback {
+            request.extensions_mut().insert(ViaLoopback);
+        }
         if self.from_inside {
             request.extensions_mut().insert(Inner);
         }

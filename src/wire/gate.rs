@@ -62,8 +62,8 @@ pub struct Gate<S> {
 
 impl<S> Gate<S> {
     /// A gate in front of `inner`.
-    pub fn new(inner: S, access: Arc<Access>, trust: Trust) -> Self {
-        Self { inner, access, trust: Arc::new(trust) }
+    pub fn new(inner: S, access: Arc<Access>, trust: Arc<Trust>) -> Self {
+        Self { inner, access, trust }
     }
 }
 

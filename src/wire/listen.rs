@@ -217,6 +217,17 @@ impl Drop for SocketFile {
 }
 
 impl Listener {
+    /// Whether it is bound to a loopback address, so that only programs of this machine reach it.
+    pub fn is_loopback(&self) -> bool {
+        let (Self::Tcp(tcp) | Self::Tls(tcp, _)) = self else { return false };
+        tcp.local_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback())
+    }
+
+    /// Whether others than programs of this machine may reach it by the network.
+    pub fn is_open_to_the_network(&self) -> bool {
+        matches!(self, Self::Tcp(_) | Self::Tls(..)) && !self.is_loopback()
+    }
+
     /// Where it can be reached, with the port that the system chose.
     pub fn local(&self) -> String {
         match self {

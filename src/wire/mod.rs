@@ -5,7 +5,8 @@
 //! 1. [`listen`] binds TCP (with TLS, [`tls`]), unix and vsock sockets and [`server`] accepts from them; [`connection`]
 //!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
 //!    [`spans`] tells a collector of each request, if there is one.
-//! 2. [`cors`] answers browsers.
+//! 2. [`loopback`] keeps web pages out where a daemon without a token listens on loopback only.
+//!    [`cors`] answers browsers.
 //! 3. [`gate`] lets pass who has the sandbox's token, or is trusted by the kernel's word ([`peer`]).
 //! 4. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
 //!    gRPC request ([`request`]) and the service's gRPC response into the protocol's own
@@ -30,6 +31,7 @@ pub mod error;
 mod eviction;
 pub mod gate;
 pub mod listen;
+pub mod loopback;
 pub mod metadata;
 pub mod methods;
 pub mod peer;
@@ -137,6 +139,9 @@ const _: () = assert!(MAX_MESSAGE_BYTES <= u32::MAX as usize);
 // One message of the largest size, and its decompressed form, must find room.
 const _: () = assert!(2 * MAX_MESSAGE_BYTES <= MAX_BUFFERED_BYTES);
 
+/// The layers of [`stack`].
+pub type Stack<S> = loopback::LoopbackGuard<cors::Cors<gate::Gate<translate::Translate<S>>>>;
+
 /// Everything that stands between a connection and a router of tonic services and REST routes.
 pub fn stack<S>(
     inner: S,
@@ -144,7 +149,9 @@ pub fn stack<S>(
     limits: &Limits,
     access: Arc<Access>,
     trust: peer::Trust,
-) -> cors::Cors<gate::Gate<translate::Translate<S>>> {
+) -> Stack<S> {
+    let trust = Arc::new(trust);
     let calls = translate::Translate::new(inner, methods, limits);
-    cors::Cors::new(gate::Gate::new(calls, access, trust))
+    let gate = gate::Gate::new(calls, Arc::clone(&access), Arc::clone(&trust));
+    loopback::LoopbackGuard::new(cors::Cors::new(gate), access, trust)
 }

@@ -50,6 +50,15 @@ pub struct Server<S> {
     shutdown: watch::Receiver<bool>,
 }
 
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy)]
+struct Source {
+    /// From a program of this machine, as far as that can be told.
+    inner: bool,
+    /// Over a listener that is bound to a loopback address.
+    via_loopback: bool,
+}
+
 impl<S> Server<S>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
@@ -85,12 +94,14 @@ where
     }
 
     async fn accept_forever(self: &Arc<Self>, listener: &Listener) {
+        let via_loopback = listener.is_loopback();
         loop {
             let accepted = match listener {
                 Listener::Tcp(tcp) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
                     let inner = is_own(address);
-                    self.spawn(ready(Ok((stream, Peer::Tcp))), of_tcp(address, inner), inner);
+                    let from = Source { inner, via_loopback };
+                    self.spawn(ready(Ok((stream, Peer::Tcp))), of_tcp(address, inner), from);
                 }),
                 Listener::Tls(tcp, tls) => tcp.accept().await.map(|(stream, address)| {
                     prepare(&stream);
@@ -100,19 +111,22 @@ where
                         let (stream, verified) = greeting.await?;
                         Ok((stream, Peer::Tls { verified }))
                     };
-                    self.spawn(greeting, of_tcp(address, inner), inner);
+                    let from = Source { inner, via_loopback };
+                    self.spawn(greeting, of_tcp(address, inner), from);
                 }),
                 Listener::Unix(unix, _) => unix.accept().await.map(|(stream, _)| {
                     let uid = stream.peer_cred().ok().map(|peer| peer.uid());
                     let log_peer = rate_limit::Peer::User(uid);
-                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), log_peer, false);
+                    let from = Source { inner: false, via_loopback };
+                    self.spawn(ready(Ok((stream, Peer::Unix { uid }))), log_peer, from);
                 }),
                 Listener::Vsock(vsock) => vsock.accept().await.map(|(stream, address)| {
                     let cid = address.cid();
                     // Else it is the machine itself, or a sibling.
                     let inner = cid != VMADDR_CID_HOST;
                     let log_peer = rate_limit::Peer::Machine(cid);
-                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), log_peer, inner);
+                    let from = Source { inner, via_loopback };
+                    self.spawn(ready(Ok((stream, Peer::Vsock { cid }))), log_peer, from);
                 }),
             };
             if let Err(error) = accepted
@@ -164,11 +178,11 @@ where
         self: &Arc<Self>,
         greeting: impl Future<Output = io::Result<(I, Peer)>> + Send + 'static,
         log_peer: rate_limit::Peer,
-        inner: bool,
+        from: Source,
     ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let place = match self.slot(inner) {
+        let place = match self.slot(from.inner) {
             Some(slot) => Ok(slot),
             // There are few places to wait or to be refused on.
             None => match Arc::clone(&self.refusals).try_acquire_owned() {
@@ -213,7 +227,8 @@ where
                     ..server.limits.clone()
                 },
             };
-            let place = Place { slot, peer, log_peer, refused, activity };
+            let via_loopback = from.via_loopback;
+            let place = Place { slot, peer, log_peer, via_loopback, refused, activity };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &limits, shutdown).await;
             drop(registered);

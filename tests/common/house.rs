@@ -253,7 +253,7 @@ impl Cut {
     /// Sends the whole head and a part of the body.
     pub async fn send(self, house: &House, path: &str, body: &[u8]) -> Raw {
         let mut raw = Raw::open(&house.daemon).await;
-        let mut head = format!("POST /files?path={path} HTTP/1.1\r\nhost: x\r\n");
+        let mut head = format!("POST /files?path={path} HTTP/1.1\r\nhost: localhost\r\n");
         head += match self {
             Self::Form => "content-type: multipart/form-data; boundary=b\r\n",
             _ => "content-type: application/octet-stream\r\n",

@@ -47,7 +47,7 @@ fn idle_connections_make_room_for_newcomers() {
     let mut busy = open(&daemon);
     let body = br#"{"depth":1,"path":"/"}"#;
     let head = format!(
-        "POST /filesystem.Filesystem/ListDir HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "POST /filesystem.Filesystem/ListDir HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     busy.write_all(head.as_bytes()).unwrap();
@@ -90,7 +90,7 @@ fn uploads_that_drip_make_room_for_newcomers() {
         let path = dir.path().join(name);
         let mut stream = open(&daemon);
         let head = format!(
-            "POST /files?path={} HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\ncontent-length: 1000000\r\n\r\n",
+            "POST /files?path={} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\ncontent-length: 1000000\r\n\r\n",
             path.display()
         );
         stream.write_all(head.as_bytes()).unwrap();

@@ -161,7 +161,7 @@ fn a_stranger_cannot_fill_the_log() {
     let daemon = locked();
     const TRIES: usize = 200;
     let request =
-        b"POST /init HTTP/1.1\r\nhost: x\r\ncontent-length: 19\r\n\r\n{\"accessToken\":\"x\"}";
+        b"POST /init HTTP/1.1\r\nhost: localhost\r\ncontent-length: 19\r\n\r\n{\"accessToken\":\"x\"}";
     for _ in 0..TRIES {
         let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
         stream.write_all(request).unwrap();

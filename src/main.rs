@@ -29,7 +29,9 @@ fn main() -> ExitCode {
     // Before there is any thread: PID 1 never has a second one.
     let args = match Subcommand::of(&args, std::process::id()) {
         Ok(Subcommand::Daemon(args)) => args,
-        Ok(Subcommand::Init { args, .. }) => return init::run(&args),
+        Ok(Subcommand::Init { args, by_name }) => {
+            return init::run(init::Start { args: &args, by_name, check });
+        }
         Ok(Subcommand::Wait(args)) => return wait::run(&args),
         Ok(Subcommand::End(ending)) => return ask(ending),
         Ok(Subcommand::Print(text)) => return print(text),
@@ -93,6 +95,16 @@ fn main() -> ExitCode {
 fn print(text: &str) -> ExitCode {
     let _ = io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
+}
+
+/// What PID 1 of a container exits with when its arguments start no daemon.
+fn check(args: &[OsString]) -> Option<ExitCode> {
+    let checked = match Config::parse(args.iter().cloned()) {
+        Ok(Command::Run(config)) => config.check_files(),
+        Ok(Command::Print(text)) => return Some(print(&text)),
+        Err(error) => Err(error),
+    };
+    checked.err().map(|error| misused(&error))
 }
 
 /// Says what is wrong with the command line.

@@ -179,6 +179,89 @@ async fn pid_1_ends_everything_on_sigterm() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// The binary as PID 1 of new namespaces, without the word `init`.
+fn plain(args: &[&str]) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(UNSHARE).arg(env!("CARGO_BIN_EXE_envd")).args(args);
+    command
+}
+
+#[tokio::test]
+async fn plain_envd_as_pid_1_reaps_orphans_and_leaves_the_container_as_it_is() {
+    if !able_to_be_pid_1() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("envd.sock");
+    let listen = format!("--listen=unix://{}", socket.display());
+    // As upstream's images start theirs; the kernel would add words of its own.
+    for words in [&["-isnotfc", &listen][..], &["splash", "-isnotfc", &listen, "poweroff"]] {
+        let mut command = plain(words);
+        command.current_dir(dir.path());
+        let mut container = Daemon::spawn(&mut command);
+        let client = Client::unix(&socket);
+        assert_eq!(sh(&client, "cat /proc/1/comm").await, "envd-init\n");
+        let [_agent] = children(pid_1(&container))[..] else { panic!("PID 1 has one child") };
+        for _ in 0..20 {
+            sh(&client, "(sleep 0.02 &) ; (sh -c 'sleep 0.02 & exec sleep 0.01' &)").await;
+        }
+        let left = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c -e ' Z ' -e '(sleep)' || true";
+        common::in_time("the orphans are gone", async || {
+            (sh(&client, left).await.trim() == "0").then_some(())
+        })
+        .await;
+        // What an engine has set up is left alone.
+        let bare = Command::new("unshare").args(UNSHARE).args(["cat", "/proc/mounts"]).output();
+        let mounts = |text: &str| text.lines().count();
+        let bare = String::from_utf8(bare.unwrap().stdout).unwrap();
+        assert_eq!(mounts(&sh(&client, "cat /proc/1/mounts").await), mounts(&bare));
+        let agent = children(pid_1(&container))[0];
+        assert_eq!(fs::read_link(format!("/proc/{agent}/cwd")).unwrap(), dir.path());
+        // Neither ends it.
+        for signal in [Signal::SIGHUP, Signal::SIGUSR1] {
+            send(pid_1(&container), signal);
+            send(agent, signal);
+        }
+        assert_eq!(sh(&client, "echo here").await, "here\n");
+        // An engine stops it, with one that does not listen inside.
+        let stubborn = dir.path().join("stubborn");
+        let script = format!(
+            "setsid sh -c 'trap \"\" TERM HUP; : > {}; while :; do sleep 0.1; done' \
+             >/dev/null 2>&1 </dev/null &",
+            stubborn.display()
+        );
+        sh(&client, &script).await;
+        eventually("it runs", || stubborn.exists().then_some(()));
+        let start = Instant::now();
+        send(pid_1(&container), Signal::SIGTERM);
+        assert_eq!(container.wait().code(), Some(0));
+        assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+        fs::remove_file(stubborn).unwrap();
+    }
+}
+
+#[test]
+fn plain_envd_as_pid_1_of_a_container_prints_and_refuses_as_elsewhere() {
+    if !able_to_be_pid_1() {
+        return;
+    }
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    for (args, code, start) in [
+        (&["--help"][..], 0, "Usage: envd [flags]"),
+        (&["-version"], 0, envd::version::E2B),
+        (&["init", "--help"], 0, "Usage: envd [flags]"),
+        (&["--nope"], 2, "envd: --nope: "),
+        (&["splash", "--port", "x"], 2, "envd: --port: "),
+        (&["wait", "--help"], 0, "Usage: envd wait"),
+    ] {
+        let output = plain(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}");
+        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+        let said = if code == 0 { &stdout } else { &stderr };
+        assert!(said.starts_with(start), "{args:?}: {stdout}{stderr}");
+    }
+}
+
 fn envd(args: &[&str]) -> Output {
     Daemon::command(args).output().unwrap()
 }

@@ -359,7 +359,6 @@ fn one_connection_too_many_is_told_so() {
     let mut held: Vec<_> = (0..2)
         .map(|_| {
             let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
-<<<<<<< HEAD
             // A call that runs: an idle connection would make room.
             let body = envelope(0, br#"{"process":{"cmd":"cat"}}"#);
             let head = format!(
@@ -367,9 +366,6 @@ fn one_connection_too_many_is_told_so() {
                 body.len()
             );
             stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
-=======
-            stream.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
->>>>>>> 4d8488e (daemon: Serve loopback only on a person's first run, and no web pages there)
             // Its place is taken once it has an answer.
             let mut first = [0; 12];
             stream.read_exact(&mut first).unwrap();

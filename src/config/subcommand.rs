@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::ConfigError;
-use crate::{guest::init::Ending, quote};
+use crate::{
+    guest::init::{Ending, flags},
+    quote,
+};
 
 /// What `envd init --help` prints.
 const INIT_USAGE: &str = "\
@@ -112,16 +115,6 @@ impl Subcommand {
     }
 }
 
-/// The arguments without the words that come first, which are errors elsewhere.
-pub fn flags(args: &[OsString]) -> &[OsString] {
-    let is_word = |arg: &OsString| {
-        let bytes = arg.as_encoded_bytes();
-        !bytes.starts_with(b"-") || matches!(bytes, b"-" | b"--")
-    };
-    let words = args.iter().take_while(|arg| is_word(arg)).count();
-    args.get(words..).unwrap_or_default()
-}
-
 fn is_help(arg: &OsStr) -> bool {
     matches!(arg.to_str(), Some("-h" | "--h" | "-help" | "--help"))
 }
@@ -216,12 +209,6 @@ mod tests {
         }
         assert_eq!(of(&["envd", "wait", "delay:1s"], 1), Subcommand::Wait(os(&["delay:1s"])));
         assert_eq!(of(&["init", "wait"], 1), init(&[], true));
-    }
-
-    #[test]
-    fn words_of_the_kernels_command_line_are_not_arguments() {
-        assert!(flags(&os(&["splash", "auto"])).is_empty());
-        assert_eq!(flags(&os(&["splash", "--", "--verbose", "x"])), os(&["--verbose", "x"]));
     }
 
     #[test]

@@ -1,6 +1,14 @@
 //! What a parent hands down that a daemon must not keep.
 
-use nix::sys::{prctl, signal::SigSet};
+use nix::sys::{
+    prctl,
+    signal::{SigSet, Signal},
+};
+
+use crate::sys::signals;
+
+/// The signals that end a process by default and never the daemon.
+const NOT_AN_END: [Signal; 3] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
 use crate::sys::inherited_fds;
 
@@ -18,8 +26,14 @@ pub fn keep_secrets() {
 /// Unblocks all signals, which PID 1 blocks and some supervisors too, keeps the descriptors that the
 /// daemon was started with from its commands, and takes the daemon's own
 /// name in lists of processes, whatever its file is called. For the start, before any thread.
+///
+/// From here on a terminal that hangs up and a signal that asks other daemons to open their logs
+/// again do not end this one. Commands get the default action ([`crate::sys::spawn`]).
 pub fn reset() {
-    // Neither can fail with these arguments.
+    // None of these can fail with these arguments.
+    for signal in NOT_AN_END {
+        let _ = signals::ignore(signal);
+    }
     let _ = SigSet::empty().thread_set_mask();
     let _ = prctl::set_name(c"envd");
     // There is no log yet; each child tries again by itself.

@@ -1,8 +1,8 @@
-//! What nix lacks about signals: waiting for blocked ones, and realtime ones.
+//! What nix lacks about signals, or has as unsafe: waiting for blocked ones, ignoring, realtime ones.
 
 use std::{io, ptr, time::Duration};
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Waits for one of these signals, which must be blocked, at most for `timeout` (`None`: for as
 /// long as it takes). `Ok(None)` when none came in time.
@@ -32,6 +32,17 @@ pub fn wait(signals: &SigSet, timeout: Option<Duration>) -> io::Result<Option<Si
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
         _ => Err(error),
     }
+}
+
+/// Ignores a signal from now on. Whoever executes another program has to undo it there.
+///
+/// # Errors
+/// EINVAL for SIGKILL and SIGSTOP.
+pub fn ignore(signal: Signal) -> io::Result<()> {
+    let action = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed that could run in the middle of anything.
+    unsafe { sigaction(signal, &action) }?;
+    Ok(())
 }
 
 /// Sends the realtime signal that is `offset` behind SIGRTMIN, which [`Signal`] cannot name.

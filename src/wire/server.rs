@@ -195,7 +195,7 @@ where
             tracing::debug!(peer = %log_peer, "connection accepted");
             let (slot, refused) = match place {
                 Ok(slot) => (slot, None),
-                Err(permit) => match server.make_room(inner).await {
+                Err(permit) => match server.make_room(from.inner).await {
                     Some(slot) => (slot, None),
                     None => (
                         connection::Slot { all: permit, inner: None },
@@ -206,7 +206,7 @@ where
             let activity = Arc::new(Activity::new(Waiting::ForHead));
             // One that is refused has no place to give away.
             let registered =
-                refused.is_none().then(|| server.connections.register(&activity, inner));
+                refused.is_none().then(|| server.connections.register(&activity, from.inner));
             let greeting = async {
                 tokio::select! {
                     greeted = timeout(server.limits.header_timeout, greeting) => greeted,

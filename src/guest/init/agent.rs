@@ -16,8 +16,8 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{cgroup::Cgroups, console::say};
-use crate::{config, guest::boot};
+use super::{cgroup::Cgroups, console::say, flags};
+use crate::guest::boot;
 
 const ARGUMENTS: &str = "/etc/envd/init.args";
 /// With no arguments: reachable as upstream is, and over vsock where the machine has it.
@@ -37,17 +37,20 @@ pub(super) struct Agent {
     arguments: Vec<OsString>,
     kernel_us: u64,
     cgroups: Cgroups,
+    whole: bool,
 }
 
 impl Agent {
-    /// The daemon of this binary, with the arguments given to PID 1 or those of the file.
-    pub(super) fn new(given: &[OsString], kernel_us: u64, cgroups: Cgroups) -> Self {
+    /// The daemon of this binary, with the arguments given to PID 1 or those of the file. `whole`
+    /// when PID 1 does an init's work; else the engine of the container has set up what a process
+    /// inherits.
+    pub(super) fn new(given: &[OsString], kernel_us: u64, cgroups: Cgroups, whole: bool) -> Self {
         // Words are errors to the daemon, and the kernel's or a file's must not keep it from running.
-        let arguments = match config::flags(given) {
-            [] => config::flags(&from_file()).to_vec(),
+        let arguments = match flags(given) {
+            [] => flags(&from_file(whole)).to_vec(),
             given => given.to_vec(),
         };
-        Self { binary: binary(), arguments, kernel_us, cgroups }
+        Self { binary: binary(), arguments, kernel_us, cgroups, whole }
     }
 
     /// Checks that the daemon can be started, as far as that can be known before.
@@ -57,7 +60,9 @@ impl Agent {
 
     /// Starts it. The child is PID 1's own to wait for.
     pub(super) fn start(&self) -> io::Result<Pid> {
-        allow_open_files();
+        if self.whole {
+            allow_open_files();
+        }
         let mut command = Command::new(&self.binary);
         command
             .arg0("envd")
@@ -65,20 +70,24 @@ impl Agent {
             .stdin(Stdio::null())
             // Of its own, so that a signal for PID 1's group does not hit it.
             .process_group(0)
-            .current_dir("/")
             .env(boot::KERNEL_US, self.kernel_us.to_string())
             .env(boot::INIT_US, boot::microseconds().to_string());
-        if std::env::var_os("PATH").is_none_or(|path| path.is_empty()) {
-            command.env("PATH", DEFAULT_PATH);
-        }
-        // The kernel gives PID 1 the home "/".
-        if std::env::var_os("HOME").is_none_or(|home| home.is_empty() || home == "/") {
-            command.env("HOME", DEFAULT_HOME);
+        if self.whole {
+            command.current_dir("/");
+            if std::env::var_os("PATH").is_none_or(|path| path.is_empty()) {
+                command.env("PATH", DEFAULT_PATH);
+            }
+            // The kernel gives PID 1 the home "/".
+            if std::env::var_os("HOME").is_none_or(|home| home.is_empty() || home == "/") {
+                command.env("HOME", DEFAULT_HOME);
+            }
         }
         let id = command.spawn()?.id();
         let pid = Pid::from_raw(i32::try_from(id).map_err(io::Error::other)?);
         self.cgroups.place_agent(pid);
-        protect(pid);
+        if self.whole {
+            protect(pid);
+        }
         Ok(pid)
     }
 }
@@ -108,14 +117,17 @@ fn protect(pid: Pid) {
     }
 }
 
-fn from_file() -> Vec<OsString> {
+/// The arguments of the file, else the default ones, which an engine's container does without: its
+/// daemon listens where upstream's does.
+fn from_file(whole: bool) -> Vec<OsString> {
     match fs::read_to_string(ARGUMENTS) {
         Ok(text) => words(&text),
         Err(error) => {
             if error.kind() != io::ErrorKind::NotFound {
                 say!("reading {ARGUMENTS}: {error}");
             }
-            DEFAULT_ARGUMENTS.iter().map(OsString::from).collect()
+            let default: &[&str] = if whole { &DEFAULT_ARGUMENTS } else { &[] };
+            default.iter().map(OsString::from).collect()
         }
     }
 }

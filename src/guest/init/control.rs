@@ -4,7 +4,7 @@ use std::{fs, io};
 
 use nix::{errno::Errno, sys::signal::kill, unistd::Pid};
 
-use super::{NAME, power::Ending};
+use super::{NAME, in_first_pid_namespace, power::Ending};
 use crate::sys::signals;
 
 const PID_1: i32 = 1;
@@ -31,7 +31,7 @@ pub fn ask(ending: Ending) -> Result<(), ControlError> {
     let comm = fs::read("/proc/1/comm").map_err(ControlError::Unknown)?;
     let comm = comm.trim_ascii_end();
     if comm == NAME.to_bytes() {
-        kill(Pid::from_raw(PID_1), ending.signal())
+        kill(Pid::from_raw(PID_1), ending.signal(in_first_pid_namespace()))
             .map_err(Errno::into)
             .map_err(ControlError::Signal)
     } else if comm == b"systemd" {

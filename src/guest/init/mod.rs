@@ -8,6 +8,11 @@
 //!
 //! In a container nothing of the machine is touched: kernel modules, the kernel's command line
 //! (the machine's!) and its file systems belong to others there, and the end is an exit.
+//!
+//! Plain `envd` as the entry point of a container, which is how upstream's images start theirs, is
+//! split in the same way, because nobody else there reaps orphans, and one process must not both reap
+//! strangers and own children: it would take their exit statuses away from itself. It leaves alone
+//! what the container's engine has set up: mounts, network, limits, environment and directory.
 
 mod agent;
 mod cgroup;
@@ -27,6 +32,7 @@ use std::{
     ffi::{CStr, OsString},
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
     process::{self, ExitCode},
 };
 
@@ -59,8 +65,31 @@ const CAP_SYS_BOOT: u64 = 1 << 22;
 /// Any one of these permissions lets root execute a file.
 const EXECUTABLE: u32 = 0o111;
 
+/// How PID 1 was started.
+#[derive(Debug, Clone, Copy)]
+pub struct Start<'a> {
+    /// The arguments for the daemon, without words.
+    pub args: &'a [OsString],
+    /// Whether all of an init's work was asked for, by the word `init` or by that name. PID 1 of a
+    /// machine does it in any case.
+    pub by_name: bool,
+    /// Says what to exit with where these arguments start no daemon (`--help`, a mistake), having
+    /// printed why. Not asked on a machine, whose PID 1 must not exit.
+    pub check: fn(&[OsString]) -> Option<ExitCode>,
+}
+
+/// The arguments without the words that come first, which are errors to the daemon.
+pub fn flags(args: &[OsString]) -> &[OsString] {
+    let is_word = |arg: &OsString| {
+        let bytes = arg.as_encoded_bytes();
+        !bytes.starts_with(b"-") || matches!(bytes, b"-" | b"--")
+    };
+    let words = args.iter().take_while(|arg| is_word(arg)).count();
+    args.get(words..).unwrap_or_default()
+}
+
 /// Is PID 1. Returns only in a container, or when this is not PID 1.
-pub fn run(args: &[OsString]) -> ExitCode {
+pub fn run(start: Start<'_>) -> ExitCode {
     if process::id() != 1 {
         say!("this is for PID 1; to run the daemon, leave the word init away");
         return ExitCode::from(2);
@@ -74,9 +103,19 @@ pub fn run(args: &[OsString]) -> ExitCode {
     };
     let _ = prctl::set_name(NAME);
 
-    mounts::first();
-    console::take_if_mute();
+    // Whether this is a machine is known by /proc, which no engine leaves out, and no kernel mounts.
+    let maybe_machine = !Path::new("/proc/self").exists();
+    if start.by_name || maybe_machine {
+        mounts::first();
+    }
     let machine = is_machine();
+    if !machine && let Some(code) = (start.check)(start.args) {
+        return code;
+    }
+    let whole = start.by_name || machine;
+    if whole {
+        console::take_if_mute();
+    }
     let params = if machine { of_the_machine() } else { Params::default() };
     if let Some(device) = &params.root
         && mounts::root_is_in_memory()
@@ -85,10 +124,12 @@ pub fn run(args: &[OsString]) -> ExitCode {
         say!("{error}; serving from where this is");
         let _ = SigSet::all().thread_set_mask();
     }
-    mounts::second();
-    network::set_up(&params);
+    if whole {
+        mounts::second();
+        network::set_up(&params);
+    }
     let cgroups = Cgroups::find();
-    let agent = Agent::new(args, since_kernel, cgroups);
+    let agent = Agent::new(start.args, since_kernel, cgroups, whole);
 
     let mut running = None;
     if let Some(init) = &params.handover {
@@ -100,9 +141,9 @@ pub fn run(args: &[OsString]) -> ExitCode {
         }
     }
     cgroups.delegate();
-    let (ending, agent) = supervise::supervise(&agent, running);
+    let (ending, agent) = supervise::supervise(&agent, running, machine);
     say!("{ending:?}");
-    power::end_processes(agent);
+    power::end_processes(agent, machine);
     if machine {
         power::end_machine(ending);
     }
@@ -128,8 +169,13 @@ fn of_the_machine() -> Params {
 /// nobody has taken the right to reboot away. Elsewhere, to make a file system read-only, say,
 /// would hit those outside.
 fn is_machine() -> bool {
-    let first = fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == FIRST_PID_NAMESPACE);
-    first && fs::read("/proc/self/status").is_ok_and(|status| may_reboot(&status))
+    in_first_pid_namespace()
+        && fs::read("/proc/self/status").is_ok_and(|status| may_reboot(&status))
+}
+
+/// Whether this process is in the PID namespace of the machine, and not in a container's.
+fn in_first_pid_namespace() -> bool {
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == FIRST_PID_NAMESPACE)
 }
 
 fn may_reboot(status: &[u8]) -> bool {
@@ -149,6 +195,13 @@ fn executable(meta: &fs::Metadata) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_of_the_kernels_command_line_are_not_arguments() {
+        let os = |args: &[&str]| args.iter().map(OsString::from).collect::<Vec<_>>();
+        assert!(flags(&os(&["splash", "auto"])).is_empty());
+        assert_eq!(flags(&os(&["splash", "--", "--verbose", "x"])), os(&["--verbose", "x"]));
+    }
 
     #[test]
     fn the_right_to_reboot() {

@@ -22,8 +22,11 @@ use super::{
 /// How long the daemon may finish running calls before the processes end under them. What it has
 /// not finished then is cut: the SIGTERM for all reaches it too, and a second one makes it leave.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long processes have between SIGTERM and SIGKILL.
+/// How long processes have between SIGTERM and SIGKILL. The daemon has ended its own by then, but for
+/// those of `--keep-processes`.
 const GRACE: Duration = Duration::from_secs(5);
+/// The same in a container, whose engine restarts it and waits for the port.
+const CONTAINER_GRACE: Duration = Duration::from_millis(500);
 /// How long killed processes may take to go; one in an uninterruptible wait never does.
 const LAST: Duration = Duration::from_secs(2);
 
@@ -44,18 +47,21 @@ impl Ending {
         [Signal::SIGTERM, Signal::SIGPWR, Signal::SIGUSR2, Signal::SIGINT, Signal::SIGUSR1];
 
     /// What a signal to PID 1 asks for. SIGINT is also what the kernel sends for ctrl-alt-del.
-    pub(super) fn asked_by(signal: Signal) -> Option<Self> {
+    /// SIGUSR1 is busybox's word for halt; in a container it never ends the daemon, as elsewhere.
+    pub(super) fn asked_by(signal: Signal, machine: bool) -> Option<Self> {
         match signal {
             Signal::SIGTERM | Signal::SIGPWR | Signal::SIGUSR2 => Some(Self::PowerOff),
             Signal::SIGINT => Some(Self::Reboot),
-            Signal::SIGUSR1 => Some(Self::Halt),
+            Signal::SIGUSR1 if machine => Some(Self::Halt),
             _ => None,
         }
     }
 
-    /// The signal by which `envd poweroff` and its like ask for it.
-    pub(super) fn signal(self) -> Signal {
+    /// The signal by which `envd poweroff` and its like ask for it. All endings of a container are
+    /// the same.
+    pub(super) fn signal(self, machine: bool) -> Signal {
         match self {
+            Self::Halt if !machine => Self::PowerOff.signal(machine),
             Self::PowerOff => Signal::SIGUSR2,
             Self::Reboot => Signal::SIGINT,
             Self::Halt => Signal::SIGUSR1,
@@ -72,7 +78,8 @@ impl Ending {
 }
 
 /// Ends all processes. Signals to PID 1 are blocked, and ones that come now change nothing.
-pub(super) fn end_processes(agent: Option<Pid>) {
+pub(super) fn end_processes(agent: Option<Pid>, machine: bool) {
+    let grace = if machine { GRACE } else { CONTAINER_GRACE };
     if let Some(agent) = agent {
         // It may have just died.
         let _ = kill(agent, Signal::SIGTERM);
@@ -83,10 +90,10 @@ pub(super) fn end_processes(agent: Option<Pid>) {
     let _ = kill(everybody, Signal::SIGTERM);
     // A stopped process would not see it.
     let _ = kill(everybody, Signal::SIGCONT);
-    if wait_until(GRACE, |_| false) {
+    if wait_until(grace, |_| false) {
         return;
     }
-    say!("processes still run {GRACE:?} after SIGTERM and are killed");
+    say!("processes still run {grace:?} after SIGTERM and are killed");
     let _ = kill(everybody, Signal::SIGKILL);
     if !wait_until(LAST, |_| false) {
         say!("processes still run {LAST:?} after SIGKILL");
@@ -132,10 +139,16 @@ mod tests {
     #[test]
     fn each_ending_is_asked_for_by_its_own_signal() {
         for ending in [Ending::PowerOff, Ending::Reboot, Ending::Halt] {
-            assert_eq!(Ending::asked_by(ending.signal()), Some(ending));
-            assert!(Ending::SIGNALS.contains(&ending.signal()));
+            assert_eq!(Ending::asked_by(ending.signal(true), true), Some(ending));
+            assert!(Ending::asked_by(ending.signal(false), false).is_some());
+            assert!(Ending::SIGNALS.contains(&ending.signal(true)));
         }
-        assert!(Ending::SIGNALS.into_iter().all(|signal| Ending::asked_by(signal).is_some()));
-        assert_eq!(Ending::asked_by(Signal::SIGCHLD), None);
+        let asks = |signal| Ending::asked_by(signal, true).is_some();
+        assert!(Ending::SIGNALS.into_iter().all(asks));
+        for machine in [true, false] {
+            assert_eq!(Ending::asked_by(Signal::SIGCHLD, machine), None);
+            assert_eq!(Ending::asked_by(Signal::SIGHUP, machine), None);
+        }
+        assert_eq!(Ending::asked_by(Signal::SIGUSR1, false), None);
     }
 }

@@ -32,9 +32,14 @@ enum State {
     },
 }
 
-/// Runs the daemon until a signal asks for the end. `running` is one that was started before.
+/// Runs the daemon until a signal asks for the end. `running` is one that was started before;
+/// `machine` says whether there is more to end than a container.
 /// Returns what was asked for, and the daemon if it runs.
-pub(super) fn supervise(agent: &Agent, running: Option<Pid>) -> (Ending, Option<Pid>) {
+pub(super) fn supervise(
+    agent: &Agent,
+    running: Option<Pid>,
+    machine: bool,
+) -> (Ending, Option<Pid>) {
     let mut backoff = Backoff::new();
     let mut state = match running {
         Some(pid) => State::Running { pid, since: Instant::now() },
@@ -46,7 +51,7 @@ pub(super) fn supervise(agent: &Agent, running: Option<Pid>) -> (Ending, Option<
             State::Running { .. } => None,
             State::Waiting { until } => Some(until.saturating_duration_since(Instant::now())),
         };
-        let ending = next(&wanted, timeout).and_then(Ending::asked_by);
+        let ending = next(&wanted, timeout).and_then(|signal| Ending::asked_by(signal, machine));
         // Whatever the signal was: several SIGCHLD may have become one.
         reap(|dead, status| match state {
             State::Running { pid, since } if pid == dead => {

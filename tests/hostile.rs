@@ -7,6 +7,8 @@
 mod common;
 #[path = "hostile/eviction.rs"]
 mod eviction;
+#[path = "hostile/init.rs"]
+mod init;
 #[path = "hostile/log.rs"]
 mod log;
 

@@ -5,18 +5,12 @@
 
 mod common;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    net::UdpSocket,
-    path::Path,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fs, net::UdpSocket, path::Path, process::Command, time::Instant};
 
 use common::{
-    Daemon, able, eventually, in_time, is_root,
+    Daemon, PATIENCE, able, eventually, in_time, is_root,
     mmds::Mmds,
+    offered,
     raw::Raw,
     rpc::{Client, Wire},
     soon,
@@ -531,6 +525,9 @@ fn with_hanging_names() -> Option<(Daemon, tempfile::TempDir, UdpSocket)> {
     if !able("root and unshare(1), for a mount namespace", possible) {
         return None;
     }
+    if !offered("/etc/resolv.conf, to be covered", Path::new("/etc/resolv.conf").exists()) {
+        return None;
+    }
     // Of its own, so that no name server of the machine is in the way. It never answers.
     let server = UdpSocket::bind("127.83.17.5:53").unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -567,7 +564,7 @@ async fn a_volume_that_hangs_delays_nothing_else_and_fails_no_later_call() {
     {
         let begun = Instant::now();
         assert_eq!(told(&daemon, body).await, (204, String::new()), "{number}");
-        assert!(begun.elapsed() < Duration::from_secs(5), "{number}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < *PATIENCE / 12, "{number}: {:?}", begun.elapsed());
     }
     assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "4");
     // One that hangs does not keep another from failing by itself.
@@ -590,12 +587,12 @@ async fn a_volume_that_hangs_delays_nothing_else_and_fails_no_later_call() {
     assert_eq!(envs(&daemon, "t").await.unwrap()["A"], "6");
 }
 
-/// The status of a call, and that it took no longer than the budget that the metadata has, by the
-/// measure of a machine that is busy with other tests.
+/// The answer to a call, and that it did not wait for the metadata service, by the measure of a machine
+/// that is busy with other tests.
 async fn in_budget(daemon: &Daemon, body: Value) -> (u16, String) {
     let begun = Instant::now();
     let answer = told(daemon, body).await;
-    assert!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
+    assert!(begun.elapsed() < *PATIENCE / 40, "it took {:?}", begun.elapsed());
     answer
 }
 

@@ -135,7 +135,7 @@ fn remount(volume: &Volume) -> Result<PathBuf, NfsError> {
         source,
     };
     let path = table::behind_links(&volume.path).map_err(|error| at("find", error))?;
-    if table::is_mounted(&path).map_err(|error| at("read the mount table for", error))? {
+    if table::is_mounted(&path) {
         let no_follow = MntFlags::UMOUNT_NOFOLLOW;
         if umount2(&path, MntFlags::MNT_FORCE | no_follow).is_err() {
             // It is in use: out of the way at once, gone when it is not used any more.

@@ -43,7 +43,7 @@ impl Ledger {
         if entries.len() >= MANY {
             entries.retain(|_, entry| match entry {
                 Entry::Claimed => true,
-                Entry::Mounted(mounted) => table::is_mounted(&mounted.place).unwrap_or(true),
+                Entry::Mounted(mounted) => table::is_mounted(&mounted.place),
             });
         }
         let mounted = match entries.insert(volume.path.clone(), Entry::Claimed) {
@@ -72,7 +72,7 @@ impl Claim {
     ) -> Result<bool, NfsError> {
         let known = self.mounted.take();
         if let Some(mounted) = known.filter(|mounted| mounted.life == life)
-            && table::is_mounted(&mounted.place).unwrap_or(false)
+            && table::is_mounted(&mounted.place)
         {
             self.mounted = Some(mounted);
             return Ok(false);

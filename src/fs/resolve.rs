@@ -86,6 +86,7 @@ pub struct Walk<'a> {
     make: Make,
     max_links: usize,
     switched: bool,
+    look_only: bool,
 }
 
 impl<'a> Walk<'a> {
@@ -93,7 +94,14 @@ impl<'a> Walk<'a> {
     #[must_use]
     pub fn new(actor: &'a Actor) -> Self {
         let switched = actor.is_strict();
-        Self { actor, follow_last: true, make: Make::Nothing, max_links: MAX_SYMLINKS, switched }
+        Self {
+            actor,
+            follow_last: true,
+            make: Make::Nothing,
+            max_links: MAX_SYMLINKS,
+            switched,
+            look_only: false,
+        }
     }
 
     /// A link at the end is the result. (With a slash behind it, it is followed all the same.)
@@ -118,6 +126,14 @@ impl<'a> Walk<'a> {
     #[must_use]
     pub fn max_links(self, max_links: usize) -> Self {
         Self { max_links, ..self }
+    }
+
+    /// Walks on with the daemon's rights where the rule switches, for the type and the mode of what a
+    /// link leads to: a listing reports these to users who cannot go there. Nothing in procfs is opened
+    /// all the same, and what is done at the end of such a walk has the user's own rights.
+    #[must_use]
+    pub fn look_only(self) -> Self {
+        Self { look_only: true, make: Make::Nothing, ..self }
     }
 
     /// Has the user's own rights from the start if `rights` has: for a walk that goes on from where
@@ -153,6 +169,7 @@ impl<'a> Walk<'a> {
         parts.reverse();
         let mut state = State {
             walk: self,
+            switched: false,
             rights: None,
             at: start,
             real,
@@ -191,9 +208,13 @@ fn parts_of(path: &Path, of_link: bool) -> Vec<Part> {
     parts
 }
 
-/// A walk under way. While `rights` is there the thread has the user's own rights.
+/// A walk under way.
 struct State<'a> {
     walk: &'a Walk<'a>,
+    /// Others may have decided where it leads.
+    switched: bool,
+    /// While this is there the thread has the user's own rights: from the switch on, except for a walk
+    /// that only looks.
     rights: Option<FsCredentials>,
     /// The directory on which the walk stands.
     at: OwnedFd,
@@ -253,8 +274,7 @@ impl State<'_> {
     }
 
     fn end(self, name: OsString, found: Option<Found>, magic: bool) -> Place {
-        let switched = self.rights.is_some();
-        let rights = Rights::new(self.walk.actor.clone(), switched);
+        let rights = Rights::new(self.walk.actor.clone(), self.switched);
         let real = match name.as_bytes() {
             b"." => self.real,
             _ => self.real.join(&name),
@@ -299,7 +319,11 @@ impl State<'_> {
 
     /// From here on the user's own rights.
     fn switch(&mut self) -> Result<(), WalkError> {
-        if self.rights.is_some() || !self.walk.actor.may_switch() {
+        if self.switched || !self.walk.actor.may_switch() {
+            return Ok(());
+        }
+        self.switched = true;
+        if self.walk.look_only {
             return Ok(());
         }
         match self.walk.actor.assume() {
@@ -316,7 +340,7 @@ impl State<'_> {
 
     /// Whether something can still switch this walk.
     fn watches(&self) -> bool {
-        self.rights.is_none() && self.walk.actor.may_switch()
+        !self.switched && self.walk.actor.may_switch()
     }
 
     /// Looks at the directory on which the walk stands now, before anything is looked up in it.
@@ -324,7 +348,7 @@ impl State<'_> {
         if let Err(busy) = blocking::stand_on(self.at.as_fd()) {
             return Err(self.busy(busy));
         }
-        if self.rights.is_some() {
+        if self.switched {
             let stat = self.here(fstat(&self.at))?;
             self.refuse_proc(None, &stat, OsStr::new(""))?;
         }
@@ -343,7 +367,7 @@ impl State<'_> {
         stat: &FileStat,
         name: &OsStr,
     ) -> Result<(), WalkError> {
-        if self.rights.is_none() || self.last_device == Some(stat.st_dev) {
+        if !self.switched || self.last_device == Some(stat.st_dev) {
             return Ok(());
         }
         match trust::is_proc(fd.unwrap_or(&self.at)) {
@@ -450,15 +474,15 @@ impl State<'_> {
         }
         self.refuse_proc(Some(fd), stat, name)?;
         if self.is_trailing() {
-            let uid = match self.rights {
-                Some(_) => self.walk.actor.uid(),
-                None => nix::unistd::geteuid().as_raw(),
+            let uid = match self.switched {
+                true => self.walk.actor.uid(),
+                false => nix::unistd::geteuid().as_raw(),
             };
             self.at_name(name, trust::may_follow(&directory, stat, uid))?;
         }
         let target = self.at_name(name, readlinkat(fd, ""))?;
         // Before a switch only: the targets of some links there are no paths.
-        if self.rights.is_none() && self.at_name(name, trust::is_proc(fd))? {
+        if !self.switched && self.at_name(name, trust::is_proc(fd))? {
             return self.follow_in_proc(name, Path::new(&target));
         }
         let target = Path::new(&target);
@@ -512,7 +536,7 @@ impl State<'_> {
         if self.todo.iter().any(|part| part.name == "..") {
             return Err(self.error(Step::MakeDirectory, name, Errno::ENOENT));
         }
-        let rights = Rights::new(self.walk.actor.clone(), self.rights.is_some());
+        let rights = Rights::new(self.walk.actor.clone(), self.switched);
         match rights.create(|| mkdirat(&self.at, name, DIR_MODE)) {
             Ok(()) => {}
             // Somebody else was faster.
@@ -556,7 +580,7 @@ enum Missing {
 
 /// Trigger (c): whether what lies in `dir` is a file with several names that is not the user's, which
 /// anybody who may write the directory can have linked there.
-fn is_others(dir: &impl AsFd, stat: &FileStat, actor: &Actor) -> nix::Result<bool> {
+pub(super) fn is_others(dir: &impl AsFd, stat: &FileStat, actor: &Actor) -> nix::Result<bool> {
     if is_dir(stat) || stat.st_nlink < 2 || stat.st_uid == actor.uid() {
         return Ok(false);
     }

@@ -104,6 +104,12 @@ impl Place {
         self.name == "."
     }
 
+    /// Whether the last name is a link of procfs, whose target the kernel has found: it is no path.
+    #[must_use]
+    pub fn is_magic(&self) -> bool {
+        self.magic
+    }
+
     /// What was there; none if nothing was.
     #[must_use]
     pub fn found(&self) -> Option<&Found> {

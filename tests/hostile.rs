@@ -5,6 +5,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "hostile/directories.rs"]
+mod directories;
 #[path = "hostile/eviction.rs"]
 mod eviction;
 #[path = "hostile/init.rs"]

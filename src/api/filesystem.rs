@@ -50,7 +50,6 @@ pub struct Files {
 pub(super) struct Call<T> {
     pub(super) user: Arc<User>,
     /// The same user, as the one on whose behalf files are touched.
-    #[allow(dead_code)]
     pub(super) actor: Actor,
     pub(super) view: View,
     pub(super) metadata: Option<ResponseMetadata>,
@@ -145,7 +144,8 @@ impl Filesystem for Files {
     ) -> Result<Response<pb::StatResponse>, Status> {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
-        let entry = self.blocking(move |users| entry::stat(&path, users)).await?;
+        let actor = call.actor;
+        let entry = self.blocking(move |users| entry::stat(&path, &actor, users)).await?;
         call.view.announce(call.metadata.as_ref());
         Ok(Response::new(pb::StatResponse { entry: Some(call.view.entry(info(entry))) }))
     }
@@ -156,8 +156,8 @@ impl Filesystem for Files {
     ) -> Result<Response<pb::MakeDirResponse>, Status> {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
-        let user = Arc::clone(&call.user);
-        let entry = self.blocking(move |users| dir::make_dir(&path, &user, users)).await?;
+        let actor = call.actor;
+        let entry = self.blocking(move |users| dir::make_dir(&path, &actor, users)).await?;
         call.view.announce(call.metadata.as_ref());
         Ok(Response::new(pb::MakeDirResponse { entry: Some(call.view.entry(info(entry))) }))
     }
@@ -169,9 +169,9 @@ impl Filesystem for Files {
         let call = self.call(request)?;
         let source = self.resolve(&call.message.source, &call.user)?;
         let destination = self.resolve(&call.message.destination, &call.user)?;
-        let user = Arc::clone(&call.user);
+        let actor = call.actor;
         let entry = self
-            .blocking(move |users| dir::move_entry(&source, &destination, &user, users))
+            .blocking(move |users| dir::move_entry(&source, &destination, &actor, users))
             .await?;
         call.view.announce(call.metadata.as_ref());
         Ok(Response::new(pb::MoveResponse { entry: Some(call.view.entry(info(entry))) }))
@@ -183,7 +183,7 @@ impl Filesystem for Files {
     ) -> Result<Response<pb::ListDirResponse>, Status> {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
-        let (depth, view) = (call.message.depth, call.view);
+        let (depth, view, actor) = (call.message.depth, call.view, call.actor);
         let page = dir::Page::new(call.message.page_size, &call.message.page_token)
             .map_err(|error| status::of_files(&error))?;
         // It closes with the daemon only.
@@ -195,7 +195,7 @@ impl Filesystem for Files {
             .blocking(move |users| {
                 // Held until the work has ended, which may be after its caller has left.
                 let _slot = slot;
-                let (entries, next) = dir::list_page(&path, depth, users, &stop, &page)?;
+                let (entries, next) = dir::list_page(&path, depth, &actor, users, &stop, &page)?;
                 Ok((entries.into_iter().map(|entry| view.entry(info(entry))).collect(), next))
             })
             .await?;
@@ -209,7 +209,8 @@ impl Filesystem for Files {
     ) -> Result<Response<pb::RemoveResponse>, Status> {
         let call = self.call(request)?;
         let path = self.resolve(&call.message.path, &call.user)?;
-        self.blocking(move |_| dir::remove(&path)).await?;
+        let actor = call.actor;
+        self.blocking(move |_| dir::remove(&path, &actor)).await?;
         call.view.announce(call.metadata.as_ref());
         Ok(Response::new(pb::RemoveResponse {}))
     }

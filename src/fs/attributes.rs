@@ -1,22 +1,28 @@
 //! Mode, owner and times of an entry, and symbolic links.
 
-use std::{
-    fs::{self, Permissions},
-    io,
-    os::unix::fs::{PermissionsExt, chown, lchown, symlink},
-    path::Path,
-};
+use std::{ffi::OsStr, os::fd::AsFd, path::Path};
 
 use nix::{
-    fcntl::AT_FDCWD,
+    errno::Errno,
+    fcntl::{OFlag, openat, renameat},
     sys::{
-        stat::{UtimensatFlags, utimensat},
+        stat::{Mode, fstat},
         time::TimeSpec,
     },
+    unistd::{UnlinkatFlags, symlinkat, unlinkat},
 };
 
-use super::{FsError, path, staged::doing, unnamed::with_new_name};
-use crate::guest::users::{self, User, Users};
+use super::{
+    FsError, PathError,
+    actor::Actor,
+    errno, path,
+    resolve::{Place, Step, Walk},
+    unnamed::with_new_name,
+};
+use crate::{
+    guest::users::{self, Users},
+    sys::path_fd,
+};
 
 /// What to set; what is none stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,23 +43,39 @@ pub struct Attributes {
 
 /// The permission bits that there are.
 const ALL_BITS: u32 = 0o7777;
+/// Set-uid and set-gid.
+const SET_ID_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
 
-/// Sets attributes of the entry at `path`. All values are checked before the first is set.
+/// Sets attributes of the entry at `path`. All values are checked before the first is set. The path is
+/// walked once, and everything is set on what the walk has found, whatever is at the path by then.
+///
+/// The owner is set first, and set-id bits do not survive that: a file that its former owner has
+/// prepared never is set-uid of the new one. Only `mode` sets these bits.
 ///
 /// # Errors
 /// [`FsError::BadField`], [`FsError::UnknownOwner`], or the call that failed.
-pub fn set(path: &Path, attributes: &Attributes, users: &Users) -> Result<(), FsError> {
+pub fn set(
+    path: &Path,
+    attributes: &Attributes,
+    actor: &Actor,
+    users: &Users,
+) -> Result<(), FsError> {
     let bad = |field, why: &str| FsError::BadField { field, why: why.to_owned() };
     if attributes.mode.is_some_and(|mode| mode > ALL_BITS) {
         return Err(bad("mode", "more than the permission bits 07777"));
     }
-    let failed = |op| move |error: io::Error| doing("setting attributes", path, op, &error);
-    let meta = match attributes.no_follow {
-        true => fs::symlink_metadata(path),
-        false => fs::metadata(path),
+    let failed = |op| {
+        move |errno| FsError::Doing {
+            doing: "setting attributes",
+            error: PathError::new(op, path, errno),
+        }
     };
-    let meta = meta.map_err(failed("stat"))?;
-    if attributes.mode.is_some() && meta.is_symlink() {
+    let walk = Walk::new(actor);
+    let walk = if attributes.no_follow { walk.no_follow() } else { walk };
+    let place =
+        walk.to(path).map_err(|error| error.or_busy(|error| failed("stat")(error.errno)))?;
+    let found = place.found().ok_or_else(|| failed("stat")(Errno::ENOENT))?;
+    if attributes.mode.is_some() && found.is_link() {
         return Err(bad("mode", "a symbolic link has none"));
     }
     let uid = attributes.owner.as_deref().map(|name| {
@@ -68,26 +90,24 @@ pub fn set(path: &Path, attributes: &Attributes, users: &Users) -> Result<(), Fs
     let modified = time("modified_time", attributes.modified)?;
     let accessed = time("accessed_time", attributes.accessed)?;
 
-    // The owner first: a change of it takes setuid bits away.
+    let (fd, rights) = (&found.fd, place.rights());
     if uid.is_some() || gid.is_some() {
-        let changed = match attributes.no_follow {
-            true => lchown(path, uid, gid),
-            false => chown(path, uid, gid),
-        };
-        changed.map_err(failed("chown"))?;
+        rights.act(|| path_fd::chown(fd, uid, gid)).map_err(failed("chown"))?;
+        // chown(2) takes the set-id bits away in the same step; some file systems that others serve
+        // do not.
+        let mode = fstat(fd).map_err(failed("stat"))?.st_mode;
+        if found.is_file() && attributes.mode.is_none() && mode & SET_ID_BITS != 0 {
+            let mode = mode & ALL_BITS & !SET_ID_BITS;
+            rights.act(|| path_fd::chmod(fd, mode)).map_err(failed("chmod"))?;
+        }
     }
     if let Some(mode) = attributes.mode {
-        fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("chmod"))?;
+        rights.act(|| path_fd::chmod(fd, mode)).map_err(failed("chmod"))?;
     }
     if modified.is_some() || accessed.is_some() {
-        let flags = match attributes.no_follow {
-            true => UtimensatFlags::NoFollowSymlink,
-            false => UtimensatFlags::FollowSymlink,
-        };
         let same = TimeSpec::UTIME_OMIT;
         let (accessed, modified) = (accessed.unwrap_or(same), modified.unwrap_or(same));
-        utimensat(AT_FDCWD, path, &accessed, &modified, flags)
-            .map_err(|errno| failed("utimes")(errno.into()))?;
+        rights.act(|| path_fd::set_times(fd, accessed, modified)).map_err(failed("utimes"))?;
     }
     Ok(())
 }
@@ -114,7 +134,7 @@ fn time(field: &'static str, time: Option<(i64, i32)>) -> Result<Option<TimeSpec
     }
 }
 
-/// Makes a symbolic link, and the missing directories above it, for `user`.
+/// Makes a symbolic link, and the missing directories above it, for the actor.
 ///
 /// # Errors
 /// [`FsError::BadField`], [`FsError::Exists`], or the call that failed.
@@ -122,7 +142,7 @@ pub fn create_symlink(
     path: &Path,
     target: &str,
     replace: bool,
-    user: &User,
+    actor: &Actor,
 ) -> Result<(), FsError> {
     let why = match target {
         "" => Some("empty"),
@@ -133,24 +153,67 @@ pub fn create_symlink(
     if let Some(why) = why {
         return Err(FsError::BadField { field: "target", why: why.to_owned() });
     }
-    let failed = |op, error: &io::Error| doing("creating link", path, op, error);
-    let (path, above) = (path::without_trailing_slashes(path), path::dir_of(path));
-    path::ensure_dirs(&above, (user.uid, user.gid))?;
-    let make = |at: &Path| -> io::Result<()> {
-        symlink(target, at)?;
-        lchown(at, Some(user.uid), Some(user.gid))
-            .or_else(|error| path::tolerate_own(error, user.uid, || fs::symlink_metadata(at)))
+    let path = path::without_trailing_slashes(path);
+    let failed = |op, errno| FsError::Doing {
+        doing: "creating link",
+        error: PathError::new(op, path, errno),
     };
-    match make(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        other => return other.map_err(|error| failed("symlink", &error)),
+    let place = Walk::new(actor).no_follow().make_parents().to(path);
+    let place = place.map_err(|error| match error.step {
+        Step::Lookup if error.at_last => error.or_busy(|error| failed("symlink", error.errno)),
+        _ => error.of_making_directories(),
+    })?;
+    let exists = || FsError::Exists(path.to_owned());
+    if place.is_nameless() {
+        return Err(exists());
     }
-    if !replace || fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir()) {
-        return Err(FsError::Exists(path.to_owned()));
+    match make_link(&place, target, place.name()) {
+        Err(Errno::EEXIST) => {}
+        other => return other.map_err(|errno| failed("symlink", errno)),
     }
-    let ((), apart) = with_new_name(&above, make).map_err(|error| failed("symlink", &error))?;
-    fs::rename(&apart, path).map_err(|error| {
-        let _ = fs::remove_file(&apart);
-        failed("rename", &error)
+    if !replace || place.found().is_some_and(|found| found.is_dir()) {
+        return Err(exists());
+    }
+    let beside = |name: &Path| Ok(make_link(&place, target, name.as_os_str())?);
+    let made = with_new_name(Path::new(""), beside);
+    let ((), name) = made.map_err(|error| failed("symlink", errno::of(&error)))?;
+    place
+        .rights()
+        .act(|| {
+            renameat(place.dir(), &name, place.dir(), place.name()).inspect_err(|_| {
+                let _ = unlinkat(place.dir(), &name, UnlinkatFlags::NoRemoveDir);
+            })
+        })
+        .map_err(|errno| match errno {
+            // A directory that has come meanwhile.
+            Errno::EISDIR => exists(),
+            errno => failed("rename", errno),
+        })
+}
+
+/// Makes a link beside the place, which belongs to the actor from its first moment.
+fn make_link(place: &Place, target: &str, name: &OsStr) -> nix::Result<()> {
+    place.rights().create(|| symlinkat(target, place.dir(), name))?;
+    // In a directory with the set-gid bit it has another group. And watchers were always told of a
+    // change of attributes.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let (uid, gid) = place.actor().owner();
+    place.rights().act(|| {
+        let fd = match openat(place.dir(), name, flags, Mode::empty()) {
+            Ok(fd) => fd,
+            // Taken away again.
+            Err(Errno::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno),
+        };
+        let stat = fstat(&fd)?;
+        // Somebody has put something else there: that is not ours to change.
+        if stat.st_mode & libc::S_IFMT != libc::S_IFLNK || stat.st_uid != uid {
+            return Ok(());
+        }
+        match path_fd::chown(&fd.as_fd(), Some(uid), Some(gid)) {
+            // Without root, or with the user's own rights, the group may be refused.
+            Err(Errno::EPERM) => Ok(()),
+            other => other,
+        }
     })
 }

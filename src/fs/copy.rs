@@ -31,7 +31,7 @@ use super::{
     CAREFULLY, FsError, PathError,
     beneath::own,
     errno, path,
-    remove::remove,
+    remove::remove_at,
     staged::{change_owner, doing},
     tree::{Found, Step, Walk},
     unnamed::{Unnamed, with_new_name},
@@ -190,9 +190,15 @@ impl<'a> Apart<'a> {
 
 impl Drop for Apart<'_> {
     fn drop(&mut self) {
-        if !self.done
-            && let Err(error) = remove(&self.path)
-        {
+        if self.done {
+            return;
+        }
+        let above = path::dir_of(&self.path);
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let removed = nix::fcntl::open(&above, flags, Mode::empty())
+            .map_err(|errno| PathError::new("open", &above, errno))
+            .and_then(|dir| remove_at(dir, &above, path::base_name(&self.path)));
+        if let Err(error) = removed {
             tracing::warn!(path = %self.path.display(), %error, "half a copy stays");
         }
     }

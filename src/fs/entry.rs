@@ -2,16 +2,28 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, Metadata},
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    ffi::OsStr,
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat, readlinkat},
+    sys::stat::{FileStat, Mode, SFlag, fstat},
+};
 
-use super::{FsError, PathError, metadata, path};
-use crate::guest::users::Users;
+use super::{
+    FsError, PathError,
+    actor::{Actor, FileAccess, Rights},
+    metadata, path,
+    resolve::{Found, Place, Walk, is_others},
+};
+use crate::{
+    blocking::{self, MountBusy},
+    guest::users::{User, Users},
+};
 
 /// What a client may do with an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,89 +68,261 @@ pub struct Entry {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// What is told about the file at `path`.
+/// Describes the file at `path`; a link at its end is described itself.
 ///
 /// # Errors
 /// [`FsError::FileNotFound`] or [`FsError::FileInfo`].
-pub fn stat(path: &Path, users: &Users) -> Result<Entry, FsError> {
-    stat_at(path, path, &mut Owners::new(users))
+pub fn stat(path: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsError> {
+    let place = Walk::new(actor).no_follow().to(path);
+    let place = place.map_err(|error| error.or_busy(|error| lstat_failed(path, error.errno)))?;
+    stat_place(&place, path, &mut Owners::new(users))
 }
 
-/// What is told about what `path` leads to, under that path: never of a link.
+/// As [`stat`], with the daemon's rights, for those who have no [`Actor`].
 ///
 /// # Errors
 /// As [`stat`].
-pub fn stat_behind(path: &Path, users: &Users) -> Result<Entry, FsError> {
-    let real = path::eval_symlinks(path).unwrap_or_else(|_| path.to_owned());
-    stat_at(&real, path, &mut Owners::new(users))
+pub fn stat_as_daemon(path: &Path, users: &Users) -> Result<Entry, FsError> {
+    stat_at(path, path, &mut Owners::new(users))
 }
 
-/// The file at `at`, told as `shown`.
+/// As [`stat_as_daemon`], of the file at `at`, described as `shown`.
 pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Result<Entry, FsError> {
-    let meta = fs::symlink_metadata(at).map_err(|error| {
-        let error = PathError::io("lstat", at, &error);
-        match error.errno {
-            Errno::ENOENT => FsError::FileNotFound(error),
-            _ => FsError::FileInfo(error),
-        }
-    })?;
-    let is_symlink = meta.is_symlink();
-    let target = is_symlink.then(|| path::eval_symlinks(at).ok()).flatten();
-    // What the kind and the mode are told of; none for a link to nowhere.
-    let behind = match &target {
-        Some(target) => fs::symlink_metadata(target).ok(),
-        None => (!is_symlink).then(|| meta.clone()),
-    };
-    let kind = behind.as_ref().map_or(EntryKind::Other, kind_of);
-    let metadata = match kind {
-        // Nothing else can hold `user.` attributes.
-        EntryKind::Other => BTreeMap::new(),
-        EntryKind::File | EntryKind::Directory => metadata::read(at),
-    };
-    Ok(Entry {
-        name: path::base_name(shown).to_string_lossy().into_owned(),
-        kind,
-        path: shown.to_string_lossy().into_owned(),
-        size: meta.len(),
-        mode: behind.map_or(0, |meta| meta.mode() & 0o777),
-        permissions: permissions(&meta),
-        owner: owners.user(meta.uid()),
-        group: owners.group(meta.gid()),
-        modified: modified(&meta),
-        symlink_target: is_symlink
-            .then(|| target.as_deref().unwrap_or(at).to_string_lossy().into_owned()),
-        is_symlink,
-        metadata,
-    })
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let user = User { name: String::new(), uid, gid, home: "/".into(), groups: vec![gid] };
+    let actor = Actor::new(&user, FileAccess::Compatible);
+    let place = Walk::new(&actor).no_follow().to(at);
+    let place = place.map_err(|error| error.or_busy(|error| lstat_failed(at, error.errno)))?;
+    stat_place(&place, shown, owners)
 }
 
-fn kind_of(meta: &Metadata) -> EntryKind {
-    if meta.is_file() {
-        EntryKind::File
-    } else if meta.is_dir() {
-        EntryKind::Directory
-    } else {
-        EntryKind::Other
+/// Describes what `path` leads to, under that path: never a link.
+///
+/// # Errors
+/// As [`stat`].
+pub fn stat_behind(path: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsError> {
+    match Walk::new(actor).max_links(path::MAX_LINKS).to(path) {
+        Ok(place) => stat_place(&place, path, &mut Owners::new(users)),
+        Err(error) => Err(error.or_busy(|error| lstat_failed(path, error.errno))),
     }
 }
 
-fn modified(meta: &Metadata) -> Option<(i64, u32)> {
-    let nanos = u32::try_from(meta.mtime_nsec()).unwrap_or_default();
-    ((meta.mtime(), nanos) != (0, 0)).then_some((meta.mtime(), nanos))
+/// Describes what a walk has found, under the path `shown`.
+///
+/// # Errors
+/// As [`stat`].
+pub(super) fn stat_place(
+    place: &Place,
+    shown: &Path,
+    owners: &mut Owners<'_>,
+) -> Result<Entry, FsError> {
+    let Some(found) = place.found() else {
+        return Err(lstat_failed(shown, Errno::ENOENT));
+    };
+    let behind = match found.is_link() {
+        true => {
+            let above = place.real().parent().unwrap_or_else(|| Path::new("/"));
+            behind(place.dir(), above, place.name(), place.rights())
+        }
+        false => Behind::itself(found, place.rights()),
+    };
+    Ok(entry_of(&found.stat, behind, shown, owners))
+}
+
+/// Describes what has the name `name` now.
+///
+/// # Errors
+/// As [`stat`].
+pub(super) fn stat_name(place: &Place, shown: &Path, users: &Users) -> Result<Entry, FsError> {
+    let above = place.real().parent().unwrap_or_else(|| Path::new("/"));
+    let named = Named::open(place.dir(), above, place.name(), place.rights());
+    let named = named.map_err(|error| error.of(shown))?;
+    Ok(named.entry(shown, &mut Owners::new(users)))
+}
+
+/// One name of a directory, opened: the very object that is described and, if it is a directory, gone
+/// into.
+#[derive(Debug)]
+pub(super) struct Named {
+    pub(super) found: Found,
+    behind: Behind,
+}
+
+/// Why a name could not be described.
+#[derive(Debug)]
+pub(super) enum NameError {
+    Errno(Errno),
+    Busy(MountBusy),
+}
+
+impl From<Errno> for NameError {
+    fn from(errno: Errno) -> Self {
+        Self::Errno(errno)
+    }
+}
+
+impl NameError {
+    /// The error of describing `path`.
+    pub(super) fn of(self, path: &Path) -> FsError {
+        match self {
+            Self::Errno(errno) => lstat_failed(path, errno),
+            Self::Busy(busy) => busy.into(),
+        }
+    }
+}
+
+impl Named {
+    /// Opens the name in the directory `dir`, whose path without links is `real`, with the rights with
+    /// which that directory was reached.
+    pub(super) fn open(
+        dir: BorrowedFd<'_>,
+        real: &Path,
+        name: &OsStr,
+        rights: &Rights,
+    ) -> Result<Self, NameError> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let found = rights.act(|| {
+            let fd = openat(dir, name, flags, Mode::empty())?;
+            blocking::stand_on(fd.as_fd()).map_err(NameError::Busy)?;
+            let stat = fstat(&fd)?;
+            Ok::<_, NameError>(Found { fd, stat })
+        })?;
+        if found.is_link() {
+            let behind = behind(dir, real, name, rights);
+            return Ok(Self { found, behind });
+        }
+        let actor = rights.actor();
+        let of_others = !rights.switched()
+            && actor.may_switch()
+            && is_others(&dir, &found.stat, actor).unwrap_or(true);
+        let behind = match of_others {
+            true => Behind::itself(&found, &actor.own_rights()),
+            false => Behind::itself(&found, rights),
+        };
+        Ok(Self { found, behind })
+    }
+
+    /// Describes it under the path `shown`.
+    pub(super) fn entry(self, shown: &Path, owners: &mut Owners<'_>) -> Entry {
+        entry_of(&self.found.stat, self.behind, shown, owners)
+    }
+}
+
+/// What a name leads to: of anything but a link, itself.
+#[derive(Debug, Default)]
+struct Behind {
+    /// None for a link to nowhere.
+    stat: Option<FileStat>,
+    /// Of a link, where that is known.
+    target: Option<PathBuf>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Behind {
+    fn itself(found: &Found, rights: &Rights) -> Self {
+        let metadata = match kind_of(&found.stat) {
+            // Nothing else can hold `user.` attributes.
+            EntryKind::Other => BTreeMap::new(),
+            EntryKind::File | EntryKind::Directory => {
+                rights.perform(|| metadata::read_fd(&found.fd)).unwrap_or_default()
+            }
+        };
+        Self { stat: Some(found.stat), target: None, metadata }
+    }
+}
+
+/// What the link `name` in the directory `dir` leads to. Type, mode and target are told in any case;
+/// where the user may not go there, nothing else is, and the target only as far as the user could find
+/// it out.
+fn behind(dir: BorrowedFd<'_>, real: &Path, name: &OsStr, rights: &Rights) -> Behind {
+    let actor = rights.actor();
+    let walk = Walk::new(actor).with_rights_of(rights).max_links(path::MAX_LINKS);
+    let error = match walk.from(&dir, real, Path::new(name)) {
+        Ok(place) => {
+            let target = match place.is_magic() {
+                true => readlinkat(place.dir(), place.name()).ok().map(PathBuf::from),
+                false => Some(place.real().to_owned()),
+            };
+            return match place.found() {
+                Some(found) => Behind {
+                    target: target.filter(|target| target.is_absolute()),
+                    ..Behind::itself(found, place.rights())
+                },
+                None => Behind::default(),
+            };
+        }
+        Err(error) => error,
+    };
+    let refused = matches!(error.errno, Errno::EACCES | Errno::EPERM);
+    if error.busy.is_some() || !refused || rights.switched() || !actor.may_switch() {
+        return Behind::default();
+    }
+    let target = match error.at_last {
+        true => Some(error.at),
+        // The way on is not the user's to know: what the link says.
+        false => readlinkat(dir, name).ok().map(|to| path::clean(&real.join(to))),
+    };
+    let place = walk.look_only().from(&dir, real, Path::new(name));
+    let stat = place.ok().and_then(|place| place.found().map(|found| found.stat));
+    Behind { stat, target, metadata: BTreeMap::new() }
+}
+
+fn lstat_failed(path: &Path, errno: Errno) -> FsError {
+    let error = PathError::new("lstat", path, errno);
+    match errno {
+        Errno::ENOENT => FsError::FileNotFound(error),
+        _ => FsError::FileInfo(error),
+    }
+}
+
+fn entry_of(stat: &FileStat, behind: Behind, shown: &Path, owners: &mut Owners<'_>) -> Entry {
+    let is_symlink = file_type(stat) == SFlag::S_IFLNK;
+    Entry {
+        name: path::base_name(shown).to_string_lossy().into_owned(),
+        kind: behind.stat.as_ref().map_or(EntryKind::Other, kind_of),
+        path: shown.to_string_lossy().into_owned(),
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        mode: behind.stat.map_or(0, |stat| stat.st_mode & 0o777),
+        permissions: permissions(stat),
+        owner: owners.user(stat.st_uid),
+        group: owners.group(stat.st_gid),
+        modified: modified(stat),
+        symlink_target: is_symlink
+            .then(|| behind.target.as_deref().unwrap_or(shown).to_string_lossy().into_owned()),
+        is_symlink,
+        metadata: behind.metadata,
+    }
+}
+
+fn file_type(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
+}
+
+fn kind_of(stat: &FileStat) -> EntryKind {
+    match file_type(stat) {
+        SFlag::S_IFREG => EntryKind::File,
+        SFlag::S_IFDIR => EntryKind::Directory,
+        _ => EntryKind::Other,
+    }
+}
+
+fn modified(stat: &FileStat) -> Option<(i64, u32)> {
+    let nanos = u32::try_from(stat.st_mtime_nsec).unwrap_or_default();
+    ((stat.st_mtime, nanos) != (0, 0)).then_some((stat.st_mtime, nanos))
 }
 
 /// Go's `FileMode.String`: the letters of the set bits in the order `dalTLDpSugct?`, or `-`.
-fn permissions(meta: &Metadata) -> String {
-    let (mode, kind) = (meta.mode(), meta.file_type());
+fn permissions(stat: &FileStat) -> String {
+    let (mode, kind) = (stat.st_mode, file_type(stat));
     let letters = [
-        (kind.is_dir(), 'd'),
-        (kind.is_symlink(), 'L'),
-        (kind.is_block_device() || kind.is_char_device(), 'D'),
-        (kind.is_fifo(), 'p'),
-        (kind.is_socket(), 'S'),
+        (kind == SFlag::S_IFDIR, 'd'),
+        (kind == SFlag::S_IFLNK, 'L'),
+        (kind == SFlag::S_IFBLK || kind == SFlag::S_IFCHR, 'D'),
+        (kind == SFlag::S_IFIFO, 'p'),
+        (kind == SFlag::S_IFSOCK, 'S'),
         (mode & libc::S_ISUID != 0, 'u'),
         (mode & libc::S_ISGID != 0, 'g'),
-        (kind.is_char_device(), 'c'),
+        (kind == SFlag::S_IFCHR, 'c'),
         (mode & libc::S_ISVTX != 0, 't'),
     ];
     let mut text: String =
@@ -176,7 +360,7 @@ impl<'a> Owners<'a> {
 #[cfg(test)]
 mod tests {
     use std::{
-        ffi::OsStr,
+        fs,
         os::unix::{
             ffi::OsStrExt,
             fs::{PermissionsExt, symlink},
@@ -188,7 +372,7 @@ mod tests {
     use super::*;
 
     fn entry(path: &Path) -> Entry {
-        stat(path, &Users::system()).unwrap()
+        stat_as_daemon(path, &Users::system()).unwrap()
     }
 
     #[test]
@@ -263,9 +447,9 @@ mod tests {
     #[test]
     fn errors_are_upstreams() {
         let users = Users::system();
-        let error = stat(Path::new("/no/where"), &users).unwrap_err();
+        let error = stat_as_daemon(Path::new("/no/where"), &users).unwrap_err();
         assert_eq!(error.to_string(), "file not found: lstat /no/where: no such file or directory");
-        let error = stat(Path::new("/dev/null/x"), &users).unwrap_err();
+        let error = stat_as_daemon(Path::new("/dev/null/x"), &users).unwrap_err();
         assert_eq!(
             error.to_string(),
             "error getting file info: lstat /dev/null/x: not a directory"

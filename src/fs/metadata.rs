@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
     path::Path,
 };
 
@@ -12,6 +15,7 @@ use nix::errno::Errno;
 use xattr::FileExt;
 
 use super::{FsError, PathError, errno};
+use crate::sys::path_fd;
 
 /// What every name of ours begins with in the file system.
 pub const PREFIX: &str = "user.e2b.";
@@ -63,6 +67,12 @@ pub(super) fn read(path: &Path) -> BTreeMap<String, String> {
         Some((key, String::from_utf8(value).ok()?))
     });
     ours.collect()
+}
+
+/// As [`read`], of the regular file or directory that `fd` (`O_PATH`) stands for, whatever has its
+/// name by now. The kernel takes no such descriptor for these calls, but its own path in /proc.
+pub(super) fn read_fd(fd: &impl AsFd) -> BTreeMap<String, String> {
+    read(&path_fd::proc_path(fd))
 }
 
 /// Replaces all metadata of a file.

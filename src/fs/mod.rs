@@ -10,7 +10,7 @@
 //!   ([`actor`]): no operation looks a client's path up in any other way.
 //! * [`path`]: from a client's path to an absolute one, and the directories above it.
 //! * [`entry`]: what is told about one file; [`metadata`]: the attributes clients attach to it.
-//! * [`dir`]: make, move, list, remove.
+//! * [`dir`]: make, move, list ([`list`]), remove.
 //! * [`read`]: reading files; [`transfer`]: writing whole ones.
 //! * [`watch`]: what changes below a directory.
 //! * [`search`]: what is in it, by name and by content.
@@ -25,6 +25,7 @@ pub mod dir;
 pub mod entry;
 pub mod errno;
 mod error;
+pub mod list;
 pub mod metadata;
 pub mod path;
 pub mod read;

@@ -182,6 +182,7 @@ pub(super) enum WalkError {
     /// More than [`MAX_LINKS`] links.
     TooManyLinks,
     /// A part could not be looked at.
+    #[allow(dead_code)]
     Path(PathError),
 }
 

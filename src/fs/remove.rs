@@ -8,24 +8,26 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt},
+        fd::OwnedFd,
+        unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
 };
 
 use nix::{
+    dir::Dir,
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, renameat},
-    sys::stat::Mode,
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2, renameat},
+    sys::stat::{FileStat, Mode, fstat, stat},
     unistd::{UnlinkatFlags, unlinkat},
 };
 
 use super::{
-    FsError, PathError, errno,
+    FsError, PathError,
+    actor::Actor,
     path::{base_name, dir_of, without_trailing_slashes},
+    resolve::{Found, Place, Walk},
 };
 use crate::sys::mounts;
 
@@ -40,38 +42,44 @@ const MOVED_UP: &str = ".envd-remove-";
 ///
 /// # Errors
 /// [`FsError::RemoveRoot`], [`FsError::RemoveMount`], or [`FsError::Remove`] with the first call that failed.
-pub fn remove(path: &Path) -> Result<(), FsError> {
-    let invalid = || FsError::Remove(PathError::new("RemoveAll", path, Errno::EINVAL));
+pub fn remove(path: &Path, actor: &Actor) -> Result<(), FsError> {
     let target = without_trailing_slashes(path);
-    let at_root = fs::symlink_metadata("/").ok().map(|root| (root.dev(), root.ino()));
-    match fs::symlink_metadata(target) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => {
-            let error = PathError::io("open", &dir_of(target), &error);
-            return Err(FsError::Remove(error));
-        }
-        Ok(meta) if Some((meta.dev(), meta.ino())) == at_root => {
-            return Err(FsError::RemoveRoot(path.to_owned()));
-        }
-        // `x/.` and `x/..` cannot be removed, and nothing inside them shall be before that is found.
-        Ok(_) if matches!(base_name(target).as_bytes(), b"." | b"..") => return Err(invalid()),
-        // Before anything in it is gone. What cannot be told is left to the kernel.
-        Ok(_) if mounts::is_mount_point(target).unwrap_or(false) => {
-            return Err(FsError::RemoveMount(path.to_owned()));
-        }
-        Ok(meta) if meta.is_dir() && !Path::new("/proc/self/fd").exists() => {
-            let removed = fs::remove_dir_all(target);
-            return removed.map_err(|e| FsError::Remove(PathError::io("unlinkat", path, &e)));
-        }
-        Ok(_) => {}
+    let failed = |errno| FsError::Remove(PathError::new("open", &dir_of(target), errno));
+    let place = match Walk::new(actor).no_follow().to(target) {
+        Ok(place) => place,
+        Err(error) if error.errno == Errno::ENOENT && error.busy.is_none() => return Ok(()),
+        Err(error) => return Err(error.or_busy(|error| failed(error.errno))),
+    };
+    let Some(found) = place.found() else { return Ok(()) };
+    let is_root =
+        |root: FileStat| (root.st_dev, root.st_ino) == (found.stat.st_dev, found.stat.st_ino);
+    if stat("/").is_ok_and(is_root) {
+        return Err(FsError::RemoveRoot(path.to_owned()));
     }
-    // Not cleaned: `..` after a link leads elsewhere.
-    let parent = target.parent().unwrap_or_else(|| Path::new("/"));
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    match open(parent, flags, Mode::empty()) {
-        Ok(fd) => remove_in(fd, parent, base_name(target)).map_err(FsError::Remove),
-        Err(Errno::ENOENT) => Ok(()),
-        Err(errno) => Err(FsError::Remove(PathError::new("open", parent, errno))),
+    // `x/.` and `x/..` cannot be removed, and nothing inside them shall be before that is found.
+    if place.is_nameless() || matches!(base_name(target).as_bytes(), b"." | b"..") {
+        return Err(FsError::Remove(PathError::new("RemoveAll", path, Errno::EINVAL)));
+    }
+    // Before anything in it is gone.
+    if is_mount(&place, found) {
+        return Err(FsError::RemoveMount(path.to_owned()));
+    }
+    let around = dir_of(target);
+    let dir = place.dir().try_clone_to_owned();
+    let dir = dir.map_err(|error| failed(super::errno::of(&error)))?;
+    place
+        .rights()
+        .act(|| Ok::<_, Errno>(remove_at(dir, &around, place.name())))
+        .map_err(failed)?
+        .map_err(FsError::Remove)
+}
+
+/// Whether something is mounted at the place. What cannot be told is left to the kernel.
+fn is_mount(place: &Place, found: &Found) -> bool {
+    match mounts::is_mount_root(&found.fd) {
+        Ok(Some(is)) => is,
+        // Not told of a mount within one file system.
+        _ => found.is_dir() && fstat(place.dir()).is_ok_and(|dir| dir.st_dev != found.stat.st_dev),
     }
 }
 
@@ -82,8 +90,12 @@ struct Level {
     names: Vec<OsString>,
 }
 
-/// Removes `name` in the directory `parent`, which is called `path`.
-fn remove_in(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
+/// Removes `name`, a tree perhaps, in the directory `parent`, which is called `path`, with the rights of
+/// the thread.
+///
+/// # Errors
+/// The first call that failed.
+pub(super) fn remove_at(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
     let mut moved_up = 0_u64;
     // The first level is the directory around, of which only one name is removed.
     let mut levels =
@@ -174,16 +186,26 @@ fn vanished_is_fine(result: nix::Result<()>) -> nix::Result<()> {
 }
 
 fn read_names(dir: &OwnedFd) -> nix::Result<Vec<OsString>> {
-    let link = format!("/proc/self/fd/{}", dir.as_fd().as_raw_fd());
-    let read = || -> io::Result<Vec<OsString>> {
-        let entries = fs::read_dir(link)?.take(NAMES_AT_ONCE);
-        entries.map(|entry| entry.map(|e| e.file_name())).collect()
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let read = || {
+        // Opened anew, to begin at its beginning.
+        let mut dir = Dir::openat(dir, ".", flags, Mode::empty())?;
+        let mut names = Vec::new();
+        for entry in dir.iter() {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if !matches!(name.as_slice(), b"." | b"..") {
+                names.push(OsString::from_vec(name));
+            }
+            if names.len() >= NAMES_AT_ONCE {
+                break;
+            }
+        }
+        Ok(names)
     };
     match read() {
-        Ok(names) => Ok(names),
         // Somebody else removed the directory.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(errno::of(&error)),
+        Err(Errno::ENOENT) => Ok(Vec::new()),
+        other => other,
     }
 }
 
@@ -202,12 +224,21 @@ fn failed(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
-    use nix::unistd::mkdir;
+    use nix::{fcntl::open, unistd::mkdir};
 
-    use super::*;
-    use crate::fs::Kind;
+    use super::{remove as remove_for, *};
+    use crate::{
+        fs::{Kind, actor::FileAccess},
+        guest::users::User,
+    };
+
+    fn remove(path: &Path) -> Result<(), FsError> {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let user = User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] };
+        remove_for(path, &Actor::new(&user, FileAccess::Compatible))
+    }
 
     #[test]
     fn removes_files_links_and_trees() {

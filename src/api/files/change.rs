@@ -26,12 +26,12 @@ pub(in crate::api) async fn copy(
     let slot = files.tree_slot().await?;
     let stop = Arc::new(AtomicBool::new(false));
     let _left = SetOnDrop(Arc::clone(&stop));
-    let user = call.user;
+    let (user, actor) = (call.user, call.actor);
     let (copied, entry) = files
         .blocking_own(move |users| {
             let _slot = slot;
             let copied = copy::copy(&source, &destination, &user, options, &stop)?;
-            Ok((copied, entry::stat(&destination, users)?))
+            Ok((copied, entry::stat(&destination, &actor, users)?))
         })
         .await?;
     let entry = Some(info(entry));
@@ -54,10 +54,11 @@ pub(in crate::api) async fn set_attributes(
         modified: time(wanted.modified_time),
         accessed: time(wanted.accessed_time),
     };
+    let actor = call.actor;
     let entry = files
         .blocking_own(move |users| {
-            attributes::set(&path, &attributes, users)?;
-            entry::stat(&path, users)
+            attributes::set(&path, &attributes, &actor, users)?;
+            entry::stat(&path, &actor, users)
         })
         .await?;
     Ok(Response::new(pb::SetAttributesResponse { entry: Some(info(entry)) }))
@@ -70,11 +71,11 @@ pub(in crate::api) async fn create_symlink(
     let call = files.call(request)?;
     let wanted = call.message;
     let path = files.resolve(&wanted.path, &call.user)?;
-    let user = call.user;
+    let actor = call.actor;
     let entry = files
         .blocking_own(move |users| {
-            attributes::create_symlink(&path, &wanted.target, wanted.replace, &user)?;
-            entry::stat(&path, users)
+            attributes::create_symlink(&path, &wanted.target, wanted.replace, &actor)?;
+            entry::stat(&path, &actor, users)
         })
         .await?;
     Ok(Response::new(pb::CreateSymlinkResponse { entry: Some(info(entry)) }))

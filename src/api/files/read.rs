@@ -31,7 +31,7 @@ pub(in crate::api) async fn read(
     request: Request<pb::ReadRequest>,
 ) -> Result<Response<ReadStream>, Status> {
     let call = files.call(request)?;
-    let wanted = call.message;
+    let (wanted, actor) = (call.message, call.actor);
     let path = files.resolve(&wanted.path, &call.user)?;
     let chunk = match wanted.chunk_bytes {
         0 => DEFAULT_CHUNK,
@@ -50,7 +50,7 @@ pub(in crate::api) async fn read(
             if !wanted.if_match.is_empty() && wanted.if_match != tag {
                 return Err(FsError::Changed { path, now: format!("its tag is {tag}") });
             }
-            let entry = entry::stat_behind(&path, users)?;
+            let entry = entry::stat_behind(&path, &actor, users)?;
             let rest = match meta.len() {
                 // A file of /proc says that it is empty and is not.
                 0 => u64::MAX,

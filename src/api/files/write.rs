@@ -185,7 +185,7 @@ impl Upload {
             return Err(status);
         }
         let (staged, writers) = (Arc::clone(&self.staged), files.writers());
-        let path = self.path.clone();
+        let (path, actor) = (self.path.clone(), files.sandbox().actor(&self.user));
         let done = files
             .blocking_step(move |users| {
                 // It is ours from here on, and cannot be continued if this fails.
@@ -194,7 +194,7 @@ impl Upload {
                 };
                 let (received, sha256) = (staged.length(), staged.sha256());
                 let tag = staged.commit(&writers, &options)?;
-                let entry = entry::stat_behind(&path, users)?;
+                let entry = entry::stat_behind(&path, &actor, users)?;
                 Ok((received, sha256, tag, entry))
             })
             .await;

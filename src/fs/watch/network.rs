@@ -174,7 +174,7 @@ impl Poller {
     fn event(&self, rel: &Path, kind: WatchKind) -> WatchEvent {
         let leaves = matches!(kind, WatchKind::Remove | WatchKind::Rename);
         let entry = if self.options.include_entry && !leaves {
-            entry::stat(&self.at(rel), &self.users).ok().map(Box::new)
+            entry::stat_as_daemon(&self.at(rel), &self.users).ok().map(Box::new)
         } else {
             None
         };

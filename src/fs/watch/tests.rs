@@ -13,7 +13,10 @@ use super::{
     *,
 };
 use crate::{
-    fs::transfer::{Writer, Writers},
+    fs::{
+        actor::{Actor, FileAccess},
+        transfer::{Writer, Writers},
+    },
     guest::users::User,
 };
 
@@ -108,7 +111,8 @@ async fn an_upload_is_told_as_clients_assert_it() {
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
     upload(&f.hub, &f.path("root/new"), b"", &BTreeMap::from([("a".to_owned(), "b".to_owned())]));
     f.expect(&[(Chmod, "new"), (Write, "new"), (Chmod, "new")]).await;
-    super::super::dir::make_dir(&f.path("root/d"), &user(), &Users::system()).unwrap();
+    let actor = Actor::new(&user(), FileAccess::Compatible);
+    super::super::dir::make_dir(&f.path("root/d"), &actor, &Users::system()).unwrap();
     f.expect(&[(Create, "d"), (Chmod, "d")]).await;
     fs::write(f.path("root/#12"), "a file with such a name").unwrap();
     f.expect(&[(Create, "#12"), (Write, "#12")]).await;

@@ -384,7 +384,7 @@ impl Tree {
         if !root.options.include_entry || matches!(kind, WatchKind::Remove | WatchKind::Rename) {
             return None;
         }
-        let entry = entry::stat(&self.path_of(id, rel)?, &self.users).ok()?;
+        let entry = entry::stat_as_daemon(&self.path_of(id, rel)?, &self.users).ok()?;
         // Something else can have the name by now, and the event that says so may be lost.
         let is_dir = entry.kind == EntryKind::Directory && !entry.is_symlink;
         self.sort_of(root, rel).is_none_or(|known| known == is_dir).then(|| Box::new(entry))

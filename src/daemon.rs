@@ -42,6 +42,7 @@ use crate::{
     wire::{
         self, Body, Limits,
         listen::{self, Address, ListenError, Listener, Place},
+        memory::Memory,
         server::Server,
         spans::Requests,
     },
@@ -102,7 +103,8 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let requests = Requests::new(&methods, &http::ROUTES);
     let identity = api::identity::Identity::new(router, Arc::clone(&sandbox));
     let access = Arc::clone(&sandbox.access);
-    let service = wire::stack(identity, methods, &limits, access, config.trust.clone());
+    let service =
+        wire::stack(identity, methods, &limits, &sandbox.memory, access, config.trust.clone());
     let service = requests.layer(service);
 
     announce(&sandbox, !config.is_not_fc).await;
@@ -112,7 +114,7 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
         return Err(DaemonError::NoListener);
     }
     let (stop, stopped) = watch::channel(false);
-    let server = Server::new(service.clone(), limits, stopped);
+    let server = Server::new(service.clone(), limits, sandbox.memory.clone(), stopped);
     let mut addresses = Vec::new();
     let mut open = false;
     let mut accepting = JoinSet::new();
@@ -131,6 +133,7 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     }
     let manager = notify::Manager::from_env().map(Arc::new);
     let template = launch::template(&sandbox);
+    sandbox.memory.started();
     tell_ready(&sandbox, &addresses, config.ready, manager.clone(), service).await;
 
     tokio::select! {
@@ -262,6 +265,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         access: Arc::new(access),
         template: Arc::new(template),
         limits: wire.clone(),
+        memory: Memory::new(wire.buffered_bytes),
         started: SystemTime::now(),
         setup: Setup::new(machine),
         meter: Arc::new(Meter::new()),

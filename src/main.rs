@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         let _ = writeln!(io::stderr(), "envd: {line}");
     }
     inherited::keep_secrets();
+    envd::sys::heap::limit_arenas();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING_THREADS)

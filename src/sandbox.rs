@@ -23,7 +23,7 @@ use crate::{
     slots::Slots,
     sys,
     template::Template,
-    wire::Limits,
+    wire::{Limits, memory::Memory},
 };
 
 /// The uploads at a time; beyond it the slowest is evicted if it drips ([`crate::slots`]), and else a
@@ -65,6 +65,8 @@ pub struct Sandbox {
     pub template: Arc<Template>,
     /// The limits of the wire, to be told.
     pub limits: Limits,
+    /// What requests may take of the daemon's memory.
+    pub memory: Memory,
     /// When the daemon started.
     pub started: SystemTime,
     /// What the host tells it to be.

@@ -13,6 +13,8 @@ mod eviction;
 mod init;
 #[path = "hostile/log.rs"]
 mod log;
+#[path = "hostile/memory.rs"]
+mod memory;
 
 use std::{
     io::{ErrorKind, Read, Write},

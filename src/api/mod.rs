@@ -8,6 +8,7 @@ pub mod identity;
 pub mod keepalive;
 pub mod legacy;
 mod limits;
+mod list;
 mod outcome;
 pub mod process;
 pub mod read;
@@ -63,6 +64,7 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .max_decoding_message_size(usize::MAX);
     let probe = HealthServer::new(health::Probe::new(Arc::clone(sandbox)));
     let mut router = Router::new()
+        .route_service("/process.Process/List", list::List(Arc::clone(sandbox)))
         .route_service("/process.Process/{*method}", process)
         .route_service("/filesystem.Filesystem/{*method}", filesystem)
         .route_service("/envd.v1.Template/{*method}", template)

@@ -116,6 +116,7 @@ impl Processes {
             timeout,
             time_limit: limits::time_limit(request.timeout, request.kill_grace)?,
             limits: limits::limits(request.limits)?,
+            charge: None,
         })
     }
 }
@@ -128,16 +129,9 @@ impl Process for Processes {
         &self,
         request: Request<pb::ListRequest>,
     ) -> Result<Response<pb::ListResponse>, Status> {
-        // Without a user nobody's environment is shown.
-        let caller = identity::caller(request.extensions(), &self.sandbox).ok();
-        let found = self.sandbox.processes.list(request.into_inner().include_ended);
-        let usages = self.sandbox.processes.usages(&found).await;
-        let processes = found
-            .iter()
-            .zip(usages)
-            .map(|(found, usage)| info(found, usage, caller.as_deref()))
-            .collect();
-        Ok(Response::new(pb::ListResponse { processes }))
+        // Served by `super::list`, whose route comes before this service's.
+        let _ = request;
+        Err(Status::unimplemented("List is served elsewhere"))
     }
 
     type StartStream = EventStream<pb::StartResponse>;
@@ -297,28 +291,24 @@ impl Process for Processes {
     }
 }
 
-/// A process, as the caller may see it.
-fn info(found: &Found, usage: Option<Usage>, caller: Option<&User>) -> pb::ProcessInfo {
+/// A process as the caller may see it, without its request; and whether the caller may see the variables
+/// of that.
+pub(super) fn summary(
+    found: &Found,
+    usage: Option<Usage>,
+    caller: Option<&User>,
+) -> (pb::ProcessInfo, bool) {
     let record = found.record();
     let spec = &record.spec;
     let may_see = caller.is_some_and(|caller| caller.uid == 0 || caller.uid == spec.user.uid);
-    let envs = match may_see {
-        true => spec.requested_env.clone().into_iter().collect(),
-        false => Default::default(),
-    };
     let (earliest_offset, next_offset) = found.range();
     let ended = found.ended().map(|end| end.ending);
     let state = match ended {
         Some(_) => pb::ProcessState::Ended,
         None => pb::ProcessState::Running,
     };
-    pb::ProcessInfo {
-        config: Some(pb::ProcessConfig {
-            cmd: spec.cmd.clone(),
-            args: spec.args.clone(),
-            envs,
-            cwd: spec.requested_cwd.clone(),
-        }),
+    let summary = pb::ProcessInfo {
+        config: None,
         pid: record.pid,
         tag: spec.tag.clone(),
         process_id: record.id.clone(),
@@ -330,7 +320,8 @@ fn info(found: &Found, usage: Option<Usage>, caller: Option<&User>) -> pb::Proce
         user: spec.user.name.clone(),
         earliest_offset,
         next_offset,
-    }
+    };
+    (summary, may_see)
 }
 
 /// The longest identity that a client may choose.

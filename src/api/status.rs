@@ -47,9 +47,9 @@ fn code_of(kind: Kind) -> Code {
 /// The status of a process that did not start.
 pub(super) fn of_start(error: &StartError) -> Status {
     let code = match error {
-        StartError::TooMany { .. } | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => {
-            Code::ResourceExhausted
-        }
+        StartError::TooMany { .. }
+        | StartError::Requests { .. }
+        | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => Code::ResourceExhausted,
         StartError::IdTaken(_) => Code::AlreadyExists,
         StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
             Code::InvalidArgument

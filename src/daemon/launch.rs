@@ -71,6 +71,7 @@ fn spec(sandbox: &Sandbox, config: &Config, program: Program) -> Result<StartSpe
         timeout: None,
         time_limit: None,
         limits: process::Limits::default(),
+        charge: None,
     })
 }
 

@@ -1,20 +1,24 @@
 //! `POST /files/compose`: one file from parts that were uploaded before.
 
 use axum::{
-    body::Bytes,
+    body::Body,
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::header;
+use bytes::BytesMut;
+use futures_util::StreamExt;
+use http::{StatusCode, header};
 use serde::{Deserialize, Serialize};
 
 use super::{FilesQuery, Refusal, Shared, blocking, upload::too_many_uploads, user};
 use crate::{
     fs::{
+        FsError,
         compose::{self, Part},
         path,
     },
     quote,
+    wire::{budget::Share, cost},
 };
 
 /// The request. Fields that are not known are ignored, as upstream does.
@@ -26,6 +30,30 @@ struct Request {
     username: Option<String>,
 }
 
+/// The most bytes of a request.
+const MAX_BODY: usize = 2 << 20;
+
+/// Reads a body, which borrows what it takes.
+async fn read(body: Body, share: &mut Share) -> Result<BytesMut, Refusal> {
+    let mut chunks = body.into_data_stream();
+    let mut body = BytesMut::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk =
+            chunk.map_err(|error| Refusal::bad(format!("invalid request body: {error}")))?;
+        if body.len() + chunk.len() > MAX_BODY {
+            let text = format!("the request body is larger than {MAX_BODY} bytes");
+            return Err(Refusal(StatusCode::PAYLOAD_TOO_LARGE, text));
+        }
+        share.hold(body.len() + chunk.len()).map_err(|status| full(&status))?;
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+fn full(status: &tonic::Status) -> Refusal {
+    Refusal(StatusCode::SERVICE_UNAVAILABLE, status.message().to_owned())
+}
+
 /// The answer.
 #[derive(Debug, Serialize)]
 struct Composed {
@@ -34,9 +62,21 @@ struct Composed {
     r#type: &'static str,
 }
 
-pub(super) async fn compose(State(sandbox): Shared, body: Bytes) -> Result<Response, Refusal> {
-    // What stands behind the object is ignored, as upstream does.
-    let request = serde_json::Deserializer::from_slice(&body).into_iter::<Request>().next();
+pub(super) async fn compose(
+    State(sandbox): Shared,
+    request: axum::extract::Request,
+) -> Result<Response, Refusal> {
+    let mut share = sandbox.memory.requests().share();
+    let body = read(request.into_body(), &mut share).await?;
+    let parsing = move || {
+        share.hold(body.len() + cost::json(&body)).map_err(|status| full(&status))?;
+        // What stands behind the object is ignored, as upstream does.
+        let request = serde_json::Deserializer::from_slice(&body).into_iter::<Request>().next();
+        Ok::<_, Refusal>((request, share))
+    };
+    let decoders = sandbox.memory.decoders();
+    let parsed = decoders.run_next_step(parsing).await.map_err(FsError::from)?;
+    let (request, _share) = parsed?;
     let request = match request {
         Some(Ok(request)) => request,
         Some(Err(error)) => return Err(Refusal::bad(format!("invalid request body: {error}"))),

@@ -35,7 +35,12 @@ use crate::{
     access::Operation,
     blocking::Pool,
     fs::read::{self, LARGE_PIECE, PIECE, Reader},
-    wire::{Body, gate::Granted},
+    wire::{
+        Body,
+        budget::{Budget, Share},
+        gate::Granted,
+        memory::charged,
+    },
 };
 use conditions::{Outcome, Validators};
 use range::Range;
@@ -47,6 +52,11 @@ pub mod range;
 
 /// The shortest file that is compressed: shorter ones fit in a few packets anyway.
 pub const MIN_GZIP: u64 = 64 << 10;
+
+/// A piece of a file for a client, when those that wait for theirs hold all that downloads may have.
+const MIN_PIECE: usize = 4 << 10;
+/// What an encoder takes.
+const ENCODER_BYTES: usize = 384 << 10;
 
 /// With one of these the answer is about the file as it is, and is not compressed.
 const CONDITIONAL: [HeaderName; 6] = [
@@ -68,7 +78,8 @@ pub(super) async fn download(
     check_signature(&sandbox, Operation::Read, &query, &headers, granted.as_deref())?;
     let user = user(&sandbox, &query)?;
     let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
-    let answer = blocking(&sandbox.files, move || Answer::to(&path, &headers)).await?;
+    let budget = sandbox.memory.downloads().clone();
+    let answer = blocking(&sandbox.files, move || Answer::to(&path, &headers, &budget)).await?;
     let body = match answer.content {
         Some(content) => stream_of(Arc::clone(&sandbox.files), content, answer.first),
         None => Body::from(answer.first),
@@ -86,7 +97,7 @@ struct Answer {
 }
 
 impl Answer {
-    fn to(path: &Path, request: &HeaderMap) -> Result<Self, Refusal> {
+    fn to(path: &Path, request: &HeaderMap, budget: &Budget) -> Result<Self, Refusal> {
         let (file, meta) = read::open(path)?;
         let not_acceptable = |text: String| Refusal(StatusCode::NOT_ACCEPTABLE, text);
         let accepted =
@@ -113,8 +124,8 @@ impl Answer {
             let _ = posix_fadvise(reader.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
         }
 
-        let first = reader.next(piece).map_err(failed)?;
-        let plain = first.len() as u64 == size.min(piece as u64);
+        let (first, share, read) = borrowed(&mut reader, piece, budget).map_err(failed)?;
+        let plain = first.len() as u64 == size.min(read as u64);
         let mut headers = HeaderMap::new();
         headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
         let kind = kind::content_type(path, &first);
@@ -127,9 +138,22 @@ impl Answer {
 
         let pays = size >= MIN_GZIP && kind::compresses(&kind);
         let gzip = !accepted.identity || (accepted.gzip && pays && !conditional);
-        let mut content =
-            Content { reader, parts: VecDeque::new(), piece, gzip: None, _permit: permit };
-        if gzip {
+        let mut encoder_share = budget.share();
+        let room = gzip && encoder_share.hold(ENCODER_BYTES).is_ok();
+        if !room && !accepted.identity {
+            let text = "too many downloads are being compressed; try again later".to_owned();
+            return Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, text));
+        }
+        let mut content = Content {
+            reader,
+            parts: VecDeque::new(),
+            piece,
+            gzip: None,
+            budget: budget.clone(),
+            _encoder: encoder_share,
+            _permit: permit,
+        };
+        if room {
             answer.headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
             let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
             encoder.write_all(&first).map_err(failed)?;
@@ -140,10 +164,11 @@ impl Answer {
         }
         if !plain {
             // Neither its length nor its times mean anything.
-            answer.first = first.into();
+            answer.first = charged(first, share);
             answer.content = Some(content);
             return Ok(answer);
         }
+        let first = charged(first, share);
         answer.plain(request, &meta, &kind, first, content).map_err(failed)?;
         Ok(answer)
     }
@@ -154,7 +179,7 @@ impl Answer {
         request: &HeaderMap,
         meta: &Metadata,
         kind: &HeaderValue,
-        first: Vec<u8>,
+        first: Bytes,
         mut content: Content,
     ) -> io::Result<()> {
         let size = meta.len();
@@ -187,7 +212,7 @@ impl Answer {
         };
         let Some(ranges) = ranges else {
             self.set(header::CONTENT_LENGTH, &size.to_string());
-            self.first = first.into();
+            self.first = first;
             self.content = Some(content);
             return Ok(());
         };
@@ -256,6 +281,22 @@ fn multipart(ranges: &[Range], kind: &HeaderValue, size: u64) -> (String, VecDeq
     (boundary, parts, length)
 }
 
+/// The next piece of a file and what it has borrowed; and how long it could have been. Where there is nothing
+/// to borrow it is short, and goes without.
+fn borrowed(
+    reader: &mut Reader,
+    piece: usize,
+    budget: &Budget,
+) -> io::Result<(Vec<u8>, Share, usize)> {
+    let mut share = budget.share();
+    let wanted = usize::try_from(reader.left()).unwrap_or(piece).min(piece);
+    let piece = match share.hold(wanted) {
+        Ok(()) => piece,
+        Err(_) => MIN_PIECE,
+    };
+    Ok((reader.next(piece)?, share, piece))
+}
+
 /// What a body is made of, a piece at a time.
 struct Content {
     reader: Reader,
@@ -264,6 +305,10 @@ struct Content {
     piece: usize,
     /// Compresses what is read; none once the end has been.
     gzip: Option<GzEncoder<Vec<u8>>>,
+    /// What pieces borrow from.
+    budget: Budget,
+    /// What the encoder has borrowed.
+    _encoder: Share,
     _permit: Option<SemaphorePermit<'static>>,
 }
 
@@ -276,7 +321,7 @@ impl Content {
     /// The next bytes; none at the end.
     fn next(&mut self) -> io::Result<Bytes> {
         loop {
-            let read = self.reader.next(self.piece)?;
+            let (read, share, _) = borrowed(&mut self.reader, self.piece, &self.budget)?;
             if let Some(encoder) = &mut self.gzip {
                 if read.is_empty() {
                     encoder.try_finish()?;
@@ -287,12 +332,12 @@ impl Content {
                 encoder.write_all(&read)?;
                 let packed = std::mem::take(encoder.get_mut());
                 if !packed.is_empty() {
-                    return Ok(packed.into());
+                    return Ok(charged(packed, share));
                 }
                 continue;
             }
             if !read.is_empty() {
-                return Ok(read.into());
+                return Ok(charged(read, share));
             }
             match self.parts.pop_front() {
                 None => return Ok(Bytes::new()),

@@ -21,7 +21,7 @@ use crate::{
     sandbox::Sandbox,
     setup::{self, SetupError},
     version,
-    wire::{Body, connection::Inner, gate::Granted},
+    wire::{Body, connection::Inner, cost, gate::Granted},
 };
 
 /// The most bytes of a request: certificates and variables.
@@ -29,6 +29,8 @@ const MAX_BODY: usize = 4 << 20;
 /// The most bytes of an ordinary one. Of larger ones there are few at a time: anybody may send them,
 /// and they wait in memory.
 const ORDINARY_BODY: usize = 64 << 10;
+/// A body grows by doubling.
+const BODY_GROWTH: usize = 2;
 /// How long it may take to come.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,6 +68,13 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
     let busy = || (StatusCode::SERVICE_UNAVAILABLE, "too many calls of /init at a time".to_owned());
     // Held to the end: what waits for its turn is in memory, too.
     let _place = sandbox.setup.place(inner).ok_or_else(busy)?;
+    let memory = &sandbox.memory;
+    let mut share = match granted {
+        true => memory.requests().share(),
+        false => memory.unproven(inner).share(),
+    };
+    let full =
+        || (StatusCode::SERVICE_UNAVAILABLE, "too many calls of /init hold memory".to_owned());
     let mut large = None;
     let reading = async {
         let mut chunks = request.into_body().into_data_stream();
@@ -79,19 +88,37 @@ async fn answer(sandbox: &Arc<Sandbox>, request: Request) -> Result<(), (StatusC
             if length > ORDINARY_BODY && large.is_none() {
                 large = Some(sandbox.setup.place_of_large(inner).ok_or_else(busy)?);
             }
+            share.hold(BODY_GROWTH * length).map_err(|_| full())?;
             body.extend_from_slice(&chunk);
         }
         Ok(body)
     };
     let body = timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| Err(bad()))?;
+    // To the end, as the place.
+    let _held;
     let parsed = match body.is_empty() {
         true => InitBody::default(),
-        false => parse(&body).map_err(|error| {
-            // Where it is wrong, and not what: the text might quote a secret.
-            let (line, column, kind) = (error.line(), error.column(), error.classify());
-            tracing::warn!(line, column, ?kind, "an /init that does not parse");
-            bad()
-        })?,
+        false => {
+            let parsed = if body.len() > ORDINARY_BODY {
+                // Not on the runtime, where it would hold up everybody.
+                let parsing = memory.decoders().run_next_step(move || {
+                    share.hold(BODY_GROWTH * body.len() + cost::json(&body)).map_err(|_| full())?;
+                    Ok((parse(&body), share))
+                });
+                parsing.await.map_err(|_| full())?
+            } else {
+                share.hold(BODY_GROWTH * body.len() + cost::json(&body)).map_err(|_| full())?;
+                Ok((parse(&body), share))
+            };
+            let (parsed, held) = parsed?;
+            _held = held;
+            parsed.map_err(|error| {
+                // Where it is wrong, and not what: the text might quote a secret.
+                let (line, column, kind) = (error.line(), error.column(), error.classify());
+                tracing::warn!(line, column, ?kind, "an /init that does not parse");
+                bad()
+            })?
+        }
     };
     let request = parsed.request().map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
     let report = setup::run(sandbox, request, granted).await.map_err(|error| {

@@ -32,6 +32,12 @@ pub const RETENTION: Duration = Duration::from_secs(600);
 /// Upstream's, and the least here.
 pub const MIN_RETENTION: Duration = Duration::from_secs(30);
 
+/// What the large requests of all processes that are known may take together, in bytes: their arguments and
+/// variables, which `List` shows. Beyond it such a start is refused.
+pub const MAX_REQUESTS: usize = 64 * 1024 * 1024;
+/// Requests up to this size are not counted.
+pub const SMALL_REQUEST: usize = 32 * 1024;
+
 /// The most ended processes kept; beyond it the oldest goes.
 pub const MAX_RETAINED: usize = 256;
 
@@ -63,6 +69,8 @@ pub struct Options {
     pub retention: Duration,
     /// See [`MAX_RETAINED`].
     pub max_retained: usize,
+    /// See [`MAX_REQUESTS`].
+    pub max_requests: usize,
     /// See [`SPILL_DIR`].
     pub spill_dir: PathBuf,
     /// Where it is noted which processes are stopped for a moment, if anywhere.
@@ -82,6 +90,7 @@ impl Default for Options {
             drain_grace: DRAIN_GRACE,
             retention: RETENTION,
             max_retained: MAX_RETAINED,
+            max_requests: MAX_REQUESTS,
             spill_dir: SPILL_DIR.into(),
             stop_notes: None,
             nofile: None,

@@ -3,7 +3,10 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher, Hasher, RandomState},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
@@ -15,8 +18,9 @@ use tokio::{
 use super::{
     Groups, Options, Process, StartError, StartSpec, StopNotes, Subscription, Tether,
     journal::{Attach, Bounds, Disk, Journal, Pressure},
-    options::MAX_RETAINED_REQUESTS,
+    options::{MAX_RETAINED_REQUESTS, SMALL_REQUEST},
     record::{Finished, Found},
+    spec::RequestCharge,
     start,
 };
 use crate::{
@@ -59,6 +63,8 @@ pub struct Manager {
     pub(super) directories: Arc<Pool>,
     spillers: Arc<Pool>,
     matchers: Arc<Pool>,
+    /// What large requests of processes take together.
+    requests: Arc<AtomicUsize>,
     /// Where trees are signalled and measured.
     pub(super) trees: Arc<Pool>,
     pub(super) groups: Groups,
@@ -98,6 +104,7 @@ impl Manager {
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
             spillers: Pool::new("journal", 1, MAX_SPILL_THREADS),
             matchers: Pool::new("match", 0, MAX_MATCH_THREADS),
+            requests: Arc::default(),
             options,
             trees: Pool::new("trees", 1, MAX_TREE_THREADS),
             groups,
@@ -141,7 +148,7 @@ impl Manager {
 
     async fn start_and(
         self: &Arc<Self>,
-        spec: StartSpec,
+        mut spec: StartSpec,
         tethered: bool,
     ) -> Result<(Found, Subscription, Option<Tether>), StartError> {
         let tether = move |process: &Arc<Process>| tethered.then(|| Tether::new(process));
@@ -166,6 +173,7 @@ impl Manager {
         let slot = Arc::clone(&self.slots)
             .try_acquire_owned()
             .map_err(|_| StartError::TooMany { max: self.options.max_processes })?;
+        spec.charge = self.charge(&spec)?;
         let manager = Arc::clone(self);
         // On a task of its own, so that no child is left alone between clone and registration.
         let starting = tokio::spawn(async move {
@@ -178,6 +186,20 @@ impl Manager {
             })
         });
         starting.await.unwrap_or_else(|error| Err(StartError::Task(error.to_string())))
+    }
+
+    /// Counts a large request, which stays in memory as long as its process is known.
+    fn charge(&self, spec: &StartSpec) -> Result<Option<Arc<RequestCharge>>, StartError> {
+        let bytes = spec.size();
+        if bytes <= SMALL_REQUEST {
+            return Ok(None);
+        }
+        let max = self.options.max_requests;
+        let add = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= max);
+        self.requests
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, add)
+            .map_err(|_| StartError::Requests { max })?;
+        Ok(Some(Arc::new(RequestCharge { used: Arc::clone(&self.requests), bytes })))
     }
 
     /// Waits until no other call starts a process of this identity, and says whether there is one.

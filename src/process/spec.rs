@@ -3,6 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -40,6 +44,21 @@ pub struct StartSpec {
     pub time_limit: Option<TimeLimit>,
     /// What its whole tree may use.
     pub limits: Limits,
+    /// Held while this is in memory, if it is large. The manager sets it.
+    pub charge: Option<Arc<RequestCharge>>,
+}
+
+/// A part of what the requests of processes may take together, given back on drop.
+#[derive(Debug)]
+pub struct RequestCharge {
+    pub(super) used: Arc<AtomicUsize>,
+    pub(super) bytes: usize,
+}
+
+impl Drop for RequestCharge {
+    fn drop(&mut self) {
+        self.used.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
 }
 
 /// The tag of what belongs to the sandbox itself. It stays in the daemon's control group, as with
@@ -81,7 +100,7 @@ impl StartSpec {
     }
 
     /// Roughly, what it takes in memory, without the environment as it was given to the process.
-    pub(super) fn size(&self) -> usize {
+    pub fn size(&self) -> usize {
         const STRING: usize = size_of::<String>();
         let env =
             self.requested_env.iter().map(|(name, value)| 2 * STRING + name.len() + value.len());

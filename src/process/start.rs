@@ -43,6 +43,12 @@ pub enum StartError {
         /// How many.
         max: usize,
     },
+    /// The requests of processes take too much.
+    #[error("the arguments and variables of processes take more than {max} bytes together")]
+    Requests {
+        /// The bytes that they may take.
+        max: usize,
+    },
     /// There is a process of the same identity that was started with another request.
     #[error("a process with the process_id '{}' exists, and it was started with another request", quote::text(.0))]
     IdTaken(String),

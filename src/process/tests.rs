@@ -27,6 +27,7 @@ pub(super) fn spec(cmd: &str, args: &[&str]) -> StartSpec {
         timeout: None,
         time_limit: None,
         limits: Limits::default(),
+        charge: None,
     }
 }
 

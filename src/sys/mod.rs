@@ -13,6 +13,7 @@ mod child;
 mod clone;
 pub mod errno;
 pub mod fs_credentials;
+pub mod heap;
 pub mod inherited_fds;
 pub mod mounts;
 pub mod net;

@@ -82,6 +82,10 @@ impl Activity {
         Some((since + patience, waiting))
     }
 
+    pub(super) fn has_calls(&self) -> bool {
+        self.calls.load(Ordering::Acquire) > 0
+    }
+
     pub(super) fn bytes_came(&self) {
         let mut waiting = self.waiting.lock();
         if self.calls.load(Ordering::Acquire) == 0 && waiting.1 == Waiting::ForRequest {

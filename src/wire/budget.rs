@@ -25,6 +25,8 @@ pub struct Budget {
     small: Arc<AtomicUsize>,
     large: Arc<AtomicUsize>,
     limit: usize,
+    /// Up to which size a share is small; 0 where there is no part for those.
+    small_bytes: usize,
 }
 
 impl Budget {
@@ -35,7 +37,14 @@ impl Budget {
             small: Arc::new(AtomicUsize::new(small)),
             large: Arc::new(AtomicUsize::new(limit - small)),
             limit,
+            small_bytes: SMALL_BYTES,
         }
+    }
+
+    /// A budget of so many bytes, none of which are kept for what is small.
+    pub fn undivided(limit: usize) -> Self {
+        let (small, large) = (Arc::default(), Arc::new(AtomicUsize::new(limit)));
+        Self { small, large, limit, small_bytes: 0 }
     }
 
     /// A share of it, empty at first.
@@ -44,7 +53,7 @@ impl Budget {
     }
 
     fn part(&self, bytes: usize) -> &AtomicUsize {
-        if bytes <= SMALL_BYTES { &self.small } else { &self.large }
+        if bytes <= self.small_bytes { &self.small } else { &self.large }
     }
 
     fn give_back(&self, bytes: usize) {
@@ -60,6 +69,11 @@ pub struct Share {
 }
 
 impl Share {
+    /// What is held now.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
     /// Holds exactly so many bytes from now on.
     ///
     /// # Errors

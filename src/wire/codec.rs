@@ -10,7 +10,7 @@
 
 use std::{future::Future, marker::PhantomData};
 
-use bytes::{Buf, BufMut};
+use bytes::{Buf, BufMut, Bytes};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use tonic::{
@@ -37,6 +37,30 @@ pub async fn scope<F: Future>(format: Format, call: F) -> F::Output {
     FORMAT.scope(format, call).await
 }
 
+/// The format of the call that this runs in.
+pub fn format() -> Format {
+    FORMAT.try_with(|format| *format).unwrap_or_default()
+}
+
+/// Reads one message.
+///
+/// # Errors
+/// `invalid_argument`.
+pub fn decode<U>(format: Format, message: Bytes) -> Result<U, Status>
+where
+    U: prost::Message + DeserializeOwned + Default,
+{
+    let failed = |error: &dyn std::fmt::Display| {
+        Status::invalid_argument(format!("unmarshal message: {error}"))
+    };
+    match format {
+        Format::Proto => U::decode(message).map_err(|error| failed(&error)),
+        // An envelope of length zero is an empty message, as upstream takes it.
+        Format::Json if message.is_empty() => Ok(U::default()),
+        Format::Json => from_json(&message).map_err(|error| failed(&error)),
+    }
+}
+
 /// The codec that build.rs gives to every service.
 #[derive(Debug)]
 pub struct DualCodec<T, U> {
@@ -46,8 +70,7 @@ pub struct DualCodec<T, U> {
 
 impl<T, U> Default for DualCodec<T, U> {
     fn default() -> Self {
-        let format = FORMAT.try_with(|format| *format).unwrap_or_default();
-        Self { format, messages: PhantomData }
+        Self { format: format(), messages: PhantomData }
     }
 }
 
@@ -105,20 +128,10 @@ impl<U: prost::Message + DeserializeOwned + Default> Decoder for DualDecoder<U> 
     type Error = Status;
 
     fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        let failed = |error: &dyn std::fmt::Display| {
-            Status::invalid_argument(format!("unmarshal message: {error}"))
-        };
-        match self.format {
-            Format::Proto => U::decode(buf).map(Some).map_err(|error| failed(&error)),
-            // An envelope of length zero is an empty message, as upstream takes it.
-            Format::Json if !buf.has_remaining() => Ok(Some(U::default())),
-            Format::Json => {
-                // tonic hands over one contiguous message, but says so nowhere: copy_to_bytes is
-                // free where it is, and right where it is not.
-                let message = buf.copy_to_bytes(buf.remaining());
-                from_json(&message).map(Some).map_err(|error| failed(&error))
-            }
-        }
+        // tonic hands over one contiguous message, but says so nowhere: copy_to_bytes is free where it
+        // is, and right where it is not.
+        let message = buf.copy_to_bytes(buf.remaining());
+        decode(self.format, message).map(Some)
     }
 }
 

@@ -44,7 +44,9 @@ use super::{
     activity::{Activity, Running, Waiting},
     drain::DrainOnDrop,
     error,
+    heads::Heads,
     loopback::ViaLoopback,
+    memory::Memory,
     peer::Peer,
     translate::Refused,
 };
@@ -60,6 +62,9 @@ const REQUEST_TIMEOUT: &[u8] =
 /// answer. A client that vanished without closing would hold its calls for ever.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The most that HTTP/1.1 buffers of a request and of an answer: a head, and what it takes to find its end.
+const MAX_HTTP1_BUFFER: usize = MAX_HEADER_BYTES + (32 << 10);
 
 /// How long a connection without a call may take to end once that was asked of it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -93,6 +98,8 @@ pub struct Place {
     pub via_loopback: bool,
     /// Present when the connection is one too many.
     pub refused: Option<Refused>,
+    /// What the heads of its requests borrow from, and what notes its end.
+    pub memory: Memory,
     /// What happens on it, which others may look at.
     pub(super) activity: Arc<Activity>,
 }
@@ -111,6 +118,7 @@ pub async fn serve<I, S>(
     S::Future: Send + 'static,
 {
     let activity = place.activity;
+    let heads = Arc::new(Heads::new(place.memory.unproven(place.slot.inner.is_some())));
     let sniffed = tokio::select! {
         sniffed = tokio::time::timeout(limits.header_timeout, sniff(&mut io)) => sniffed,
         () = activity.evicted() => return tracing::debug!("connection closed for another one"),
@@ -124,6 +132,7 @@ pub async fn serve<I, S>(
     if http2 {
         // A client that says hello and calls later is idle, not slow.
         activity.rest();
+        heads.http2();
     }
     let io = Watched {
         io: Rewound { start, io },
@@ -131,6 +140,7 @@ pub async fn serve<I, S>(
         heads: !http2,
         stall_timeout: limits.stall_timeout,
         stalled: None,
+        count: Arc::clone(&heads),
     };
     let service = Calls {
         inner: service,
@@ -140,7 +150,10 @@ pub async fn serve<I, S>(
         via_loopback: place.via_loopback,
         from_inside: place.slot.inner.is_some(),
         refused: place.refused,
+        heads,
+        memory: place.memory.clone(),
     };
+    let memory = place.memory;
     let io = TokioIo::new(io);
     if http2 {
         let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -162,7 +175,8 @@ pub async fn serve<I, S>(
             .timer(TokioTimer::new())
             .header_read_timeout(None)
             .max_header_size(MAX_HEADER_BYTES)
-            .max_headers(MAX_HEADER_LINES);
+            .max_headers(MAX_HEADER_LINES)
+            .max_buf_size(MAX_HTTP1_BUFFER);
         let mut connection = builder.serve_connection(io, service);
         let late =
             supervise(Pin::new(&mut connection), &activity, limits, shutdown, |connection| {
@@ -176,6 +190,7 @@ pub async fn serve<I, S>(
         }
     }
     drop(place.slot);
+    memory.freed();
 }
 
 /// Runs a connection; true when it is to be told that its request came too slowly.
@@ -261,6 +276,8 @@ struct Watched<I> {
     stall_timeout: Duration,
     /// Runs while the client takes nothing that is there for it.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// What heads take.
+    count: Arc<Heads>,
 }
 
 impl<I> Watched<I> {
@@ -294,9 +311,11 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
         }
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.io.io).poll_read(cx, buf))?;
-        if self.heads && buf.filled().len() > before {
+        let came = buf.filled().get(before..).unwrap_or_default();
+        if self.heads && !came.is_empty() {
             self.activity.bytes_came();
         }
+        self.count.came(came, self.heads && !self.activity.has_calls())?;
         Poll::Ready(Ok(()))
     }
 }
@@ -343,6 +362,19 @@ struct Calls<S> {
     via_loopback: bool,
     from_inside: bool,
     refused: Option<Refused>,
+    heads: Arc<Heads>,
+    memory: Memory,
+}
+
+/// In a request's extensions: what to tell when its caller has shown the token.
+#[derive(Debug, Clone)]
+pub(super) struct Unproven(Arc<Heads>);
+
+impl Unproven {
+    /// The caller has shown it.
+    pub(super) fn proven(&self) {
+        self.0.proven();
+    }
 }
 
 impl<S> hyper::service::Service<Request<Incoming>> for Calls<S>
@@ -355,6 +387,7 @@ where
     type Future = BoxFuture<'static, Result<Response<CallBody>, Infallible>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let large_head = self.heads.ended();
         let running = self.activity.begin();
         let refused = self.refused.clone();
         let http1 = request.version() < Version::HTTP_2;
@@ -367,13 +400,16 @@ where
         if self.via_loopback {
             request.extensions_mut().insert(ViaLoopback);
         }
+        request.extensions_mut().insert(Unproven(Arc::clone(&self.heads)));
         if self.from_inside {
             request.extensions_mut().insert(Inner);
         }
-        let close = http1 && refused.is_some();
+        // A buffer that has grown stays as large as it is.
+        let close = http1 && (refused.is_some() || large_head);
         if let Some(refused) = refused {
             request.extensions_mut().insert(refused);
         }
+        let memory = self.memory.clone();
         let response = self.inner.clone().call(request);
         Box::pin(async move {
             // A fault of ours is that call's misfortune, and no other's.
@@ -385,7 +421,7 @@ where
                 let close = HeaderValue::from_static("close");
                 response.headers_mut().insert(header::CONNECTION, close);
             }
-            Ok(response.map(|body| CallBody { body, running: Some(running) }))
+            Ok(response.map(|body| CallBody { body, running: Some(running), memory }))
         })
     }
 }
@@ -395,6 +431,13 @@ where
 struct CallBody {
     body: Body,
     running: Option<Running>,
+    memory: Memory,
+}
+
+impl Drop for CallBody {
+    fn drop(&mut self) {
+        self.memory.freed();
+    }
 }
 
 impl http_body::Body for CallBody {

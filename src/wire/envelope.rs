@@ -83,6 +83,14 @@ impl Splitter {
         self.buffer.len()
     }
 
+    /// Whether the next envelope has come whole, and is compressed or larger than this.
+    pub fn next_is_expensive(&self, large: usize) -> bool {
+        self.header().is_some_and(|(flags, length)| {
+            let whole = length <= self.limit && self.buffer.len() >= HEADER_BYTES + length;
+            whole && (length > large || flags & COMPRESSED != 0)
+        })
+    }
+
     /// Takes the next whole envelope, if it has come.
     ///
     /// # Errors
@@ -148,23 +156,38 @@ pub fn header(flags: u8, length: usize) -> [u8; HEADER_BYTES] {
     header
 }
 
+/// How much is decompressed before it is asked whether there is room for more, at least.
+const DECOMPRESSED_PIECE: usize = 64 << 10;
+
 /// Takes a message out of its compression.
 ///
 /// # Errors
 /// `invalid_argument` for bytes that are no gzip; `resource_exhausted` when they grow beyond the
-/// limit, however small they came.
-pub fn decompress(message: &[u8], limit: usize) -> Result<Bytes, Status> {
+/// limit, however small they came; and what `hold` says, which is told of each size before it is reached.
+pub fn decompress(
+    message: &[u8],
+    limit: usize,
+    mut hold: impl FnMut(usize) -> Result<(), Status>,
+) -> Result<Bytes, Status> {
     let mut plain = Vec::new();
-    let cap = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-    GzDecoder::new(message).take(cap).read_to_end(&mut plain).map_err(|error| {
-        Status::invalid_argument(format!("decompress: message is not valid gzip: {error}"))
-    })?;
-    if plain.len() > limit {
-        return Err(Status::resource_exhausted(format!(
-            "message size after decompression is larger than the configured maximum of {limit} bytes"
-        )));
+    let mut decoder = GzDecoder::new(message);
+    loop {
+        let piece =
+            DECOMPRESSED_PIECE.max(plain.len()).min((limit - plain.len()).saturating_add(1));
+        hold(plain.len() + piece)?;
+        let piece = u64::try_from(piece).unwrap_or(u64::MAX);
+        let read = (&mut decoder).take(piece).read_to_end(&mut plain).map_err(|error| {
+            Status::invalid_argument(format!("decompress: message is not valid gzip: {error}"))
+        })?;
+        if plain.len() > limit {
+            return Err(Status::resource_exhausted(format!(
+                "message size after decompression is larger than the configured maximum of {limit} bytes"
+            )));
+        }
+        if (read as u64) < piece {
+            return Ok(plain.into());
+        }
     }
-    Ok(plain.into())
 }
 
 /// Compresses a message, fast rather than small.
@@ -204,9 +227,15 @@ mod tests {
     fn a_small_bomb_is_stopped_at_the_limit() {
         let bomb = compress(&vec![0; 1 << 20]);
         assert!(bomb.len() < 8 << 10);
-        assert_eq!(decompress(&bomb, 1 << 10).unwrap_err().code(), Code::ResourceExhausted);
-        assert_eq!(decompress(&bomb, 1 << 20).unwrap().len(), 1 << 20);
-        assert_eq!(decompress(b"nonsense", 10).unwrap_err().code(), Code::InvalidArgument);
+        let free = |_| Ok(());
+        assert_eq!(decompress(&bomb, 1 << 10, free).unwrap_err().code(), Code::ResourceExhausted);
+        assert_eq!(decompress(&bomb, 1 << 20, free).unwrap().len(), 1 << 20);
+        assert_eq!(decompress(b"nonsense", 10, free).unwrap_err().code(), Code::InvalidArgument);
+        let little = |bytes| match bytes > 512 << 10 {
+            true => Err(Status::unavailable("no memory")),
+            false => Ok(()),
+        };
+        assert_eq!(decompress(&bomb, 1 << 20, little).unwrap_err().code(), Code::Unavailable);
     }
 
     proptest! {
@@ -237,14 +266,14 @@ mod tests {
             let mut splitter = Splitter::new(64);
             splitter.push(&bytes);
             while let Ok(Some(envelope)) = splitter.take() {
-                let _ = decompress(&envelope.message, 64);
+                let _ = decompress(&envelope.message, 64, |_| Ok(()));
             }
             let _ = splitter.end();
         }
 
         #[test]
         fn compression_round_trip(bytes in prop::collection::vec(any::<u8>(), 0..5000)) {
-            prop_assert_eq!(decompress(&compress(&bytes), 5000).unwrap(), bytes);
+            prop_assert_eq!(decompress(&compress(&bytes), 5000, |_| Ok(())).unwrap(), bytes);
         }
     }
 }

@@ -26,7 +26,9 @@ use tonic::Status;
 use tower::Service;
 
 use super::{
-    Body, error,
+    Body,
+    connection::Unproven,
+    error,
     peer::{Peer, Trust},
     protocol::{Framing, Protocol},
     response::Writer,
@@ -105,6 +107,11 @@ where
             Verdict::Open if path != "/init" => None,
             _ => request.extensions().get::<rate_limit::Peer>().copied(),
         };
+        if stranger.is_none()
+            && let Some(unproven) = request.extensions().get::<Unproven>()
+        {
+            unproven.proven();
+        }
         if trusted {
             request.extensions_mut().insert(Granted::ByPeer);
         } else if verdict == Verdict::Known {

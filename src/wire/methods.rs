@@ -8,6 +8,8 @@ use std::collections::{HashMap, HashSet};
 use prost::Message;
 use prost_types::FileDescriptorSet;
 
+use super::cost::Types;
+
 /// Which sides of a method are streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Method {
@@ -20,6 +22,8 @@ pub struct Method {
     /// Whether its messages may be as large as the server allows, and not only
     /// [`super::MAX_ORDINARY_BYTES`].
     pub large: bool,
+    /// The type of its requests, in [`Methods::types`].
+    pub input: Option<usize>,
 }
 
 impl Method {
@@ -34,6 +38,7 @@ impl Method {
 pub struct Methods {
     by_path: HashMap<String, Method>,
     services: HashSet<String>,
+    types: Types,
 }
 
 impl Methods {
@@ -43,7 +48,9 @@ impl Methods {
     /// # Errors
     /// When the bytes are no descriptor set.
     pub fn add(mut self, descriptors: &[u8], json: bool) -> Result<Self, prost::DecodeError> {
-        for file in FileDescriptorSet::decode(descriptors)?.file {
+        let descriptors = FileDescriptorSet::decode(descriptors)?;
+        self.types.add(&descriptors);
+        for file in descriptors.file {
             let package = file.package.unwrap_or_default();
             for service in file.service {
                 let name = service.name.unwrap_or_default();
@@ -55,6 +62,7 @@ impl Methods {
                         server_stream: method.server_streaming(),
                         json,
                         large: false,
+                        input: self.types.named(method.input_type()),
                     };
                     self.by_path.insert(path, method);
                 }
@@ -71,6 +79,11 @@ impl Methods {
             method.large = true;
         }
         self
+    }
+
+    /// The types of all messages.
+    pub fn types(&self) -> &Types {
+        &self.types
     }
 
     /// The paths of all methods.

@@ -24,16 +24,20 @@ pub mod budget;
 pub mod codec;
 pub mod connection;
 pub mod cors;
+pub mod cost;
 pub mod dial;
 pub mod drain;
 pub mod envelope;
 pub mod error;
 mod eviction;
 pub mod gate;
+mod heads;
 pub mod listen;
 pub mod loopback;
+pub mod memory;
 pub mod metadata;
 pub mod methods;
+pub mod offload;
 pub mod peer;
 pub mod protocol;
 pub mod request;
@@ -43,6 +47,7 @@ pub mod spans;
 pub mod timeout;
 pub mod tls;
 pub mod translate;
+mod trim;
 
 use std::{sync::Arc, time::Duration};
 
@@ -63,7 +68,7 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// and variables of 2 MiB at most (execve(2)), and a path is shorter still.
 pub const MAX_ORDINARY_BYTES: usize = 4 << 20;
 
-/// The most bytes of all requests together that wait in memory.
+/// The most bytes of all requests together that wait in memory, with what they are decoded to.
 pub const MAX_BUFFERED_BYTES: usize = 256 << 20;
 
 /// The most bytes of one request's headers. Beyond: 431.
@@ -147,11 +152,12 @@ pub fn stack<S>(
     inner: S,
     methods: methods::Methods,
     limits: &Limits,
+    memory: &memory::Memory,
     access: Arc<Access>,
     trust: peer::Trust,
 ) -> Stack<S> {
     let trust = Arc::new(trust);
-    let calls = translate::Translate::new(inner, methods, limits);
+    let calls = translate::Translate::new(inner, methods, limits, memory);
     let gate = gate::Gate::new(calls, Arc::clone(&access), Arc::clone(&trust));
     loopback::LoopbackGuard::new(cors::Cors::new(gate), access, trust)
 }

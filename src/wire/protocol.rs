@@ -161,7 +161,13 @@ mod tests {
 
     #[test]
     fn accept_post_is_sorted_and_complete() {
-        let stream = Method { client_stream: false, server_stream: true, json: true, large: false };
+        let stream = Method {
+            client_stream: false,
+            server_stream: true,
+            json: true,
+            large: false,
+            input: None,
+        };
         let accepted = accepted(stream);
         assert!(accepted.starts_with("application/connect+json, application/connect+proto, "));
         for one in accepted.split(", ") {

@@ -3,10 +3,15 @@
 //! A method that takes one message gets exactly one: it is read whole before the service runs, so
 //! that a second or missing one is an error and not a surprise. A client stream is passed on
 //! envelope by envelope, as they come.
+//!
+//! What a message will take once it is decoded ([`super::cost`]) is borrowed from the budget before the
+//! service sees it. A message that is large or compressed is opened, and so also decoded, off the
+//! runtime ([`super::offload`]).
 
 use std::{
     collections::VecDeque,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -22,6 +27,9 @@ use super::{
     budget::Share,
     codec::Format,
     envelope::{self, COMPRESSED, END_STREAM, Encoding, Envelope, Splitter, TRAILERS},
+    memory::LARGE_MESSAGE,
+    methods::{Method, Methods},
+    offload,
     protocol::{Framing, Protocol},
 };
 
@@ -36,20 +44,38 @@ pub struct Reader {
     pub limit: usize,
     /// How long a single message may make no progress.
     pub stall_timeout: Duration,
+    /// What its messages are decoded to.
+    pub methods: Arc<Methods>,
+    /// Which method it calls.
+    pub method: Method,
 }
 
 impl Reader {
+    /// What is to be borrowed for a message: its bytes, and what it is decoded to. Data is not copied when it
+    /// is protobuf, and takes three quarters of its text when it is JSON.
+    fn cost(&self, message: &[u8]) -> usize {
+        let decoded = self.methods.types().cost(self.method.input, self.protocol.format, message);
+        match (self.method.large, self.protocol.format) {
+            (true, Format::Json) => message.len() / 2 + decoded,
+            _ => message.len() + decoded,
+        }
+    }
+
     /// Reads a request of exactly one message.
     ///
     /// # Errors
     /// `resource_exhausted` over the limit, `unimplemented` for none or several messages, and what
     /// a broken envelope or compression deserves.
     pub async fn single(self, body: Body, share: &mut Share) -> Result<Body, Status> {
+        let costs = self.clone();
         let message = match self.protocol.framing {
             Framing::ConnectUnary => self.bare(body, share).await?,
             _ => self.enveloped(body, share).await?,
         };
-        share.hold(message.len())?;
+        if message.len() > LARGE_MESSAGE {
+            offload::here().await;
+        }
+        share.hold(costs.cost(&message))?;
         let header = Bytes::copy_from_slice(&envelope::header(0, message.len()));
         Ok(Body::new(Chunks([header, message].into())))
     }
@@ -90,7 +116,11 @@ impl Reader {
         }
         let message = if rest.is_empty() { first } else { rest.freeze() };
         let message = match self.encoding {
-            Encoding::Gzip if !message.is_empty() => envelope::decompress(&message, self.limit)?,
+            Encoding::Gzip if !message.is_empty() => {
+                offload::here().await;
+                let hold = |bytes| share.hold(message.len() + bytes);
+                envelope::decompress(&message, self.limit, hold)?
+            }
             _ => message,
         };
         if message.is_empty() && self.protocol.format == Format::Json {
@@ -128,8 +158,13 @@ impl Reader {
         })
     }
 
-    /// The message in an envelope, or `None` where the envelope ends the stream.
-    fn open(&self, envelope: Envelope) -> Result<Option<Bytes>, Status> {
+    /// The message in an envelope, or `None` where the envelope ends the stream. `share` holds `held` more.
+    fn open(
+        &self,
+        envelope: Envelope,
+        share: &mut Share,
+        held: usize,
+    ) -> Result<Option<Bytes>, Status> {
         let ends = match self.protocol.framing {
             Framing::ConnectUnary | Framing::ConnectStream => END_STREAM,
             Framing::GrpcWeb { .. } => TRAILERS,
@@ -150,7 +185,10 @@ impl Reader {
                 "protocol error: sent compressed message without compression support",
             )),
             (true, Encoding::Gzip) if envelope.message.is_empty() => Ok(Some(Bytes::new())),
-            (true, Encoding::Gzip) => envelope::decompress(&envelope.message, self.limit).map(Some),
+            (true, Encoding::Gzip) => {
+                let hold = |bytes| share.hold(held + envelope.message.len() + bytes);
+                envelope::decompress(&envelope.message, self.limit, hold).map(Some)
+            }
         }
     }
 }
@@ -193,6 +231,10 @@ impl Envelopes {
 
     fn poll_progress(&mut self, cx: &mut Context<'_>, share: &mut Share) -> Poll<Progress> {
         let failed = |status| Poll::Ready(Progress::Message(Err(status)));
+        // To open it, and to decode what is in it right after, takes long.
+        if self.splitter.next_is_expensive(LARGE_MESSAGE) && offload::must_move(cx) {
+            return Poll::Pending;
+        }
         while let Some(envelope) = self.splitter.take().transpose() {
             let envelope = match envelope {
                 Ok(envelope) => envelope,
@@ -201,9 +243,9 @@ impl Envelopes {
             if self.ended {
                 continue;
             }
-            match self.reader.open(envelope) {
+            match self.reader.open(envelope, share, self.splitter.buffered()) {
                 Ok(Some(message)) => {
-                    let held = share.hold(self.splitter.buffered() + message.len());
+                    let held = share.hold(self.splitter.buffered() + self.reader.cost(&message));
                     return Poll::Ready(Progress::Message(held.map(|()| message)));
                 }
                 Ok(None) => self.ended = true,

@@ -12,6 +12,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response};
 use http_body::Frame;
 use http_body_util::BodyExt;
@@ -20,8 +21,9 @@ use tonic::{Code, Status};
 
 use super::{
     Body,
+    budget::Share,
     envelope::{self, COMPRESSED, END_STREAM, Encoding, MIN_COMPRESSED_BYTES, Splitter, TRAILERS},
-    error,
+    error, memory,
     metadata::{ResponseMetadata, append_all},
     protocol::{Framing, Protocol},
     spans, timeout,
@@ -46,6 +48,16 @@ pub struct Writer {
     pub metadata: ResponseMetadata,
     /// When the call's time is over.
     pub deadline: Option<Instant>,
+    /// What the answer borrows from, where it is one message.
+    pub share: Option<Share>,
+}
+
+/// In the extensions of a service's response: it is one message without an error, of so many bytes behind
+/// the envelope's head, which comes as a frame of its own. It is passed on as it comes, not collected.
+#[derive(Debug, Clone, Copy)]
+pub struct Prepared {
+    /// The length of the message.
+    pub length: usize,
 }
 
 impl Writer {
@@ -56,6 +68,7 @@ impl Writer {
             encoding: Encoding::Identity,
             metadata: ResponseMetadata::default(),
             deadline: None,
+            share: None,
         }
     }
 
@@ -69,8 +82,14 @@ impl Writer {
     }
 
     /// What the service answered.
-    pub async fn response(self, response: Response<Body>) -> Response<Body> {
+    pub async fn response(mut self, response: Response<Body>) -> Response<Body> {
         let (parts, body) = response.into_parts();
+        let prepared = parts.extensions.get::<Prepared>().copied();
+        if prepared.is_some() {
+            // To compress it, it would have to be in memory whole.
+            self.encoding = Encoding::Identity;
+            self.share = None;
+        }
         let grpc = parts
             .headers
             .get(header::CONTENT_TYPE)
@@ -83,7 +102,10 @@ impl Writer {
             return Response::from_parts(parts, body);
         }
         match self.protocol.framing {
-            Framing::ConnectUnary => self.connect_unary(parts, body).await,
+            Framing::ConnectUnary => match prepared {
+                Some(prepared) => self.connect_prepared(parts, body, prepared.length),
+                None => self.connect_unary(parts, body).await,
+            },
             _ => self.streaming(parts.headers, body),
         }
     }
@@ -132,11 +154,12 @@ impl Writer {
             metadata: self.metadata,
             deadline: self.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
             ready: VecDeque::new(),
+            share: self.share,
         };
         response_with(StatusCode::OK, headers, Body::new(body))
     }
 
-    async fn connect_unary(self, parts: response::Parts, mut body: Body) -> Response<Body> {
+    async fn connect_unary(mut self, parts: response::Parts, mut body: Body) -> Response<Body> {
         let mut message = BytesMut::new();
         let mut trailers = None;
         while let Some(frame) = body.frame().await {
@@ -158,6 +181,12 @@ impl Writer {
         }
         spans::rpc_ended(Code::Ok);
         let mut message = message.split_off(envelope::HEADER_BYTES).freeze();
+        if let Some(mut share) = self.share.take() {
+            if let Err(status) = share.hold(message.len()) {
+                return self.error(&status);
+            }
+            message = memory::charged(message, share);
+        }
         for name in OWN_HEADERS {
             headers.remove(name);
         }
@@ -169,6 +198,22 @@ impl Writer {
         headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
         self.prefix_trailers(&mut headers, trailers);
         response_with(StatusCode::OK, headers, Body::from(message))
+    }
+
+    /// As [`Self::connect_unary`], for an answer that is whole and without an error.
+    fn connect_prepared(self, parts: response::Parts, body: Body, length: usize) -> Response<Body> {
+        spans::rpc_ended(Code::Ok);
+        let mut headers = parts.headers;
+        append_all(&mut headers, self.metadata.take_headers());
+        for name in OWN_HEADERS {
+            headers.remove(name);
+        }
+        headers.insert(header::ACCEPT_ENCODING, GZIP);
+        headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        self.prefix_trailers(&mut headers, HeaderMap::new());
+        let frames = body.into_data_stream().skip(1);
+        response_with(StatusCode::OK, headers, Body::from_stream(frames))
     }
 
     fn connect_unary_error(self, mut headers: HeaderMap, trailers: HeaderMap) -> Response<Body> {
@@ -233,10 +278,16 @@ struct Outgoing {
     metadata: ResponseMetadata,
     deadline: Option<Pin<Box<Sleep>>>,
     ready: VecDeque<Frame<Bytes>>,
+    /// What the only message borrows from.
+    share: Option<Share>,
 }
 
 impl Outgoing {
-    fn data(&mut self, data: Bytes) -> Result<(), Status> {
+    fn data(&mut self, mut data: Bytes) -> Result<(), Status> {
+        if let Some(mut share) = self.share.take() {
+            share.hold(data.len())?;
+            data = memory::charged(data, share);
+        }
         let Some(splitter) = &mut self.compressor else {
             self.emit(data);
             return Ok(());

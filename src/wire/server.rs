@@ -24,6 +24,7 @@ use super::{
     connection::{self, Place},
     eviction::Connections,
     listen::Listener,
+    memory::Memory,
     peer::Peer,
     translate::Refused,
 };
@@ -42,6 +43,7 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 pub struct Server<S> {
     service: S,
     limits: Limits,
+    memory: Memory,
     slots: Arc<Semaphore>,
     /// Of those, the ones that peers of this machine may have.
     inner_slots: Arc<Semaphore>,
@@ -66,7 +68,12 @@ where
     S::Future: Send + 'static,
 {
     /// A server that stops accepting, and lets its connections end, once `shutdown` says true.
-    pub fn new(service: S, limits: Limits, shutdown: watch::Receiver<bool>) -> Arc<Self> {
+    pub fn new(
+        service: S,
+        limits: Limits,
+        memory: Memory,
+        shutdown: watch::Receiver<bool>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             service,
             slots: Arc::new(Semaphore::new(all(&limits))),
@@ -74,6 +81,7 @@ where
             refusals: Arc::new(Semaphore::new(MAX_REFUSALS)),
             connections: Arc::default(),
             limits,
+            memory,
             shutdown,
         })
     }
@@ -228,7 +236,8 @@ where
                 },
             };
             let via_loopback = from.via_loopback;
-            let place = Place { slot, peer, log_peer, via_loopback, refused, activity };
+            let memory = server.memory.clone();
+            let place = Place { slot, peer, log_peer, via_loopback, refused, memory, activity };
             let (service, shutdown) = (server.service.clone(), server.shutdown.clone());
             connection::serve(io, service, place, &limits, shutdown).await;
             drop(registered);

@@ -30,12 +30,14 @@ use tower::Service;
 
 use super::{
     Body, Limits, MAX_ORDINARY_BYTES,
-    budget::{Budget, Share},
+    budget::Share,
     codec,
     envelope::Encoding,
     error, gate,
+    memory::Memory,
     metadata::ResponseMetadata,
     methods::{Method, Methods},
+    offload::Offload,
     protocol::{self, Framing, Protocol},
     request::Reader,
     response::{Writer, response_with},
@@ -53,18 +55,18 @@ pub struct Translate<S> {
     methods: Arc<Methods>,
     message_bytes: usize,
     stall_timeout: Duration,
-    budget: Budget,
+    memory: Memory,
 }
 
 impl<S> Translate<S> {
     /// Translates calls to `methods` for `inner`, with messages within `limits`.
-    pub fn new(inner: S, methods: Methods, limits: &Limits) -> Self {
+    pub fn new(inner: S, methods: Methods, limits: &Limits, memory: &Memory) -> Self {
         Self {
             inner,
             methods: Arc::new(methods),
             message_bytes: limits.message_bytes,
             stall_timeout: limits.stall_timeout,
-            budget: Budget::new(limits.buffered_bytes),
+            memory: memory.clone(),
         }
     }
 }
@@ -85,7 +87,10 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         match self.recognise(&request) {
-            Ok(Some(call)) => Box::pin(call.run(self.inner.clone(), request)),
+            Ok(Some(call)) => {
+                let decoders = Arc::clone(self.memory.decoders());
+                Box::pin(Offload::new(decoders, call.run(self.inner.clone(), request)))
+            }
             Ok(None) => Box::pin(self.inner.call(request)),
             Err(response) => Box::pin(async { Ok(*response) }),
         }
@@ -99,6 +104,7 @@ struct Call {
     message_bytes: usize,
     stall_timeout: Duration,
     share: Share,
+    methods: Arc<Methods>,
 }
 
 impl<S> Translate<S> {
@@ -149,7 +155,8 @@ impl<S> Translate<S> {
                 false => self.message_bytes.min(MAX_ORDINARY_BYTES),
             },
             stall_timeout: self.stall_timeout,
-            share: self.budget.share(),
+            share: self.memory.requests().share(),
+            methods: Arc::clone(&self.methods),
         }))
     }
 }
@@ -178,13 +185,15 @@ impl Call {
             encoding,
             limit: self.message_bytes,
             stall_timeout: self.stall_timeout,
+            methods: Arc::clone(&self.methods),
+            method: self.method,
         };
         let mut share = self.share;
 
         let call = async move {
             // A stream holds its share as long as it is read, a single message until it is
             // answered.
-            let (body, _share) = match self.method.client_stream {
+            let (body, share) = match self.method.client_stream {
                 true => (reader.stream(body, share), None),
                 false => match reader.single(body, &mut share).await {
                     Ok(body) => (body, Some(share)),
@@ -196,6 +205,8 @@ impl Call {
             parts.extensions.insert(metadata);
             let request = Request::from_parts(parts, body);
             let response = codec::scope(self.protocol.format, inner.call(request)).await?;
+            // One message that is answered borrows what the request has borrowed.
+            writer.share = share.filter(|_| !self.method.server_stream);
             Ok(writer.response(response).await)
         };
         let Some(deadline) = deadline else {

@@ -42,6 +42,16 @@ async fn told(daemon: &Daemon, body: Value) -> (u16, String) {
     init(daemon, body.to_string()).await
 }
 
+/// As [`told`], for a call that the metadata service has to vouch for. On a busy machine its answer may
+/// come after the 20 ms that it has: then the call is 401, and the host repeats it.
+async fn told_again(daemon: &Daemon, body: Value) -> (u16, String) {
+    in_time("the metadata service answers in time", async || {
+        let answer = told(daemon, body.clone()).await;
+        (answer.0 != 401).then_some(answer)
+    })
+    .await
+}
+
 async fn envs(daemon: &Daemon, token: &str) -> Result<BTreeMap<String, String>, u16> {
     let request = http().get(daemon.url("/envs")).header("x-access-token", token).send();
     let response = soon("envs", request).await.unwrap();
@@ -104,7 +114,7 @@ async fn the_table_of_who_may_initialise() {
         if let Some(stored) = stored {
             mmds.say("a", &sha512(stored));
             let body = json!({ "accessToken": stored, "envVars": { "KEPT": "yes" } });
-            assert_eq!(told(&daemon, body).await.0, 204);
+            assert_eq!(told_again(&daemon, body).await.0, 204);
         }
         // The hash of nothing is not there at all.
         mmds.say("b", hash.map_or("", String::as_str));
@@ -113,7 +123,10 @@ async fn the_table_of_who_may_initialise() {
             body["accessToken"] = brought.into();
         }
         let case = format!("{stored:?} {brought:?} {hash:?}");
-        let (status, text) = told(&daemon, body).await;
+        let (status, text) = match expected {
+            "" => told_again(&daemon, body).await,
+            _ => told(&daemon, body).await,
+        };
         if expected.is_empty() {
             assert_eq!((status, text.as_str()), (204, ""), "{case}");
             let envs = envs(&daemon, brought.unwrap_or_default()).await.expect(&case);
@@ -289,17 +302,17 @@ async fn a_stranger_moves_no_time_after_the_token_was_cleared() {
     let mmds = Mmds::start();
     let daemon = Daemon::start(&[&mmds.flag()]);
     mmds.say("a", &sha512("t"));
-    assert_eq!(told(&daemon, json!({ "accessToken": "t", "timestamp": NOW })).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({ "accessToken": "t", "timestamp": NOW })).await.0, 204);
     // Cleared as the host does it, with the hash of nothing: everybody can send that.
     mmds.say("a", &sha512(""));
-    assert_eq!(told(&daemon, json!({ "timestamp": FAR_FUTURE })).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({ "timestamp": FAR_FUTURE })).await.0, 204);
     envs(&daemon, "").await.unwrap();
     // There has been a token, so that the first of a stranger moves nothing either.
     mmds.say("a", "");
     let stranger = json!({ "timestamp": FAR_FUTURE, "accessToken": "stranger" });
-    assert_eq!(told(&daemon, stranger).await.0, 204);
+    assert_eq!(told_again(&daemon, stranger).await.0, 204);
     mmds.say("a", &sha512("u"));
-    assert_eq!(told(&daemon, json!({ "accessToken": "u", "timestamp": NOW })).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({ "accessToken": "u", "timestamp": NOW })).await.0, 204);
     envs(&daemon, "u").await.unwrap();
 }
 
@@ -309,7 +322,7 @@ async fn a_stale_request_with_another_token_is_refused() {
     let daemon = Daemon::start(&[&mmds.flag()]);
     mmds.say("a", &sha512("t"));
     let newest = json!({ "accessToken": "t", "timestamp": "2026-01-01T00:00:10Z" });
-    assert_eq!(told(&daemon, newest).await.0, 204);
+    assert_eq!(told_again(&daemon, newest).await.0, 204);
     // Also if the host's metadata has its hash: a success would say that it is set.
     mmds.say("a", &sha512("u"));
     let (status, text) = told(&daemon, json!({ "accessToken": "u", "timestamp": NOW })).await;
@@ -317,10 +330,10 @@ async fn a_stale_request_with_another_token_is_refused() {
     envs(&daemon, "t").await.unwrap();
     // Without a token it is upstream's success that changes nothing.
     mmds.say("a", &sha512(""));
-    assert_eq!(told(&daemon, json!({ "timestamp": NOW })).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({ "timestamp": NOW })).await.0, 204);
     envs(&daemon, "t").await.unwrap();
     // And where the token was cleared there is none that it could be.
-    assert_eq!(told(&daemon, json!({})).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({})).await.0, 204);
     envs(&daemon, "").await.unwrap();
     let stale = json!({ "accessToken": "t", "timestamp": NOW });
     mmds.say("a", "");
@@ -621,7 +634,7 @@ async fn a_metadata_service_that_answered_once_is_waited_for() {
     })
     .await;
     // It says nothing of a token, and nobody is refused; but who keeps it from answering is.
-    assert_eq!(told(&daemon, json!({})).await.0, 204);
+    assert_eq!(told_again(&daemon, json!({})).await.0, 204);
     mmds.be_silent(true);
     for (body, text) in [
         (json!({ "accessToken": "t" }), "access token validation failed"),
@@ -664,10 +677,11 @@ async fn the_metadata_is_asked_only_when_it_decides() {
     mmds.say("a", &sha512("t"));
     let daemon = Daemon::start(&[&mmds.flag(), "-isnotfc"]);
     in_time("the search at boot ends", async || (mmds.asked() == 1).then_some(())).await;
-    assert_eq!(told(&daemon, json!({ "accessToken": "t" })).await.0, 204);
-    assert_eq!(mmds.asked(), 2);
+    assert_eq!(told_again(&daemon, json!({ "accessToken": "t" })).await.0, 204);
+    let asked = mmds.asked();
+    assert!(asked >= 2, "{asked}");
     assert_eq!(told(&daemon, json!({ "accessToken": "wrong" })).await.0, 401);
-    assert_eq!(mmds.asked(), 3);
+    in_time("it is asked for another token", async || (mmds.asked() > asked).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,8 +10,8 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, openat, readlinkat},
-    sys::stat::{FileStat, Mode, SFlag, fstat},
+    fcntl::{AtFlags, OFlag, openat, readlinkat},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
 };
 
 use super::{
@@ -206,6 +206,28 @@ impl Named {
     pub(super) fn entry(self, shown: &Path, owners: &mut Owners<'_>) -> Entry {
         entry_of(&self.found.stat, self.behind, shown, owners)
     }
+}
+
+/// Describes a regular file of the directory `dir` without opening it: nearly all entries of a listing
+/// are such. None where it takes more: it has other names, or metadata, or is something else by now.
+pub(super) fn plain_file(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    shown: &Path,
+    rights: &Rights,
+    owners: &mut Owners<'_>,
+) -> Option<Entry> {
+    let stat = rights.act(|| {
+        let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let is_plain = kind_of(&stat) == EntryKind::File && stat.st_nlink == 1;
+        match is_plain && metadata::is_surely_without(&dir, name) {
+            true => Ok(stat),
+            false => Err(Errno::EAGAIN),
+        }
+    });
+    let stat = stat.ok()?;
+    let behind = Behind { stat: Some(stat), ..Behind::default() };
+    Some(entry_of(&stat, behind, shown, owners))
 }
 
 /// What a name leads to: of anything but a link, itself.

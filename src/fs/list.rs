@@ -13,7 +13,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use nix::{
-    dir::Dir,
+    dir::{Dir, Type},
     errno::Errno,
     fcntl::{OFlag, openat},
     sys::{
@@ -26,7 +26,7 @@ use super::{
     FsError, PathError,
     actor::{Actor, Rights},
     beneath::is_name,
-    entry::{Entry, NameError, Named, Owners},
+    entry::{Entry, NameError, Named, Owners, plain_file},
     path,
     resolve::{Step, Walk, WalkError},
 };
@@ -129,7 +129,7 @@ pub fn list_page(
     let mut last = PathBuf::new();
     while !down.levels.is_empty() {
         check()?;
-        let Some(name) = down.next_name() else {
+        let Some((name, is_file)) = down.next_name() else {
             down.leave();
             resume = None;
             continue;
@@ -149,6 +149,15 @@ pub fn list_page(
         if !listed && entries.len() >= page.size {
             let token = URL_SAFE_NO_PAD.encode(last.as_os_str().as_bytes());
             return Ok((entries, token));
+        }
+        if is_file
+            && !listed
+            && let Some((relative, entry)) = down.plain_file(&name, &shown_root, &mut owners)
+        {
+            entries.push(entry);
+            last = relative;
+            resume = None;
+            continue;
         }
         let Some((relative, named)) = down.open(&name)? else {
             resume = None;
@@ -182,8 +191,11 @@ struct Level {
     id: (u64, u64),
     name: OsString,
     relative: PathBuf,
-    names: vec::IntoIter<OsString>,
+    names: vec::IntoIter<(OsString, IsFile)>,
 }
+
+/// Whether the directory says of a name that it is a regular file's.
+type IsFile = bool;
 
 fn id_of(stat: &FileStat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
@@ -237,8 +249,25 @@ impl<'a> Descent<'a> {
         FsError::ReadDirectory { root: self.root.clone(), error }
     }
 
-    fn next_name(&mut self) -> Option<OsString> {
+    fn next_name(&mut self) -> Option<(OsString, IsFile)> {
         self.levels.last_mut()?.names.next()
+    }
+
+    /// Describes a regular file of the last level; none where it has to be opened for that.
+    fn plain_file(
+        &self,
+        name: &OsStr,
+        shown_root: &Path,
+        owners: &mut Owners<'_>,
+    ) -> Option<(PathBuf, Entry)> {
+        let level = self.levels.last()?;
+        let relative = level.relative.join(name);
+        if self.root.as_os_str().len() + 1 + relative.as_os_str().len() >= path::PATH_MAX {
+            return None;
+        }
+        let dir = level.fd.as_ref()?.as_fd();
+        let entry = plain_file(dir, name, &shown_root.join(&relative), &self.rights, owners)?;
+        Some((relative, entry))
     }
 
     /// Opens a name of the last level, and gives its path from the top; none when it has vanished.
@@ -281,7 +310,7 @@ impl<'a> Descent<'a> {
         stat: &FileStat,
         name: OsString,
         relative: PathBuf,
-        names: Vec<OsString>,
+        names: Vec<(OsString, IsFile)>,
     ) -> Result<(), FsError> {
         self.read += names.len();
         if self.read > self.limit {
@@ -346,7 +375,7 @@ impl<'a> Descent<'a> {
     }
 
     /// The sorted names in a directory; no more than one above the limit.
-    fn names_in(&self, fd: &OwnedFd) -> nix::Result<Vec<OsString>> {
+    fn names_in(&self, fd: &OwnedFd) -> nix::Result<Vec<(OsString, IsFile)>> {
         let limit = (self.limit - self.read).saturating_add(1);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut names = self.rights.act(|| {
@@ -357,9 +386,11 @@ impl<'a> Descent<'a> {
             let mut dir = Dir::openat(fd, ".", flags, Mode::empty())?;
             let mut names = Vec::new();
             for entry in dir.iter() {
-                let name = entry?.file_name().to_bytes().to_vec();
+                let entry = entry?;
+                let name = entry.file_name().to_bytes().to_vec();
                 if !matches!(name.as_slice(), b"." | b"..") {
-                    names.push(OsString::from_vec(name));
+                    let is_file = entry.file_type() == Some(Type::File);
+                    names.push((OsString::from_vec(name), is_file));
                 }
                 if names.len() >= limit {
                     break;
@@ -389,7 +420,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        fs::{Kind, actor::FileAccess},
+        fs::{Kind, actor::FileAccess, resolve::Found},
         guest::users::User,
     };
 
@@ -481,6 +512,48 @@ mod tests {
             assert!(matches!(Page::new(1, token), Err(FsError::PageToken)));
         }
         Page::new(1_000_001, "").unwrap_err();
+    }
+
+    #[test]
+    fn levels_that_were_closed_on_the_way_are_listed_to_their_end() {
+        const LEVELS: usize = 3 * MAX_OPEN_DIRS + 7;
+        let tmp = tempfile::tempdir().unwrap();
+        let (mut dir, mut expected) = (tmp.path().to_owned(), Vec::new());
+        let mut relative = PathBuf::new();
+        for _ in 0..LEVELS {
+            // One before the next level, and two behind it.
+            for name in ["a", "x", "y"] {
+                fs::write(dir.join(name), "").unwrap();
+                expected.push(relative.join(name));
+            }
+            (dir, relative) = (dir.join("d"), relative.join("d"));
+            fs::create_dir(&dir).unwrap();
+            expected.push(relative.clone());
+        }
+        expected.sort();
+        let listed = listed(tmp.path(), u32::MAX);
+        assert_eq!(listed.iter().map(PathBuf::from).collect::<Vec<_>>(), expected);
+        // Directories that are other ones by then are left, and nothing of those others is listed.
+        let held = || fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = held();
+        let mut down = Descent::begin(tmp.path(), MAX_LIST_ENTRIES, &actor()).unwrap();
+        while down.levels.len() < LEVELS {
+            let (name, _) = down.next_name().unwrap();
+            let (relative, named) = down.open(&name).unwrap().unwrap();
+            if named.found.is_dir() {
+                let Found { fd, stat } = named.found;
+                assert!(down.enter(fd, &stat, name, relative).unwrap());
+            }
+        }
+        assert!(held() < before + MAX_OPEN_DIRS + 20);
+        fs::rename(tmp.path().join("d/d/d"), tmp.path().join("away")).unwrap();
+        fs::create_dir(tmp.path().join("d/d/d")).unwrap();
+        while down.levels.len() > MAX_OPEN_DIRS {
+            down.leave();
+        }
+        assert_eq!(down.levels.len(), 3);
+        assert_eq!(down.next_name(), Some(("x".into(), true)));
+        assert!(down.open(OsStr::new("x")).unwrap().is_some());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     fs::{self, File},
     io,
     os::{
@@ -23,6 +24,9 @@ pub const PREFIX: &str = "user.e2b.";
 pub const MAX_KEY_BYTES: usize = 246;
 /// The most bytes of all names and values of one file: what ext4 gives in one block.
 pub const MAX_TOTAL_BYTES: usize = 4096;
+
+/// The bytes of attribute names that [`is_surely_without`] looks at.
+const NAMES_BUFFER: usize = 1024;
 
 const _: () = assert!(PREFIX.len() + MAX_KEY_BYTES == 255);
 
@@ -73,6 +77,18 @@ pub(super) fn read(path: &Path) -> BTreeMap<String, String> {
 /// name by now. The kernel takes no such descriptor for these calls, but its own path in /proc.
 pub(super) fn read_fd(fd: &impl AsFd) -> BTreeMap<String, String> {
     read(&path_fd::proc_path(fd))
+}
+
+/// Whether what has a name in a directory has no metadata for sure. It spares the listing of files
+/// without any the way through /proc.
+pub(super) fn is_surely_without(dir: &impl AsFd, name: &OsStr) -> bool {
+    let mut buffer = [0; NAMES_BUFFER];
+    match path_fd::list_xattrs_at(dir, name, &mut buffer) {
+        Ok(names) => {
+            !names.split(|byte| *byte == 0).any(|name| name.starts_with(PREFIX.as_bytes()))
+        }
+        Err(errno) => errno == Errno::EOPNOTSUPP,
+    }
 }
 
 /// Replaces all metadata of a file.

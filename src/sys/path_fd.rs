@@ -5,7 +5,7 @@
 //! that take them (`fchmodat2` in 6.6); before, the descriptor's own entry in /proc does.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr},
     os::{
         fd::{AsFd, AsRawFd},
         unix::ffi::OsStrExt,
@@ -22,6 +22,8 @@ use nix::{
 
 /// Linux 6.6; the same number on every architecture.
 const SYS_FCHMODAT2: libc::c_long = 452;
+/// Linux 6.13; likewise.
+const SYS_LISTXATTRAT: libc::c_long = 465;
 
 /// The path of a descriptor of this process, for calls that take no descriptor. Only for what the
 /// daemon has opened itself; on a symbolic link the last component is the descriptor's, so that the
@@ -81,6 +83,27 @@ pub fn set_times(fd: &impl AsFd, accessed: TimeSpec, modified: TimeSpec) -> nix:
     Errno::result(result).map(drop)
 }
 
+/// Lists the names of the extended attributes of what has a name in a directory, and follows no link.
+/// Each name ends with a NUL byte.
+///
+/// # Errors
+/// Those of listxattrat(2): `ENOSYS` before Linux 6.13, `ERANGE` where the buffer is too small.
+pub fn list_xattrs_at<'a>(
+    dir: &impl AsFd,
+    name: &OsStr,
+    buffer: &'a mut [u8],
+) -> nix::Result<&'a [u8]> {
+    let name = c_path(Path::new(name))?;
+    let (raw, flags) = (dir.as_fd().as_raw_fd(), libc::AT_SYMLINK_NOFOLLOW);
+    // SAFETY: the name is a C string, and the kernel writes no more than the buffer's length into it.
+    let result = unsafe {
+        let (list, size) = (buffer.as_mut_ptr(), buffer.len());
+        libc::syscall(SYS_LISTXATTRAT, raw, name.as_ptr(), flags, list, size)
+    };
+    let length = usize::try_from(Errno::result(result)?).unwrap_or(0);
+    Ok(buffer.get(..length).unwrap_or_default())
+}
+
 /// The file system's type of what a descriptor stands for.
 ///
 /// # Errors
@@ -136,6 +159,23 @@ mod tests {
         set_times(&fd, TimeSpec::new(1, 0), TimeSpec::new(2, 0)).unwrap();
         assert_eq!(fs::symlink_metadata(&link).unwrap().mtime(), 2);
         assert_ne!(fs::metadata(&file).unwrap().mtime(), 2);
+    }
+
+    #[test]
+    fn attributes_are_listed_where_the_kernel_can() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::write(tmp.path().join("f"), "").unwrap();
+        symlink("f", tmp.path().join("l")).unwrap();
+        let kept = xattr::set(tmp.path().join("f"), "user.test", b"x").is_ok();
+        let dir = open(tmp.path(), OFlag::O_PATH, Mode::empty()).unwrap();
+        let mut buffer = [0; 256];
+        match list_xattrs_at(&dir, OsStr::new("f"), &mut buffer) {
+            Ok(names) => assert_eq!(names.windows(10).any(|name| name == b"user.test\0"), kept),
+            Err(errno) => assert!(matches!(errno, Errno::ENOSYS | Errno::EPERM), "{errno}"),
+        }
+        // Not those of the file.
+        let names = list_xattrs_at(&dir, OsStr::new("l"), &mut buffer).unwrap_or_default();
+        assert!(!names.starts_with(b"user."));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The daemon's life: build the parts, listen, serve, end in order.
 //!
 //! Once it serves it tells so: in its log, to the service manager, and to the host if that is asked
-//! for. On SIGTERM or SIGINT it stops accepting, lets running calls end for the configured grace, and
-//! leaves with status 0. Processes that it started go on, as they do when a client leaves; ending
-//! them is the service manager's task (systemd's `KillMode`).
+//! for. On SIGTERM or SIGINT it stops accepting, ends streams and processes ([`ending`]), and leaves
+//! with status 0 within a second, or after the grace that the operator gives unary calls.
 
+mod ending;
 mod launch;
 
 use std::{
@@ -44,12 +44,17 @@ use crate::{
         listen::{self, Address, ListenError, Listener, Place},
         memory::Memory,
         server::Server,
+        shutdown::Shutdown,
         spans::Requests,
     },
 };
 
 /// The pause between two looks at whether uploads have cleaned up, at the end.
 const CLEANUP_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long the end waits in any case for calls that were cut to leave their files in order. A file
+/// system that hangs must not hold the exit.
+const MIN_CLEANUP_TIME: Duration = Duration::from_millis(50);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -103,8 +108,9 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let requests = Requests::new(&methods, &http::ROUTES);
     let identity = api::identity::Identity::new(router, Arc::clone(&sandbox));
     let access = Arc::clone(&sandbox.access);
-    let service =
-        wire::stack(identity, methods, &limits, &sandbox.memory, access, config.trust.clone());
+    let (shutdown, phases) = Shutdown::new();
+    let trust = config.trust.clone();
+    let service = wire::stack(identity, methods, &limits, &sandbox.memory, access, trust, phases);
     let service = requests.layer(service);
 
     announce(&sandbox, !config.is_not_fc).await;
@@ -140,6 +146,7 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
         _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
         _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
     }
+    let asked = Instant::now();
     if let Some(template) = template {
         template.abort();
     }
@@ -149,25 +156,35 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     stop.send_replace(true);
     // They end at once, and take the files of unix sockets with them.
     while accepting.join_next().await.is_some() {}
-    tokio::select! {
-        () = server.drained() => tracing::info!("drained"),
-        () = tokio::time::sleep(config.shutdown_grace) => tracing::warn!("calls still ran after the grace"),
-        _ = terminate.recv() => tracing::warn!("second SIGTERM: not waiting"),
-        _ = interrupt.recv() => tracing::warn!("second SIGINT: not waiting"),
-    }
-    Ok(Ended { writers })
+    let again = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let policy =
+        ending::Policy { grace: config.shutdown_grace, keep_processes: config.keep_processes };
+    ending::end(&shutdown, &sandbox.processes, policy, || server.drained(), again).await;
+    Ok(Ended { writers, by: ending::exit_by(asked, policy) })
 }
 
 /// A daemon that no longer serves.
 #[derive(Debug)]
 pub struct Ended {
     writers: Arc<Writers>,
+    by: Instant,
 }
 
 impl Ended {
-    /// Blocks until the uploads that were cut have left their files in order, or the deadline. The
-    /// runtime must have dropped its tasks.
-    pub fn clean_up(self, deadline: Instant) {
+    /// What is left of the time for the end: for telemetry, for threads that block, and for uploads.
+    pub fn left(&self) -> Duration {
+        self.by.saturating_duration_since(Instant::now()).max(MIN_CLEANUP_TIME)
+    }
+
+    /// Blocks until the uploads that were cut have left their files in order, or the time is over.
+    /// The runtime must have dropped its tasks.
+    pub fn clean_up(self) {
+        let deadline = Instant::now() + self.left();
         while self.writers.live() > 0 {
             if Instant::now() >= deadline {
                 tracing::warn!(uploads = self.writers.live(), "uploads may leave half a file");

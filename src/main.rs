@@ -5,7 +5,7 @@ use std::{
     fmt::Display,
     io::{self, Write},
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use envd::{
@@ -20,8 +20,7 @@ const WORKERS: usize = 2;
 /// The most threads of tokio's own for calls that block. What blocks of ours goes elsewhere
 /// (`envd::blocking`); what is left is the look-up of a name.
 const BLOCKING_THREADS: usize = 4;
-/// How long the end waits for calls that were cut to leave their files in order. A file system that
-/// hangs must not hold the exit.
+/// How long a daemon that could not start waits for telemetry and for threads that block.
 const CLEANUP_TIME: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
@@ -77,13 +76,13 @@ fn main() -> ExitCode {
     if let Err(error) = &result {
         tracing::error!("{error}");
     }
-    runtime.block_on(telemetry.flush());
-    let deadline = Instant::now() + CLEANUP_TIME;
+    let left = || result.as_ref().map_or(CLEANUP_TIME, daemon::Ended::left);
+    runtime.block_on(telemetry.flush(left()));
     // It drops every call, and with it the file that the call was writing.
-    runtime.shutdown_timeout(CLEANUP_TIME);
+    runtime.shutdown_timeout(left());
     let code = match result {
         Ok(ended) => {
-            ended.clean_up(deadline);
+            ended.clean_up();
             ExitCode::SUCCESS
         }
         Err(_) => ExitCode::FAILURE,

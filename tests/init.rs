@@ -296,7 +296,16 @@ async fn the_machine_can_be_ended_from_inside() {
     for word in ["poweroff", "reboot", "halt"] {
         let mut init = init(&socket);
         let client = Client::unix(&socket);
-        sh(&client, &format!("{} {word}", env!("CARGO_BIN_EXE_envd"))).await;
+        let process = ProcessConfig {
+            cmd: env!("CARGO_BIN_EXE_envd").into(),
+            args: vec![word.into()],
+            ..ProcessConfig::default()
+        };
+        let request = StartRequest { process: Some(process), ..StartRequest::default() };
+        let events = client.stream::<_, StartResponse>("/process.Process/Start", &request).await;
+        // Its end, or that of the daemon, whichever is told first.
+        let mut events = events.unwrap();
+        while let Ok(Some(_)) = events.next().await {}
         let status = init.wait();
         assert_eq!((status.code(), status.signal()), (Some(0), None), "{word}");
         eventually("the socket is gone", || (!socket.exists()).then_some(()));

@@ -10,9 +10,15 @@ use std::{
     os::{fd::AsFd, unix::process::CommandExt},
     path::Path,
     process::Stdio,
+    time::{Duration, Instant},
 };
 
-use common::{Daemon, PATIENCE};
+use common::{
+    Daemon, PATIENCE, process,
+    raw::Raw,
+    rpc::{Client, Failure, WIRES, Wire},
+};
+use envd::proto::process::{WaitRequest, WaitResponse};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::Signal,
@@ -137,53 +143,184 @@ fn vsock() {
     }
 }
 
-#[test]
-fn sigterm_drains_and_exits_0() {
-    let mut daemon = Daemon::start(&[]);
-    // A call that runs when the signal comes still gets its answer.
-    let mut running = TcpStream::connect(daemon.tcp()).unwrap();
-    let body = common::rpc::envelope(0, br#"{"process":{"cmd":"cat"}}"#);
-    let head = format!(
-        "POST /process.Process/Start HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    running.write_all(head.as_bytes()).unwrap();
-    running.write_all(&body).unwrap();
-    running.set_read_timeout(Some(*PATIENCE)).unwrap();
-    let mut seen = String::new();
-    let mut read = || {
-        let mut buffer = [0; 4096];
-        let bytes = running.read(&mut buffer).unwrap();
-        assert_ne!(bytes, 0, "cut: {seen}");
-        seen.push_str(&String::from_utf8_lossy(&buffer[..bytes]));
-        seen.clone()
-    };
-    let pid = loop {
-        let seen = read();
-        if let Some((_, rest)) = seen.split_once("\"pid\":") {
-            break rest.chars().take_while(char::is_ascii_digit).collect::<String>();
-        }
-    };
-    daemon.signal(Signal::SIGTERM);
-    daemon.wait_for_log("SIGTERM: draining");
-    common::eventually("it no longer accepts", || TcpStream::connect(daemon.tcp()).err());
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL)
-        .unwrap();
-    while !read().contains("signal: killed") {}
+/// The time that an end without a grace may take, as a test that shares its machine sees it.
+const SOON: Duration = Duration::from_secs(3);
+
+/// Ends the daemon by a signal, within the time for it and with status 0.
+fn end(daemon: &mut Daemon, signal: Signal) {
+    let start = Instant::now();
+    daemon.signal(signal);
     assert_eq!(daemon.wait().code(), Some(0));
-    daemon.wait_for_log("drained");
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+}
+
+fn shutting_down() -> Failure {
+    process::failure("unavailable", "the daemon is shutting down")
+}
+
+/// Whether a process lives: not even as a zombie that waits for its parent.
+fn lives(pid: u32) -> bool {
+    process::state(pid).is_some_and(|state| state != 'Z')
+}
+
+#[tokio::test]
+async fn sigterm_ends_streams_with_a_status_and_processes_by_signals() {
+    let dir = tempfile::tempdir().unwrap();
+    // With control groups, where there are any, and without.
+    for flags in [&[][..], &["-no-cgroups"]] {
+        let mut daemon = Daemon::start(flags);
+        let client = Client::new(&daemon, Wire::Grpc);
+        // One that says what it was told, and two that do not listen: one of them a grandchild, whose
+        // parent ends when it is told to.
+        let told = dir.path().join("told");
+        let polite = format!(
+            "trap 'echo HUP >> {0}' HUP; trap 'echo TERM >> {0}; exit' TERM; echo up; \
+             while :; do sleep 0.05; done",
+            told.display()
+        );
+        let deaf = "trap '' HUP TERM; echo $$ up; while :; do sleep 0.05; done";
+        let inner = deaf.replace("$$", "\\$\\$");
+        let parent = format!("(trap '' HUP TERM; exec sh -c \"{inner}\") & wait");
+        let mut polite = process::begin(&client, &process::sh(&polite)).await;
+        polite.until_it_says("up").await;
+        let mut pids = Vec::new();
+        let mut streams = Vec::new();
+        for (wire, script) in WIRES.into_iter().zip([deaf, &parent].into_iter().cycle()) {
+            let client = Client::new(&daemon, wire);
+            let mut running = process::begin(&client, &process::sh(script)).await;
+            running.until_it_says("up").await;
+            pids.push(running.pid);
+            let said = running.said.stdout().split(' ').next().unwrap().to_owned();
+            pids.push(said.parse().unwrap());
+            streams.push((wire, running));
+        }
+        // Another kind of stream, and a unary call that waits.
+        let request = envd::proto::filesystem::WatchDirRequest {
+            path: dir.path().display().to_string(),
+            ..Default::default()
+        };
+        let mut watch = client
+            .stream::<_, envd::proto::filesystem::WatchDirResponse>(
+                "/filesystem.Filesystem/WatchDir",
+                &request,
+            )
+            .await
+            .unwrap();
+        watch.next().await.unwrap();
+        let waiting = tokio::spawn({
+            let (client, pid) = (client.clone(), pids[0]);
+            async move {
+                let request = WaitRequest { process: process::pid(pid), ..WaitRequest::default() };
+                client.unary::<_, WaitResponse>("/process.Process/Wait", &request).await
+            }
+        });
+        let (mut daemon, ()) = tokio::task::spawn_blocking(move || {
+            end(&mut daemon, Signal::SIGTERM);
+            (daemon, ())
+        })
+        .await
+        .unwrap();
+        for (wire, running) in streams {
+            assert_eq!(running.try_end().await.unwrap_err(), shutting_down(), "{wire:?}");
+        }
+        let watched = common::soon("the watch ends", async {
+            loop {
+                match watch.next().await {
+                    Ok(Some(_)) => {}
+                    ended => break ended,
+                }
+            }
+        });
+        assert_eq!(watched.await.unwrap_err(), shutting_down());
+        let waited = waiting.await.unwrap();
+        assert!(waited.is_err(), "{waited:?}");
+        common::eventually("all processes are gone", || {
+            (!pids.iter().any(|pid| lives(*pid))).then_some(())
+        });
+        // Each signal once: to many programs a second one means to end at once.
+        assert_eq!(std::fs::read_to_string(&told).unwrap(), "HUP\nTERM\n");
+        std::fs::remove_file(told).unwrap();
+        assert_eq!(daemon.wait().code(), Some(0));
+    }
+}
+
+#[tokio::test]
+async fn keep_processes_leaves_them_running() {
+    let mut daemon = Daemon::start(&["--keep-processes"]);
+    let client = Client::new(&daemon, Wire::Grpc);
+    let running = process::begin(&client, &process::start("sleep", &["1000"])).await;
+    let pid = running.pid;
+    let _daemon = tokio::task::spawn_blocking(move || {
+        end(&mut daemon, Signal::SIGTERM);
+        daemon
+    })
+    .await
+    .unwrap();
+    assert_eq!(running.try_end().await.unwrap_err(), shutting_down());
+    assert!(lives(pid));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+}
+
+#[tokio::test]
+async fn only_transfers_and_unary_calls_may_have_a_grace_and_only_if_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let head = format!(
+        "POST /files?path={} HTTP/1.1\r\nhost: localhost\r\ncontent-type: \
+         application/octet-stream\r\ncontent-length: 10\r\n\r\nhello",
+        path.display()
+    );
+    for (flags, status) in [(&["--shutdown-grace", "60"][..], 200), (&[], 503)] {
+        let mut daemon = Daemon::start(flags);
+        let client = Client::new(&daemon, Wire::Grpc);
+        let stream = process::begin(&client, &process::start("sleep", &["1000"])).await;
+        let mut upload = Raw::open(&daemon).await;
+        upload.send(&head).await;
+        common::in_time("it is being written", async || {
+            let written = std::fs::read_dir(dir.path()).unwrap().count();
+            (written > 0).then_some(())
+        })
+        .await;
+        let start = Instant::now();
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(stream.try_end().await.unwrap_err(), shutting_down());
+        assert!(start.elapsed() < SOON, "streams end at once");
+        if status == 200 {
+            daemon.wait_for_log("SIGTERM: draining");
+            common::eventually("it no longer accepts", || TcpStream::connect(daemon.tcp()).err());
+            upload.send("world").await;
+        }
+        let answer = upload.answer().await;
+        let body = String::from_utf8(answer.body).unwrap();
+        assert_eq!(answer.status, status, "{body}");
+        assert_eq!(body.contains("the daemon is shutting down"), status == 503, "{body}");
+        let code = tokio::task::spawn_blocking(move || daemon.wait().code()).await.unwrap();
+        assert_eq!(code, Some(0));
+        assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+        let left = std::fs::read_dir(dir.path()).unwrap().count();
+        match status {
+            200 => assert_eq!(std::fs::read(&path).unwrap(), b"helloworld"),
+            _ => assert_eq!(left, 0, "half a file"),
+        }
+        let _ = std::fs::remove_file(&path);
+    }
 }
 
 #[test]
-fn a_call_that_never_ends_holds_the_exit_for_the_grace_only() {
-    let mut daemon = Daemon::start(&["--shutdown-grace", "0"]);
+fn hanging_up_and_signals_for_logs_do_not_end_it() {
+    let mut daemon = Daemon::start(&[]);
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
+        daemon.signal(signal);
+        health(TcpStream::connect(daemon.tcp()).unwrap());
+    }
+    // A client that has begun a stream, and neither sends nor reads.
     let mut running = TcpStream::connect(daemon.tcp()).unwrap();
     running
         .write_all(b"POST /process.Process/StreamInput HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ntransfer-encoding: chunked\r\n\r\n")
         .unwrap();
     health(TcpStream::connect(daemon.tcp()).unwrap());
-    daemon.signal(Signal::SIGINT);
-    assert_eq!(daemon.wait().code(), Some(0));
+    end(&mut daemon, Signal::SIGINT);
 }
 
 #[test]

@@ -51,7 +51,11 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .add(reflection[0], false)?
         .add(reflection[1], false)?
         .allow_large("/process.Process/SendInput")
-        .allow_large("/process.Process/StreamInput");
+        .allow_large("/process.Process/StreamInput")
+        .mark_transfer("/filesystem.Filesystem/Read")
+        .mark_transfer("/filesystem.Filesystem/Write")
+        .mark_transfer("/filesystem.Filesystem/Archive")
+        .mark_transfer("/filesystem.Filesystem/Extract");
 
     // The wire has checked every message already.
     let process = ProcessServer::new(process::Processes::new(Arc::clone(sandbox)))

@@ -50,6 +50,7 @@ pub(super) fn of_start(error: &StartError) -> Status {
         StartError::TooMany { .. }
         | StartError::Requests { .. }
         | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => Code::ResourceExhausted,
+        StartError::ShuttingDown => Code::Unavailable,
         StartError::IdTaken(_) => Code::AlreadyExists,
         StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
             Code::InvalidArgument

@@ -75,8 +75,10 @@ pub struct Config {
     pub stall_timeout: Duration,
     /// The time that a connection without a call stays open.
     pub idle_timeout: Duration,
-    /// The time that running calls have after SIGTERM.
-    pub shutdown_grace: Duration,
+    /// The time that unary calls and transfers have after SIGTERM; `None` for none.
+    pub shutdown_grace: Option<Duration>,
+    /// Whether SIGTERM leaves the processes running.
+    pub keep_processes: bool,
     /// The bounds of processes and their output.
     pub processes: process::Options,
     /// When operations on files have the rights of their user only.

@@ -50,7 +50,8 @@ impl Config {
             header_timeout: crate::wire::HEADER_TIMEOUT,
             stall_timeout: crate::wire::STALL_TIMEOUT,
             idle_timeout: crate::wire::IDLE_TIMEOUT,
-            shutdown_grace: Duration::from_secs(5),
+            shutdown_grace: None,
+            keep_processes: false,
             processes: process::Options::default(),
             file_access: FileAccess::default(),
             watches: Retention::default(),
@@ -117,7 +118,8 @@ impl Config {
                 "header-timeout" => config.header_timeout = args.seconds(1)?,
                 "stall-timeout" => config.stall_timeout = args.seconds(1)?,
                 "idle-timeout" => config.idle_timeout = args.seconds(1)?,
-                "shutdown-grace" => config.shutdown_grace = args.seconds(0)?,
+                "shutdown-grace" => config.shutdown_grace = Some(args.seconds(0)?),
+                "keep-processes" => config.keep_processes = args.switch()?,
                 "max-processes" => config.processes.max_processes = args.size(1, 1 << 20)?,
                 "output-window" => {
                     config.processes.output_window =

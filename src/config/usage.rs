@@ -52,12 +52,15 @@ Limits:
   --stall-timeout N       seconds that a client may take nothing, or send nothing of a message
                           that it has begun (default 60)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
-  --shutdown-grace N      seconds that running calls have after SIGTERM (default 5)
+  --shutdown-grace N      seconds that unary calls and transfers may go on after SIGTERM (default:
+                          they end at once, as streams do)
   --watcher-expiry N      seconds that a watcher is kept that nobody polls (default 3600)
   --cursor-retention N    seconds that a watch with cursors is kept without its stream
                           (default 300)
 
 Processes:
+  --keep-processes        SIGTERM to the daemon leaves them running; otherwise they get SIGHUP and
+                          SIGTERM, and SIGKILL half a second later
   --max-processes N       at the same time (default 4096)
   --output-window N       bytes of output that a process's journal keeps in memory, and that a
                           reader may be behind (default 1048576)

@@ -35,6 +35,7 @@ pub mod output;
 pub mod ports;
 pub mod record;
 pub mod registry;
+mod shutdown;
 pub mod spec;
 pub mod start;
 mod stop_notes;

@@ -82,6 +82,8 @@ struct State {
     ended: VecDeque<(Instant, Arc<Finished>)>,
     /// Whether a task waits for the oldest one's time.
     expiring: bool,
+    /// Whether the daemon is shut down, and starts nothing any more.
+    closed: bool,
 }
 
 impl Manager {
@@ -151,6 +153,9 @@ impl Manager {
         mut spec: StartSpec,
         tethered: bool,
     ) -> Result<(Found, Subscription, Option<Tether>), StartError> {
+        if self.state.lock().closed {
+            return Err(StartError::ShuttingDown);
+        }
         let tether = move |process: &Arc<Process>| tethered.then(|| Tether::new(process));
         let turn = match &spec.id {
             None => None,
@@ -315,6 +320,20 @@ impl Manager {
         let id = process.record().id.clone();
         state.by_id.insert(id, Found::Live(Arc::clone(process)));
         state.live.insert(process.pid(), Arc::clone(process));
+        if state.closed {
+            // It was being started when the daemon was told to end.
+            process.kill_tree();
+        }
+    }
+
+    /// Starts nothing from now on.
+    pub(super) fn close(&self) {
+        self.state.lock().closed = true;
+    }
+
+    /// All live processes, in no order.
+    pub(super) fn processes(&self) -> Vec<Arc<Process>> {
+        self.state.lock().live.values().cloned().collect()
     }
 
     /// Moves a process from the live ones to the ended ones.

@@ -37,6 +37,9 @@ pub const DIRECTORY_PATIENCE: Duration = Duration::from_secs(2);
 /// Why a process was not started.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StartError {
+    /// The daemon ends.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
     /// There are as many processes as there may be.
     #[error("too many processes: {max} are running or still hold their output open")]
     TooMany {

@@ -138,6 +138,22 @@ impl Tree {
         }
     }
 
+    /// Adds its process to what is to be signalled together with others, if it has no control group.
+    /// Without /proc only its process group gets the signal, and that here.
+    pub(super) fn join(&self, known: Known, signal: i32) -> Known {
+        self.note(signal);
+        if self.leaf.is_some() {
+            return known;
+        }
+        match self.root() {
+            Ok(root) => known.with_root(root),
+            Err(_) => {
+                let _ = self.signal_group(signal);
+                known
+            }
+        }
+    }
+
     /// Blocks: kills what is left of a tree whose process has exited, given what
     /// [`Tree::signal_all`] found before.
     pub(super) fn kill_rest(&self, known: Known) -> io::Result<()> {

@@ -84,11 +84,13 @@ pub fn start(verbose: bool, collector: Option<&Collector>) -> Result<Telemetry, 
 
 impl Telemetry {
     /// Sends what waits for a collector, for [`FLUSH_TIME`] at most.
-    pub async fn flush(&mut self) {
+    pub async fn flush(&mut self, limit: Duration) {
         #[cfg(feature = "otlp")]
         if let Some(exports) = self.exports.take() {
-            exports.flush(FLUSH_TIME).await;
+            exports.flush(FLUSH_TIME.min(limit)).await;
         }
+        #[cfg(not(feature = "otlp"))]
+        let _ = limit;
     }
 
     /// Writes what waits for stderr, for [`LOG_FLUSH_TIME`] at most; the last thing before the exit.

@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use prost::Message;
 use prost_types::FileDescriptorSet;
 
-use super::cost::Types;
+use super::{cost::Types, shutdown::Phase};
 
 /// Which sides of a method are streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,12 +24,20 @@ pub struct Method {
     pub large: bool,
     /// The type of its requests, in [`Methods::types`].
     pub input: Option<usize>,
+    /// Whether its stream carries a file, and not what happens: the shutdown of the daemon gives such
+    /// a call the time that unary calls have.
+    pub transfer: bool,
 }
 
 impl Method {
     /// One message each way.
     pub fn is_unary(self) -> bool {
         !self.client_stream && !self.server_stream
+    }
+
+    /// The phase of a shutdown at which a call of it ends.
+    pub fn ends_at(self) -> Phase {
+        if self.is_unary() || self.transfer { Phase::Ending } else { Phase::Draining }
     }
 }
 
@@ -63,6 +71,7 @@ impl Methods {
                         json,
                         large: false,
                         input: self.types.named(method.input_type()),
+                        transfer: false,
                     };
                     self.by_path.insert(path, method);
                 }
@@ -84,6 +93,14 @@ impl Methods {
     /// The types of all messages.
     pub fn types(&self) -> &Types {
         &self.types
+    }
+
+    /// Marks a method whose stream carries a file.
+    pub fn mark_transfer(mut self, path: &str) -> Self {
+        if let Some(method) = self.by_path.get_mut(path) {
+            method.transfer = true;
+        }
+        self
     }
 
     /// The paths of all methods.

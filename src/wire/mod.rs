@@ -11,6 +11,7 @@
 //! 4. [`translate`] recognises the protocol of a call ([`protocol`]), turns its request into one
 //!    gRPC request ([`request`]) and the service's gRPC response into the protocol's own
 //!    ([`response`]). Calls that are not RPC pass through it untouched.
+//!    [`shutdown`] ends the calls of a daemon that is told to end.
 //! 5. [`codec`] lets one generated tonic service speak protobuf and JSON.
 //!
 //! What is behind it sees gRPC over HTTP/2 with uncompressed messages, whatever the client spoke.
@@ -43,6 +44,7 @@ pub mod protocol;
 pub mod request;
 pub mod response;
 pub mod server;
+pub mod shutdown;
 pub mod spans;
 pub mod timeout;
 pub mod tls;
@@ -155,9 +157,10 @@ pub fn stack<S>(
     memory: &memory::Memory,
     access: Arc<Access>,
     trust: peer::Trust,
+    phases: shutdown::Phases,
 ) -> Stack<S> {
     let trust = Arc::new(trust);
-    let calls = translate::Translate::new(inner, methods, limits, memory);
+    let calls = translate::Translate::new(inner, methods, limits, memory, phases);
     let gate = gate::Gate::new(calls, Arc::clone(&access), Arc::clone(&trust));
     loopback::LoopbackGuard::new(cors::Cors::new(gate), access, trust)
 }

@@ -167,6 +167,7 @@ mod tests {
             json: true,
             large: false,
             input: None,
+            transfer: false,
         };
         let accepted = accepted(stream);
         assert!(accepted.starts_with("application/connect+json, application/connect+proto, "));

@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -26,6 +27,7 @@ use super::{
     error, memory,
     metadata::{ResponseMetadata, append_all},
     protocol::{Framing, Protocol},
+    shutdown::{self, Reached},
     spans, timeout,
 };
 
@@ -38,7 +40,6 @@ const OWN_HEADERS: [&str; 5] =
 const MAX_STATUS_MESSAGE: usize = 4 << 10;
 
 /// How to write one response.
-#[derive(Debug)]
 pub struct Writer {
     /// The protocol to write.
     pub protocol: Protocol,
@@ -50,6 +51,14 @@ pub struct Writer {
     pub deadline: Option<Instant>,
     /// What the answer borrows from, where it is one message.
     pub share: Option<Share>,
+    /// When a call ends because the daemon does, if it may.
+    pub(super) ends: Option<Reached>,
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").field("protocol", &self.protocol).finish_non_exhaustive()
+    }
 }
 
 /// In the extensions of a service's response: it is one message without an error, of so many bytes behind
@@ -69,6 +78,7 @@ impl Writer {
             metadata: ResponseMetadata::default(),
             deadline: None,
             share: None,
+            ends: None,
         }
     }
 
@@ -153,6 +163,7 @@ impl Writer {
             compressor: (self.encoding == Encoding::Gzip).then(|| Splitter::new(usize::MAX)),
             metadata: self.metadata,
             deadline: self.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
+            ends: self.ends,
             ready: VecDeque::new(),
             share: self.share,
         };
@@ -277,6 +288,7 @@ struct Outgoing {
     compressor: Option<Splitter>,
     metadata: ResponseMetadata,
     deadline: Option<Pin<Box<Sleep>>>,
+    ends: Option<Reached>,
     ready: VecDeque<Frame<Bytes>>,
     /// What the only message borrows from.
     share: Option<Share>,
@@ -321,6 +333,7 @@ impl Outgoing {
         spans::rpc_ended(code(&trailers));
         self.inner = None;
         self.deadline = None;
+        self.ends = None;
         append_all(&mut trailers, self.metadata.take_trailers());
         match self.framing {
             Framing::Grpc => self.ready.push_back(Frame::trailers(trailers)),
@@ -371,6 +384,12 @@ impl http_body::Body for Outgoing {
                 && deadline.as_mut().poll(cx).is_ready()
             {
                 self.fail(&timeout::exceeded());
+                continue;
+            }
+            if let Some(ends) = &mut self.ends
+                && ends.as_mut().poll(cx).is_ready()
+            {
+                self.fail(&shutdown::status());
                 continue;
             }
             let Some(inner) = &mut self.inner else {

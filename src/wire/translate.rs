@@ -41,6 +41,7 @@ use super::{
     protocol::{self, Framing, Protocol},
     request::Reader,
     response::{Writer, response_with},
+    shutdown::{self, Phase, Phases, SHUTTING_DOWN},
     timeout,
 };
 
@@ -56,17 +57,26 @@ pub struct Translate<S> {
     message_bytes: usize,
     stall_timeout: Duration,
     memory: Memory,
+    phases: Phases,
 }
 
 impl<S> Translate<S> {
-    /// Translates calls to `methods` for `inner`, with messages within `limits`.
-    pub fn new(inner: S, methods: Methods, limits: &Limits, memory: &Memory) -> Self {
+    /// Translates calls to `methods` for `inner`, with messages within `limits`, and ends them as
+    /// `phases` say.
+    pub fn new(
+        inner: S,
+        methods: Methods,
+        limits: &Limits,
+        memory: &Memory,
+        phases: Phases,
+    ) -> Self {
         Self {
             inner,
             methods: Arc::new(methods),
             message_bytes: limits.message_bytes,
             stall_timeout: limits.stall_timeout,
             memory: memory.clone(),
+            phases,
         }
     }
 }
@@ -91,7 +101,17 @@ where
                 let decoders = Arc::clone(self.memory.decoders());
                 Box::pin(Offload::new(decoders, call.run(self.inner.clone(), request)))
             }
-            Ok(None) => Box::pin(self.inner.call(request)),
+            Ok(None) => {
+                let protocol = Protocol::of(request.headers());
+                let (ending, call) = (self.phases.reached(Phase::Ending), self.inner.call(request));
+                Box::pin(async move {
+                    tokio::select! {
+                        biased;
+                        response = call => response,
+                        () = ending => Ok(refuse(protocol, SHUTTING_DOWN)),
+                    }
+                })
+            }
             Err(response) => Box::pin(async { Ok(*response) }),
         }
     }
@@ -105,6 +125,7 @@ struct Call {
     stall_timeout: Duration,
     share: Share,
     methods: Arc<Methods>,
+    phases: Phases,
 }
 
 impl<S> Translate<S> {
@@ -116,6 +137,9 @@ impl<S> Translate<S> {
             && !gate::is_probe(request.method(), path)
         {
             return Err(Box::new(refuse(protocol, why)));
+        }
+        if self.phases.is(Phase::Draining) {
+            return Err(Box::new(refuse(protocol, SHUTTING_DOWN)));
         }
         let Some(method) = self.methods.get(path) else {
             return match protocol {
@@ -157,6 +181,7 @@ impl<S> Translate<S> {
             stall_timeout: self.stall_timeout,
             share: self.memory.requests().share(),
             methods: Arc::clone(&self.methods),
+            phases: self.phases.clone(),
         }))
     }
 }
@@ -180,6 +205,9 @@ impl Call {
         };
         writer.deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let deadline = writer.deadline;
+        let ends_at = self.method.ends_at();
+        writer.ends = Some(self.phases.reached(ends_at));
+        let ends = self.phases.reached(ends_at);
         let reader = Reader {
             protocol: self.protocol.clone(),
             encoding,
@@ -209,13 +237,19 @@ impl Call {
             writer.share = share.filter(|_| !self.method.server_stream);
             Ok(writer.response(response).await)
         };
-        let Some(deadline) = deadline else {
-            return call.await;
+        let exceeded = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
         };
-        match tokio::time::timeout_at(deadline, call).await {
-            Ok(response) => response,
-            Err(_) => Ok(Writer::plain(self.protocol).error(&timeout::exceeded())),
-        }
+        let status = tokio::select! {
+            biased;
+            response = call => return response,
+            () = exceeded => timeout::exceeded(),
+            () = ends => shutdown::status(),
+        };
+        Ok(Writer::plain(self.protocol).error(&status))
     }
 
     /// The request's compression and the time it has.

@@ -80,6 +80,12 @@ impl Leaf {
         made
     }
 
+    /// One that was made before.
+    pub(super) fn existing(dir: PathBuf) -> io::Result<Self> {
+        let fd = File::open(&dir)?.into();
+        Ok(Self { dir, fd, memory_limit: None, pids_limit: None })
+    }
+
     fn limit(&self, workload: &Workload, limits: &Limits) -> Result<(), Unavailable> {
         for setting in limits.settings() {
             let unavailable = |why| Unavailable { field: setting.field.to_owned(), why };

@@ -173,6 +173,31 @@ impl Groups {
         }
     }
 
+    /// Sends a signal to everything in the leaves of this daemon, also to what was left behind there
+    /// by a process that has ended. Blocks.
+    pub(super) fn signal_all(&self, signal: i32) {
+        for leaf in self.own_leaves() {
+            if let Err(error) = leaf.signal(signal) {
+                tracing::debug!(signal, %error, "not all processes of a control group were signalled");
+            }
+        }
+    }
+
+    /// Whether there is any process in the leaves of this daemon. Blocks for a moment.
+    pub(super) fn is_any_left(&self) -> bool {
+        self.own_leaves().any(|leaf| leaf.pids().is_ok_and(|pids| !pids.is_empty()))
+    }
+
+    /// The leaves that this daemon has made. Others that share the base have leaves of their own.
+    fn own_leaves(&self) -> impl Iterator<Item = Leaf> {
+        let pools = self.ready.as_ref().ok().map(|ready| [&ready.user, &ready.ptys]);
+        let entries = pools.into_iter().flatten().filter_map(|pool| fs::read_dir(&pool.dir).ok());
+        entries.flatten().flatten().filter_map(|entry| {
+            let own = entry.file_name().to_str().and_then(maker) == Some(std::process::id());
+            own.then(|| Leaf::existing(entry.path()).ok()).flatten()
+        })
+    }
+
     /// Removes some of the leaves that nobody watches, if they are empty by now.
     pub(super) fn sweep_missed(&self) {
         let Ok(ready) = &self.ready else { return };

@@ -28,7 +28,7 @@ use crate::{
 
 /// The uploads at a time; beyond it the slowest is evicted if it drips ([`crate::slots`]), and else a
 /// newcomer is refused. Each may hold
-/// [`MAX_BODY_IN_MEMORY`](crate::fs::transfer::MAX_BODY_IN_MEMORY) and two descriptors.
+/// [`MAX_BODY_IN_MEMORY`](crate::fs::transfer::MAX_BODY_IN_MEMORY) and three descriptors.
 pub const MAX_UPLOADS: usize = 64;
 
 /// The listings at a time; others wait. Each may hold

@@ -9,6 +9,8 @@ mod common;
 mod directories;
 #[path = "hostile/eviction.rs"]
 mod eviction;
+#[path = "hostile/files.rs"]
+mod files;
 #[path = "hostile/init.rs"]
 mod init;
 #[path = "hostile/log.rs"]

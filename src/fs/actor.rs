@@ -2,7 +2,7 @@
 //!
 //! See [`super::resolve`] for the rule that decides between the daemon's rights and the user's.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, io, str::FromStr, sync::Arc};
 
 use nix::errno::Errno;
 
@@ -114,6 +114,15 @@ impl Rights {
         Self { actor, switched }
     }
 
+    /// The daemon's own, for its own business.
+    #[must_use]
+    pub fn of_daemon() -> Self {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let identity = Arc::new(FsIdentity { uid, gid, groups: Vec::new() });
+        let access = FileAccess::Compatible;
+        Self { actor: Actor { identity, access, less_than_daemon: false }, switched: false }
+    }
+
     /// For whom.
     #[must_use]
     pub fn actor(&self) -> &Actor {
@@ -137,11 +146,14 @@ impl Rights {
     ///
     /// # Errors
     /// Those of `work`; `EPERM` when the thread could not take on the rights, and `work` was not run.
-    pub fn act<T, E: From<Errno>>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    pub fn act<T, E: From<RightsRefused>>(
+        &self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
         if !self.switched {
             return work();
         }
-        let _rights = self.actor.assume().map_err(refused)?;
+        let _rights = self.actor.assume().map_err(RightsRefused::new)?;
         work()
     }
 
@@ -150,11 +162,14 @@ impl Rights {
     ///
     /// # Errors
     /// As [`Self::act`].
-    pub fn create<T, E: From<Errno>>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    pub fn create<T, E: From<RightsRefused>>(
+        &self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
         if self.switched || !self.actor.less_than_daemon {
             return self.act(work);
         }
-        let _rights = FsCredentials::create_as(&self.actor.identity).map_err(refused)?;
+        let _rights = FsCredentials::create_as(&self.actor.identity).map_err(RightsRefused::new)?;
         work()
     }
 
@@ -165,7 +180,26 @@ impl Rights {
     }
 }
 
-fn refused(error: Errno) -> Errno {
-    tracing::warn!(%error, "could not act with a user's rights: the call is refused");
-    Errno::EPERM
+/// The thread could not take on a user's rights, and nothing was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this envd cannot act with the rights of that user")]
+pub struct RightsRefused;
+
+impl RightsRefused {
+    fn new(error: Errno) -> Self {
+        tracing::warn!(%error, "could not act with a user's rights: the call is refused");
+        Self
+    }
+}
+
+impl From<RightsRefused> for Errno {
+    fn from(_: RightsRefused) -> Self {
+        Self::EPERM
+    }
+}
+
+impl From<RightsRefused> for io::Error {
+    fn from(refused: RightsRefused) -> Self {
+        Errno::from(refused).into()
+    }
 }

@@ -15,7 +15,7 @@ use nix::{
 use super::{
     FsError, PathError,
     actor::Actor,
-    errno, path,
+    path,
     resolve::{Place, Step, Walk},
     unnamed::with_new_name,
 };
@@ -174,14 +174,13 @@ pub fn create_symlink(
     if !replace || place.found().is_some_and(|found| found.is_dir()) {
         return Err(exists());
     }
-    let beside = |name: &Path| Ok(make_link(&place, target, name.as_os_str())?);
-    let made = with_new_name(Path::new(""), beside);
-    let ((), name) = made.map_err(|error| failed("symlink", errno::of(&error)))?;
+    let made = with_new_name(|name| make_link(&place, target, name));
+    let ((), name) = made.map_err(|errno| failed("symlink", errno))?;
     place
         .rights()
         .act(|| {
-            renameat(place.dir(), &name, place.dir(), place.name()).inspect_err(|_| {
-                let _ = unlinkat(place.dir(), &name, UnlinkatFlags::NoRemoveDir);
+            renameat(place.dir(), name.as_os_str(), place.dir(), place.name()).inspect_err(|_| {
+                let _ = unlinkat(place.dir(), name.as_os_str(), UnlinkatFlags::NoRemoveDir);
             })
         })
         .map_err(|errno| match errno {

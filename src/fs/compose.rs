@@ -2,14 +2,21 @@
 //! files.
 
 use std::{
-    fs,
     io::{self, Seek},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use super::{FsError, PathError, errno, path, staged::change_owner, unnamed::Unnamed};
-use crate::guest::users::User;
+use nix::errno::Errno;
+
+use super::{
+    FsError, PathError,
+    actor::Actor,
+    errno,
+    resolve::{Found, Walk},
+    staged::give_to_user,
+    unnamed::Unnamed,
+};
 
 /// Why files were not put together.
 #[derive(Debug, thiserror::Error)]
@@ -42,64 +49,79 @@ pub struct Part {
     pub path: PathBuf,
 }
 
-/// Makes the file `to` of the contents of `parts`, one behind the other, for `user`, and removes
-/// the parts. What was at `to` is replaced at once.
+/// Makes the file `to` of the contents of `parts`, one behind the other, for `actor`, and removes
+/// the parts. What was at `to` is replaced at once, and with it what it was allowed to do.
 ///
 /// # Errors
 /// [`FsError::Compose`], [`FsError::EnsureDirectories`], [`FsError::NoSpace`]; the parts and what was
 /// at `to` are then as before.
-pub fn compose(parts: &[Part], to: &Path, user: &User) -> Result<(), FsError> {
+pub fn compose(parts: &[Part], to: &Path, actor: &Actor) -> Result<(), FsError> {
     let wrong = |error| Err(FsError::Compose(error));
     for part in parts {
+        let missing = || FsError::Compose(ComposeError::NotFound(part.name.clone()));
         if part.path == to {
             return wrong(ComposeError::Same(part.name.clone()));
         }
-        match fs::metadata(&part.path) {
-            Ok(meta) if meta.is_file() => {}
-            Ok(_) => return wrong(ComposeError::NotRegular(part.name.clone())),
-            Err(_) => return wrong(ComposeError::NotFound(part.name.clone())),
+        let place = Walk::new(actor).to(&part.path);
+        let place = place.map_err(|error| error.or_busy(|_| missing()))?;
+        if !place.found().ok_or_else(missing)?.is_file() {
+            return wrong(ComposeError::NotRegular(part.name.clone()));
         }
     }
-    let owner = (user.uid, user.gid);
-    let above = path::dir_of(to);
-    path::ensure_dirs(&above, owner)
-        .map_err(|error| FsError::EnsureDirectories(Box::new(error)))?;
-    let mut new = Unnamed::create(&above, 0o666)
-        .map_err(|error| failed("error creating destination file", "open", to, &error))?;
-    change_owner(new.file(), to, owner)?;
+    let place = Walk::new(actor).no_follow().make_parents().to(to).map_err(|error| match error
+        .at_last
+    {
+        true => error.or_busy(|error| finishing("open", to, error.errno)),
+        false => FsError::ensuring(error.of_making_directories()),
+    })?;
+    if place.is_nameless() {
+        return Err(finishing("rename", to, Errno::EISDIR));
+    }
+    let rights = place.rights();
+    let mut new = Unnamed::create(place.dir(), rights, 0o666)
+        .map_err(|error| failed("error creating destination file", "open", to, &error.into()))?;
+    rights.act(|| give_to_user(new.file(), to, rights))?;
     for part in parts {
         let name = &part.name;
-        let (mut from, _) = super::read::open(&part.path).map_err(|error| match error {
+        let opened = super::read::open(&part.path, actor).map_err(|error| match error {
             FsError::OpenForReading { error } | FsError::CheckPath { error } => {
                 let doing = format!("error opening source file {name}");
                 FsError::Compose(ComposeError::Failed { doing, error })
             }
+            busy @ FsError::MountBusy(_) => busy,
             _ => FsError::Compose(ComposeError::NotFound(name.clone())),
         })?;
-        let mut into = new.file();
+        let (mut from, mut into) = (opened.file, new.file());
         // By copy_file_range(2), where the file system can.
         into.seek(io::SeekFrom::End(0)).and_then(|_| io::copy(&mut from, &mut into)).map_err(
             |error| failed(&format!("error composing source {name}"), "copy", to, &error),
         )?;
     }
-    new.replace(to).map_err(|error| failed("error finalizing compose", "rename", to, &error))?;
+    new.replace(place.dir(), rights, place.name())
+        .map_err(|errno| finishing("rename", to, errno))?;
     let made = new.file().metadata().map(|meta| (meta.dev(), meta.ino()));
     for part in parts {
-        // A path can lead to the destination and not look like it: through `..`, or a link above.
-        let there = fs::symlink_metadata(&part.path).map(|meta| (meta.dev(), meta.ino()));
-        if there.is_ok_and(|there| made.as_ref().is_ok_and(|made| *made == there)) {
-            continue;
-        }
-        if let Err(error) = fs::remove_file(&part.path) {
-            tracing::debug!(part = %part.path.display(), %error, "a part of a composed file stays");
+        // The link, if a part is one. A path can lead to the destination and not look like it:
+        // through `..`, or a link above.
+        let removed = Walk::new(actor).no_follow().to(&part.path).map_err(|error| error.errno);
+        let removed = removed.and_then(|place| match place.found().map(Found::key) {
+            Some(key) if made.as_ref().is_ok_and(|made| *made != key) => place.unlink_if(key),
+            _ => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::debug!(part = %part.path.display(), %error, "could not remove a composed part");
         }
     }
     Ok(())
 }
 
+fn finishing(op: &'static str, to: &Path, errno: Errno) -> FsError {
+    failed("error finalizing compose", op, to, &errno.into())
+}
+
 fn failed(doing: &str, op: &'static str, path: &Path, error: &io::Error) -> FsError {
     match errno::of(error) {
-        nix::errno::Errno::ENOSPC | nix::errno::Errno::EDQUOT => FsError::NoSpace(None),
+        Errno::ENOSPC | Errno::EDQUOT => FsError::NoSpace(None),
         errno => FsError::Compose(ComposeError::Failed {
             doing: doing.to_owned(),
             error: PathError::new(op, path, errno),

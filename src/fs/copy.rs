@@ -6,6 +6,7 @@
 //! descriptors ([`Walk`]), so nothing outside of it is ever read, whatever is renamed meanwhile.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File, Permissions},
     io,
     os::{
@@ -29,6 +30,7 @@ use xattr::FileExt;
 
 use super::{
     CAREFULLY, FsError, PathError,
+    actor::Rights,
     beneath::own,
     errno, path,
     remove::remove_at,
@@ -159,10 +161,11 @@ impl<'a> Apart<'a> {
     fn new(
         dir: &Path,
         to: &'a Path,
-        make: impl FnMut(&Path) -> io::Result<()>,
+        mut make: impl FnMut(&Path) -> io::Result<()>,
     ) -> io::Result<Self> {
-        let ((), path) = with_new_name(dir, make)?;
-        Ok(Self { path, to, done: false })
+        let made = |name: &OsStr| make(&dir.join(name)).map_err(|error| errno::of(&error));
+        let ((), name) = with_new_name(made)?;
+        Ok(Self { path: dir.join(name), to, done: false })
     }
 
     fn publish(mut self, only_new: bool) -> Result<(), FsError> {
@@ -231,16 +234,20 @@ impl Copying<'_> {
 
     /// Copies one file beside `dst` and gives it that name.
     fn file_apart(&mut self, dir: &OwnedFd, found: &Found, dst: &Path) -> Result<(), FsError> {
-        let failed = |error: io::Error| doing(COPYING, dst, "create", &error);
-        let mut new = Unnamed::create(&path::dir_of(dst), 0o600).map_err(failed)?;
+        let failed = |error: Errno| doing(COPYING, dst, "create", &error.into());
+        let rights = Rights::of_daemon();
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let above = nix::fcntl::open(&path::dir_of(dst), flags, Mode::empty()).map_err(failed)?;
+        let mut new = Unnamed::create(above.as_fd(), &rights, 0o600).map_err(failed)?;
         self.content(dir.as_fd(), found, new.file())?;
+        let name = path::base_name(dst);
         let moved = match self.options.create_only {
-            true => new.publish(dst),
-            false => new.replace(dst),
+            true => new.publish(above.as_fd(), &rights, name),
+            false => new.replace(above.as_fd(), &rights, name),
         };
-        moved.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => FsError::Exists(dst.to_owned()),
-            _ => doing(COPYING, dst, "rename", &error),
+        moved.map_err(|error| match error {
+            Errno::EEXIST => FsError::Exists(dst.to_owned()),
+            _ => doing(COPYING, dst, "rename", &error.into()),
         })
     }
 

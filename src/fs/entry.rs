@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     ffi::OsStr,
+    fs::File,
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,7 +17,7 @@ use nix::{
 
 use super::{
     FsError, PathError,
-    actor::{Actor, FileAccess, Rights},
+    actor::{Actor, FileAccess, Rights, RightsRefused},
     metadata, path,
     resolve::{Found, Place, Walk, is_others},
 };
@@ -86,6 +87,26 @@ pub fn stat_as_daemon(path: &Path, users: &Users) -> Result<Entry, FsError> {
     stat_at(path, path, &mut Owners::new(users))
 }
 
+/// Describes a file that is open, under the path `shown`. Its metadata is read with `rights`.
+///
+/// # Errors
+/// [`FsError::FileInfo`].
+pub fn of_file(
+    file: &File,
+    rights: &Rights,
+    shown: &Path,
+    users: &Users,
+) -> Result<Entry, FsError> {
+    let stat = fstat(file);
+    let stat = stat.map_err(|errno| FsError::FileInfo(PathError::new("stat", shown, errno)))?;
+    let metadata = match kind_of(&stat) {
+        EntryKind::Other => BTreeMap::new(),
+        _ => rights.perform(|| metadata::read_open(file)).unwrap_or_default(),
+    };
+    let itself = Behind { stat: Some(stat), target: None, metadata };
+    Ok(entry_of(&stat, itself, shown, &mut Owners::new(users)))
+}
+
 /// As [`stat_as_daemon`], of the file at `at`, described as `shown`.
 pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Result<Entry, FsError> {
     let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
@@ -94,17 +115,6 @@ pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Resul
     let place = Walk::new(&actor).no_follow().to(at);
     let place = place.map_err(|error| error.or_busy(|error| lstat_failed(at, error.errno)))?;
     stat_place(&place, shown, owners)
-}
-
-/// Describes what `path` leads to, under that path: never a link.
-///
-/// # Errors
-/// As [`stat`].
-pub fn stat_behind(path: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsError> {
-    match Walk::new(actor).max_links(path::MAX_LINKS).to(path) {
-        Ok(place) => stat_place(&place, path, &mut Owners::new(users)),
-        Err(error) => Err(error.or_busy(|error| lstat_failed(path, error.errno))),
-    }
 }
 
 /// Describes what a walk has found, under the path `shown`.
@@ -158,6 +168,12 @@ pub(super) enum NameError {
 impl From<Errno> for NameError {
     fn from(errno: Errno) -> Self {
         Self::Errno(errno)
+    }
+}
+
+impl From<RightsRefused> for NameError {
+    fn from(refused: RightsRefused) -> Self {
+        Self::Errno(refused.into())
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::{compose::ComposeError, errno};
+use super::{actor::RightsRefused, compose::ComposeError, errno};
 use crate::{
     blocking::{Busy, MountBusy},
     quote,
@@ -348,6 +348,9 @@ pub enum FsError {
         /// The bound.
         limit: usize,
     },
+    /// The daemon could not take on the user's rights.
+    #[error(transparent)]
+    RightsRefused(#[from] RightsRefused),
     /// The work could not be done where it may block.
     #[error(transparent)]
     Blocking(#[from] Busy),
@@ -377,6 +380,17 @@ pub enum FsError {
         /// What that watches.
         path: PathBuf,
     },
+}
+
+impl FsError {
+    /// The error of making the directories above a file that is to be written. A mount that does not
+    /// answer is told as such.
+    pub(super) fn ensuring(error: Self) -> Self {
+        match error {
+            busy @ Self::MountBusy(_) => busy,
+            error => Self::EnsureDirectories(Box::new(error)),
+        }
+    }
 }
 
 fn attempted(bytes: Option<u64>) -> String {

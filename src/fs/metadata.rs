@@ -91,6 +91,19 @@ pub(super) fn is_surely_without(dir: &impl AsFd, name: &OsStr) -> bool {
     }
 }
 
+/// As [`read`], of a file that is open.
+pub(super) fn read_open(file: &File) -> BTreeMap<String, String> {
+    let Ok(names) = file.list_xattr() else {
+        return BTreeMap::new();
+    };
+    let ours = names.filter_map(|name| {
+        let key = name.to_str()?.strip_prefix(PREFIX)?.to_owned();
+        let value = file.get_xattr(&name).ok()??;
+        Some((key, String::from_utf8(value).ok()?))
+    });
+    ours.collect()
+}
+
 /// Replaces all metadata of a file.
 ///
 /// # Errors

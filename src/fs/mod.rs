@@ -28,6 +28,7 @@ mod error;
 pub mod list;
 pub mod metadata;
 pub mod path;
+mod privileges;
 pub mod read;
 mod remove;
 pub mod resolve;

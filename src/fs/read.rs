@@ -1,16 +1,21 @@
 //! Reading files: what may be read, in pieces, and what tells two states of a file apart.
 
 use std::{
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{File, Metadata},
     io::{self, Read, Seek, SeekFrom},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
-use nix::errno::Errno;
+use nix::{errno::Errno, fcntl::OFlag, sys::stat::FileStat};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{CAREFULLY, FsError, PathError, errno};
+use super::{
+    FsError, PathError,
+    actor::{Actor, Rights},
+    errno,
+    resolve::Walk,
+};
 
 /// Bytes read at a time. Each client that does not take what it has asked for holds one such piece and
 /// one that is being sent, and there may be as many as calls.
@@ -20,6 +25,9 @@ pub const LARGE_PIECE: usize = 256 << 10;
 /// Those who may read more than [`PIECE`] at a time.
 pub const LARGE_READERS: usize = 32;
 
+/// How often a file is looked up again because others change it meanwhile.
+const MAX_TRIES: usize = 64;
+
 static ROOMY: Semaphore = Semaphore::const_new(LARGE_READERS);
 
 /// Leave to read more than [`PIECE`] at a time, while it is held; none when others have it all.
@@ -27,39 +35,56 @@ pub fn roomy() -> Option<SemaphorePermit<'static>> {
     ROOMY.try_acquire().ok()
 }
 
+/// A file that is open for reading.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file.
+    pub file: File,
+    /// What it was when it was opened.
+    pub meta: Metadata,
+    /// The rights with which it was opened.
+    pub rights: Rights,
+}
+
 /// Opens a regular file for reading.
 ///
 /// # Errors
 /// [`FsError::NotThere`], [`FsError::ReadOfDirectory`], [`FsError::NotRegular`] for devices, FIFOs
 /// and sockets, or the call that failed.
-pub fn open(path: &Path) -> Result<(File, Metadata), FsError> {
-    // Before it is opened: opening a device can do things.
-    let meta = fs::metadata(path).map_err(|error| {
-        let error = PathError::io("stat", path, &error);
-        match error.errno {
-            Errno::ENOENT => FsError::NotThere(path.to_owned()),
-            _ => FsError::CheckPath { error },
-        }
-    })?;
-    readable(path, &meta)?;
-    let failed = |error: io::Error| match errno::of(&error) {
+pub fn open(path: &Path, actor: &Actor) -> Result<Opened, FsError> {
+    let checked = |errno| match errno {
         Errno::ENOENT => FsError::NotThere(path.to_owned()),
-        _ => FsError::OpenForReading { error: PathError::io("open", path, &error) },
+        errno => FsError::CheckPath { error: PathError::new("stat", path, errno) },
     };
-    let file = OpenOptions::new().read(true).custom_flags(CAREFULLY).open(path).map_err(failed)?;
-    let meta = file.metadata().map_err(failed)?;
-    // Again: it may be another file by now.
-    readable(path, &meta)?;
-    Ok((file, meta))
+    let failed = |errno| match errno {
+        Errno::ENOENT => FsError::NotThere(path.to_owned()),
+        errno => FsError::OpenForReading { error: PathError::new("open", path, errno) },
+    };
+    // Again when what was found was exchanged for a link.
+    for _ in 0..MAX_TRIES {
+        let place = Walk::new(actor).to(path);
+        let place = place.map_err(|error| error.or_busy(|error| checked(error.errno)))?;
+        // Before it is opened: opening a device can do things.
+        let found = place.found().ok_or_else(|| FsError::NotThere(path.to_owned()))?;
+        readable(path, found.stat.st_mode)?;
+        let (file, stat, rights) = match place.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
+            Ok(opened) => opened,
+            Err(Errno::ELOOP) => continue,
+            Err(errno) => return Err(failed(errno)),
+        };
+        // Again: it may be another file by now.
+        readable(path, stat.st_mode)?;
+        let meta = file.metadata().map_err(|error| failed(errno::of(&error)))?;
+        return Ok(Opened { file, meta, rights });
+    }
+    Err(failed(Errno::ELOOP))
 }
 
-fn readable(path: &Path, meta: &Metadata) -> Result<(), FsError> {
-    if meta.is_dir() {
-        Err(FsError::ReadOfDirectory(path.to_owned()))
-    } else if !meta.is_file() {
-        Err(FsError::NotRegular(path.to_owned()))
-    } else {
-        Ok(())
+fn readable(path: &Path, mode: libc::mode_t) -> Result<(), FsError> {
+    match mode & libc::S_IFMT {
+        libc::S_IFREG => Ok(()),
+        libc::S_IFDIR => Err(FsError::ReadOfDirectory(path.to_owned())),
+        _ => Err(FsError::NotRegular(path.to_owned())),
     }
 }
 
@@ -76,6 +101,20 @@ pub fn tag(meta: &Metadata) -> String {
         meta.mtime_nsec(),
         meta.ctime(),
         meta.ctime_nsec()
+    )
+}
+
+/// As [`tag`], of what fstat(2) gave.
+pub(super) fn tag_of(stat: &FileStat) -> String {
+    format!(
+        "{:x}-{:x}-{:x}-{:x}.{:x}-{:x}.{:x}",
+        stat.st_dev,
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime,
+        stat.st_mtime_nsec,
+        stat.st_ctime,
+        stat.st_ctime_nsec
     )
 }
 
@@ -139,16 +178,17 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::FileExt, path::PathBuf};
+    use std::{fs, os::unix::fs::FileExt, path::PathBuf};
 
     use super::*;
+    use crate::fs::resolve::own_actor;
 
     #[test]
     fn errors_are_upstreams() {
         let tmp = tempfile::tempdir().unwrap();
         let shown = tmp.path().display();
         fs::write(tmp.path().join("f"), "abc").unwrap();
-        assert_eq!(open(&tmp.path().join("f")).unwrap().1.len(), 3);
+        assert_eq!(open(&tmp.path().join("f"), &own_actor()).unwrap().meta.len(), 3);
         for (path, wanted) in [
             ("no", format!("path '{shown}/no' does not exist")),
             (".", format!("path '{shown}/.' is a directory")),
@@ -160,9 +200,9 @@ mod tests {
             ),
         ] {
             let path = PathBuf::from(format!("{shown}/{path}"));
-            assert_eq!(open(&path).unwrap_err().to_string(), wanted);
+            assert_eq!(open(&path, &own_actor()).unwrap_err().to_string(), wanted);
         }
-        assert!(matches!(open(Path::new("/dev/zero")), Err(FsError::NotRegular(_))));
+        assert!(matches!(open(Path::new("/dev/zero"), &own_actor()), Err(FsError::NotRegular(_))));
     }
 
     #[test]
@@ -188,6 +228,8 @@ mod tests {
         for content in ["a", "ab"] {
             fs::write(&path, content).unwrap();
             assert!(seen.insert(tag(&fs::metadata(&path).unwrap())));
+            let stat = nix::sys::stat::stat(&path).unwrap();
+            assert_eq!(tag_of(&stat), tag(&fs::metadata(&path).unwrap()));
         }
         fs::write(tmp.path().join("g"), "ab").unwrap();
         fs::rename(tmp.path().join("g"), &path).unwrap();

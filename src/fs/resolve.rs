@@ -54,6 +54,9 @@ mod place;
 mod tests;
 mod trust;
 
+#[cfg(test)]
+pub(crate) use tests::own_actor;
+
 pub use error::{Step, WalkError};
 pub use place::{Found, Place};
 use trust::{is_dir, is_link};
@@ -297,7 +300,7 @@ impl State<'_> {
             asked: self.asked.clone(),
             at: self.real.join(name),
             errno,
-            at_last: self.todo.is_empty(),
+            at_last: self.todo.iter().all(|part| part.of_link),
             busy: None,
         }
     }

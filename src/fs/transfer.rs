@@ -24,21 +24,27 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{File, Metadata},
     io::{self, Seek, Write},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use nix::{errno::Errno, sys::statvfs::fstatvfs};
+use nix::{
+    errno::Errno,
+    fcntl::OFlag,
+    sys::{stat::SFlag, statvfs::fstatvfs},
+};
 use parking_lot::Mutex;
 
 use super::{
-    CAREFULLY, FsError, PathError, errno, metadata, path,
-    staged::{self, sync_names},
+    FsError, PathError,
+    actor::{Actor, Rights},
+    errno, metadata, path,
+    resolve::{Found, Place, Walk},
+    staged,
 };
-use crate::guest::users::User;
 
 mod body;
 mod exchange;
@@ -48,7 +54,10 @@ pub use super::metadata::{set_metadata, validate_metadata};
 pub use body::MAX_BODY_IN_MEMORY;
 use body::{Body, append, copy_of};
 pub use writers::Writers;
-use writers::{Live, Membership, leads_to};
+use writers::{Live, Membership};
+
+/// How often a target is looked up again because others change it meanwhile.
+const MAX_TRIES: usize = 256;
 
 /// What is told of a file that was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,16 +70,20 @@ pub struct WriteInfo {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// How a file that exists is opened to be written.
+const WRITING: OFlag = OFlag::O_WRONLY.union(OFlag::O_NONBLOCK);
+
 /// A file that is being written. Dropped without [`Writer::finish`], it leaves everything as it
 /// was, except for new directories.
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
-    /// Where the file is, when the path is a link to a file that did not exist.
-    real: PathBuf,
+    /// Where the file is, links followed.
+    place: Arc<Place>,
+    /// With which the file was opened: the place's, or the user's own.
+    rights: Rights,
     /// How many directories above it are new.
     made: usize,
-    owner: (u32, u32),
     expected: Option<u64>,
     fsync: bool,
     file: Arc<File>,
@@ -90,68 +103,38 @@ enum Sink {
 }
 
 impl Writer {
-    /// Starts to write the file at `path`, which may exist, for `owner`.
+    /// Starts to write the file at `path`, which may exist, for `actor`.
     ///
     /// # Errors
     /// [`FsError::EnsureDirectories`], [`FsError::WriteOfDirectory`], [`FsError::NotRegular`],
     /// [`FsError::NoInodes`], or the call that failed.
-    pub fn create(writers: &Arc<Writers>, path: &Path, owner: &User) -> Result<Self, FsError> {
-        let owner = (owner.uid, owner.gid);
+    pub fn create(writers: &Arc<Writers>, path: &Path, actor: &Actor) -> Result<Self, FsError> {
         let live = Live::new(writers);
-        let made = path::ensure_dirs(&path::dir_of(path), owner)
-            .map_err(|error| FsError::EnsureDirectories(Box::new(error)))?;
-        let mut real = path.to_owned();
-        // Again for every link to a file that does not exist, and when somebody was faster.
-        for _ in 0..=path::MAX_LINKS {
-            // Readable too: see `Shared::saved`.
-            match OpenOptions::new().read(true).write(true).create_new(true).open(&real) {
-                Ok(file) => {
-                    let (file, sink) = new_file(writers, path, &real, file)?;
-                    let path = path.to_owned();
-                    let writer = Self {
-                        path,
-                        real,
-                        made,
-                        owner,
-                        expected: None,
-                        fsync: false,
-                        file,
-                        sink,
-                        _live: live,
-                    };
-                    if matches!(writer.sink, Sink::New(_)) {
-                        writer.change_owner()?;
-                    }
-                    return Ok(writer);
-                }
-                Err(error) if matches!(errno::of(&error), Errno::EEXIST | Errno::EISDIR) => {}
-                Err(error) => return Err(open_failed(path, &error)),
+        let mut made = 0;
+        // Again when somebody was faster, or exchanged what was found for a link.
+        for _ in 0..MAX_TRIES {
+            let place = to_be_written(path, actor)?;
+            made += place.made();
+            let opened = match place.found() {
+                None => create_file(writers, path, place)?,
+                Some(_) => existing_file(writers, path, place)?,
+            };
+            let Some(Opened { place, file, sink, rights }) = opened else { continue };
+            let writer = Self {
+                path: path.to_owned(),
+                place,
+                rights,
+                made,
+                expected: None,
+                fsync: false,
+                file,
+                sink,
+                _live: live,
+            };
+            if matches!(writer.sink, Sink::New(_)) {
+                writer.change_owner()?;
             }
-            match fs::metadata(&real) {
-                Ok(meta) => {
-                    if let Some((file, sink)) = existing_file(writers, path, &real, &meta)? {
-                        let (path, file) = (path.to_owned(), Arc::new(file));
-                        return Ok(Self {
-                            path,
-                            real,
-                            made,
-                            owner,
-                            expected: None,
-                            fsync: false,
-                            file,
-                            sink,
-                            _live: live,
-                        });
-                    }
-                    // An upload that made it has taken it away again.
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(open_failed(path, &error)),
-            }
-            if let Ok(target) = fs::read_link(&real) {
-                real = real.parent().unwrap_or_else(|| Path::new("/")).join(target);
-            }
+            return Ok(writer);
         }
         Err(FsError::OpenForWriting(PathError::new("open", path, Errno::ELOOP)))
     }
@@ -176,12 +159,12 @@ impl Writer {
                 // Against one who finishes meanwhile and saves what has been written.
                 let mut shared = membership.shared.lock();
                 match shared.saved.as_mut() {
-                    Some(body) => append(body, bytes, &self.real),
+                    Some(body) => append(body, bytes, &self.place),
                     None => (&*self.file).write_all(bytes),
                 }
             }
             Sink::Device => (&*self.file).write_all(bytes),
-            Sink::Existing(_, body) => append(body, bytes, &self.real),
+            Sink::Existing(_, body) => append(body, bytes, &self.place),
         };
         written.map_err(|error| self.write_failed(&error))
     }
@@ -209,7 +192,7 @@ impl Writer {
             && body.is_some()
             && let Some(creator) = shared.creator.clone()
         {
-            let saved = copy_of(&creator, &self.real);
+            let saved = copy_of(&creator, &self.place);
             shared.saved = Some(saved.map_err(|error| self.write_failed(&error))?);
             shared.creator = None;
         }
@@ -224,14 +207,13 @@ impl Writer {
             if let Some(body) = body {
                 self.replace_content(body)?;
             }
-            metadata::replace(&self.file, &self.path, metadata)?;
+            self.rights.act(|| metadata::replace(&self.file, &self.path, metadata))?;
             if self.fsync && !matches!(self.sink, Sink::Device) {
                 self.file.sync_all().map_err(|error| self.write_failed(&error))?;
             }
         }
         if self.fsync && matches!(self.sink, Sink::New(_) | Sink::Existing(..)) {
-            sync_names(&self.path, &self.real, self.made)
-                .map_err(|error| self.write_failed(&error))?;
+            self.place.sync_names(self.made).map_err(|error| self.write_failed(&error))?;
         }
         if let Some(shared) = shared.as_mut() {
             shared.finished = true;
@@ -244,7 +226,7 @@ impl Writer {
         Ok(WriteInfo {
             name: path::base_name(&self.path).to_string_lossy().into_owned(),
             path: self.path.to_string_lossy().into_owned(),
-            metadata: metadata::read(&self.real),
+            metadata: self.rights.perform(|| metadata::read_open(&self.file)).unwrap_or_default(),
         })
     }
 
@@ -257,7 +239,9 @@ impl Writer {
         if room_for(&self.file, &old).is_some_and(|room| room < wanted) {
             return Err(FsError::NoSpace(self.expected));
         }
-        self.change_owner()?;
+        self.prepare_in_place()?;
+        // With the user's rights, if those opened the file: the kernel then takes set-uid bits away
+        // that the user could not.
         let write = || -> io::Result<()> {
             let mut file = &*self.file;
             // Files of /proc and /sys are empty to the eye, and not all can be truncated.
@@ -277,11 +261,11 @@ impl Writer {
                 }
             }
         };
-        write().map_err(|error| self.write_failed(&error))
+        self.rights.act(write).map_err(|error| self.write_failed(&error))
     }
 
     fn change_owner(&self) -> Result<(), FsError> {
-        staged::change_owner(&self.file, &self.path, self.owner)
+        self.rights.act(|| staged::give_to_user(&self.file, &self.path, &self.rights))
     }
 
     fn write_failed(&self, error: &io::Error) -> FsError {
@@ -303,14 +287,40 @@ impl Drop for Writer {
     }
 }
 
-/// Joins the writers of a file that has just been created.
-fn new_file(
+/// Walks to the file that is to be written, and makes the missing directories above it.
+fn to_be_written(path: &Path, actor: &Actor) -> Result<Place, FsError> {
+    let place = Walk::new(actor).make_parents().to(path).map_err(|error| match error.at_last {
+        true => error.or_busy(|error| open_failed(path, error.errno)),
+        false => FsError::ensuring(error.of_making_directories()),
+    })?;
+    match place.is_nameless() || place.found().is_some_and(Found::is_dir) {
+        true => Err(FsError::WriteOfDirectory(path.to_owned())),
+        false => Ok(place),
+    }
+}
+
+/// A file that was opened, and what is to be done with it.
+struct Opened {
+    place: Arc<Place>,
+    file: Arc<File>,
+    sink: Sink,
+    rights: Rights,
+}
+
+/// Creates a file and joins its writers; none when somebody else has created it meanwhile.
+fn create_file(
     writers: &Arc<Writers>,
     path: &Path,
-    real: &Path,
-    file: File,
-) -> Result<(Arc<File>, Sink), FsError> {
-    let meta = file.metadata().map_err(|error| open_failed(path, &error))?;
+    place: Place,
+) -> Result<Option<Opened>, FsError> {
+    let place = Arc::new(place);
+    // Readable too: see `Shared::saved`.
+    let file = match place.create_new(OFlag::O_RDWR, 0o666) {
+        Ok(file) => file,
+        Err(Errno::EEXIST | Errno::EISDIR | Errno::ELOOP) => return Ok(None),
+        Err(errno) => return Err(open_failed(path, errno)),
+    };
+    let meta = file.metadata().map_err(|error| open_failed(path, errno::of(&error)))?;
     let membership = writers.join((meta.dev(), meta.ino()));
     let file = Arc::new(file);
     let mut shared = membership.shared.lock();
@@ -320,58 +330,57 @@ fn new_file(
         shared.creator = Some(Arc::clone(&file));
     }
     if alone || !shared.finished {
-        shared.fresh = Some(real.to_owned());
+        shared.fresh = Some(Arc::clone(&place));
     }
     drop(shared);
     let sink =
         if alone { Sink::New(membership) } else { Sink::Existing(membership, Body::default()) };
-    Ok((file, sink))
+    let rights = place.rights().clone();
+    Ok(Some(Opened { place, file, sink, rights }))
 }
 
-/// Opens a file that exists and joins its writers; none when it was an upload's that has given up
-/// meanwhile.
+/// Opens a file that exists and joins its writers; none when it is another one by now.
 fn existing_file(
     writers: &Arc<Writers>,
     path: &Path,
-    real: &Path,
-    meta: &Metadata,
-) -> Result<Option<(File, Sink)>, FsError> {
-    let device = meta.file_type().is_char_device();
-    if meta.is_dir() {
-        return Err(FsError::WriteOfDirectory(path.to_owned()));
-    }
-    if !meta.is_file() && !device {
+    place: Place,
+) -> Result<Option<Opened>, FsError> {
+    let device = place.found().is_some_and(|found| found.kind() == SFlag::S_IFCHR);
+    if !place.found().is_some_and(Found::is_file) && !device {
         return Err(FsError::NotRegular(path.to_owned()));
     }
     // Opened now, not at the end: what forbids it (a running program, a read-only mount) is
     // told before the body is sent.
-    let file = match OpenOptions::new().write(true).custom_flags(CAREFULLY).open(real) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(open_failed(path, &error)),
+    let (file, now, rights) = match place.open(WRITING) {
+        Ok(opened) => opened,
+        Err(Errno::ENOENT | Errno::ELOOP) => return Ok(None),
+        Err(errno) => return Err(open_failed(path, errno)),
     };
-    let now = file.metadata().map_err(|error| open_failed(path, &error))?;
-    if now.is_file() == device {
+    let is_file = now.st_mode & libc::S_IFMT == libc::S_IFREG;
+    if is_file == device {
         return Err(FsError::NotRegular(path.to_owned()));
     }
+    let (place, file) = (Arc::new(place.without_found()), Arc::new(file));
     if device {
-        return Ok(Some((file, Sink::Device)));
+        return Ok(Some(Opened { place, file, sink: Sink::Device, rights }));
     }
-    let key = (now.dev(), now.ino());
+    let key = (now.st_dev, now.st_ino);
     let membership = writers.join(key);
     // Looked at after joining: from now on it is not unlinked without us. Of a file that has no
     // link but is there all the same, the file system does not count them.
     let gone = {
         let _shared = membership.shared.lock();
-        let linked = file.metadata().map_err(|error| open_failed(path, &error))?.nlink() > 0;
-        !linked && !leads_to(fs::metadata(real), key)
+        let meta = file.metadata().map_err(|error| open_failed(path, errno::of(&error)))?;
+        let there = place.stat_now().is_ok_and(|stat| (stat.st_dev, stat.st_ino) == key);
+        meta.nlink() == 0 && !there
     };
-    Ok((!gone).then(|| (file, Sink::Existing(membership, Body::default()))))
+    let sink = Sink::Existing(membership, Body::default());
+    Ok((!gone).then_some(Opened { place, file, sink, rights }))
 }
 
-fn open_failed(path: &Path, error: &io::Error) -> FsError {
-    let error = PathError::io("open", path, error);
-    match error.errno {
+fn open_failed(path: &Path, errno: Errno) -> FsError {
+    let error = PathError::new("open", path, errno);
+    match errno {
         Errno::EISDIR => FsError::WriteOfDirectory(path.to_owned()),
         Errno::ENOSPC | Errno::EDQUOT => FsError::NoInodes(error),
         _ => FsError::OpenForWriting(error),
@@ -389,7 +398,10 @@ pub(super) fn room_for(file: &File, old: &Metadata) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt, symlink},
+    };
 
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
@@ -397,19 +409,14 @@ mod tests {
         body::{spool, spool_unlinked},
         *,
     };
-    use crate::fs::read;
-
-    fn user() -> User {
-        let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
-        User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
-    }
+    use crate::fs::{read, resolve::own_actor};
 
     fn none() -> BTreeMap<String, String> {
         BTreeMap::new()
     }
 
     fn put(path: &Path, content: &[u8]) -> Result<WriteInfo, FsError> {
-        let mut writer = Writer::create(&Writers::new(), path, &user())?;
+        let mut writer = Writer::create(&Writers::new(), path, &own_actor())?;
         content.chunks(300_000).try_for_each(|chunk| writer.write(chunk))?;
         writer.finish(&none())
     }
@@ -446,14 +453,14 @@ mod tests {
         let (new, old) = (tmp.path().join("new"), tmp.path().join("old"));
         fs::write(&old, "old").unwrap();
         for path in [&new, &old] {
-            let mut writer = Writer::create(&Writers::new(), path, &user()).unwrap();
+            let mut writer = Writer::create(&Writers::new(), path, &own_actor()).unwrap();
             writer.write(&vec![1; 2 * MAX_BODY_IN_MEMORY]).unwrap();
         }
         assert_eq!(names(tmp.path()), ["old"]);
         assert_eq!(fs::read(&old).unwrap(), b"old");
 
         // Another file that took the place meanwhile stays.
-        let writer = Writer::create(&Writers::new(), &new, &user()).unwrap();
+        let writer = Writer::create(&Writers::new(), &new, &own_actor()).unwrap();
         fs::write(tmp.path().join("other"), "other").unwrap();
         fs::rename(tmp.path().join("other"), &new).unwrap();
         drop(writer);
@@ -467,9 +474,9 @@ mod tests {
             let path = tmp.path().join("f");
             let writers = Writers::new();
             let contents = [vec![b'a'; 2 * length], vec![b'b'; length]];
-            let mut first = Writer::create(&writers, &path, &user()).unwrap();
+            let mut first = Writer::create(&writers, &path, &own_actor()).unwrap();
             first.write(&contents[0][..length]).unwrap();
-            let mut second = Writer::create(&writers, &path, &user()).unwrap();
+            let mut second = Writer::create(&writers, &path, &own_actor()).unwrap();
             second.write(&contents[1]).unwrap();
             assert_eq!(writers.live(), 2);
             check(&path, first, second, contents);
@@ -531,7 +538,7 @@ mod tests {
                 for id in 0..4_u8 {
                     let (path, writers) = (&path, &writers);
                     scope.spawn(move || {
-                        let mut writer = Writer::create(writers, path, &user()).unwrap();
+                        let mut writer = Writer::create(writers, path, &own_actor()).unwrap();
                         (0..20).for_each(|_| writer.write(&[id; 1000]).unwrap());
                         if id > 0 {
                             writer.finish(&none()).unwrap();
@@ -574,7 +581,7 @@ mod tests {
         assert!(slash.is_dir());
         let not_regular = format!("path '{shown}/fifo' is not a regular file");
         assert_eq!(put(&fifo, b"x").unwrap_err().to_string(), not_regular);
-        assert_eq!(read::open(&fifo).unwrap_err().to_string(), not_regular);
+        assert_eq!(read::open(&fifo, &own_actor()).unwrap_err().to_string(), not_regular);
         put(Path::new("/dev/null"), b"x").unwrap();
 
         let error = put(&fifo.join("x"), b"").unwrap_err();
@@ -590,7 +597,7 @@ mod tests {
         let path = tmp.path().join("f");
         let author = BTreeMap::from([("author".to_owned(), "me".to_owned())]);
         let told =
-            Writer::create(&Writers::new(), &path, &user()).unwrap().finish(&author).unwrap();
+            Writer::create(&Writers::new(), &path, &own_actor()).unwrap().finish(&author).unwrap();
         assert_eq!(told.metadata, author);
         assert_eq!(put(&path, b"x").unwrap().metadata, none());
     }
@@ -601,7 +608,7 @@ mod tests {
         if !full.exists() {
             return;
         }
-        let mut writer = Writer::create(&Writers::new(), full, &user()).unwrap();
+        let mut writer = Writer::create(&Writers::new(), full, &own_actor()).unwrap();
         let error = writer.write(b"x").unwrap_err();
         assert_eq!(error.to_string(), "not enough disk space available");
         writer.expect_bytes(7);
@@ -616,7 +623,9 @@ mod tests {
     #[test]
     fn both_spools_have_no_name() {
         let tmp = tempfile::tempdir().unwrap();
-        for mut spool in [spool(tmp.path()).unwrap(), spool_unlinked(tmp.path()).unwrap()] {
+        let place = Walk::new(&own_actor()).to(&tmp.path().join("f")).unwrap();
+        let unlinked = spool_unlinked(place.dir(), place.rights());
+        for mut spool in [spool(&place).unwrap(), unlinked.unwrap()] {
             spool.write_all(b"x").unwrap();
         }
         assert!(names(tmp.path()).is_empty());

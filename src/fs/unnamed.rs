@@ -5,25 +5,22 @@
 //! unlinked on drop.
 
 use std::{
-    ffi::OsStr,
-    fs::{self, File, OpenOptions},
-    io,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::OpenOptionsExt,
-    },
-    path::{Path, PathBuf},
+    ffi::{OsStr, OsString},
+    fs::File,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags},
-    unistd::linkat,
+    fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat},
+    sys::stat::Mode,
+    unistd::{UnlinkatFlags, linkat, unlinkat},
 };
 
-use super::errno;
-use crate::sys::rename::rename_new;
+use super::{actor::Rights, errno};
+use crate::sys::rename::rename_new_at;
 
 /// What the names of files that wait for theirs begin with.
 pub(super) const PREFIX: &str = ".envd-new-";
@@ -31,128 +28,169 @@ pub(super) const PREFIX: &str = ".envd-new-";
 /// The attempts at finding a name that is free.
 const MAX_TRIES: usize = 64;
 
-/// The file.
+/// The file. It is created, linked, renamed and unlinked with the same [`Rights`].
 #[derive(Debug)]
 pub(super) struct Unnamed {
     file: File,
-    dir: PathBuf,
     /// Its name until it gets the right one, where it must have one.
     named: Named,
 }
 
+/// A name in a directory that is unlinked on drop.
 #[derive(Debug)]
-struct Named(Option<PathBuf>);
+struct Named {
+    dir: OwnedFd,
+    rights: Rights,
+    name: Option<OsString>,
+}
 
 impl Drop for Named {
     fn drop(&mut self) {
-        if let Some(path) = self.0.take()
-            && let Err(error) = fs::remove_file(&path)
+        if let Some(name) = self.name.take()
+            && let Err(error) = self
+                .rights
+                .act(|| unlinkat(&self.dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir))
         {
-            tracing::warn!(path = %path.display(), %error, "a temporary file stays");
+            tracing::warn!(?name, %error, "could not remove temporary file");
         }
     }
 }
 
 impl Unnamed {
-    /// A new file that is to have a name in `dir`, with `mode` less the umask.
-    pub(super) fn create(dir: &Path, mode: u32) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(mode);
-        match options.clone().custom_flags(libc::O_TMPFILE).open(dir) {
-            Ok(file) => Ok(Self { file, dir: dir.to_owned(), named: Named(None) }),
+    /// A new file that is to have a name in `dir`, with `mode` less the umask, owned by the user.
+    pub(super) fn create(dir: BorrowedFd<'_>, rights: &Rights, mode: u32) -> nix::Result<Self> {
+        let mode = Mode::from_bits_truncate(mode);
+        match unnamed_file(dir, rights, mode) {
+            Ok(file) => Self::adopt(file, dir, rights),
             // Not every file system can, and they say it in different ways.
-            Err(error) => match errno::of(&error) {
-                Errno::ENOSPC | Errno::EDQUOT | Errno::ENOENT | Errno::EACCES | Errno::EROFS => {
-                    Err(error)
-                }
-                _ => Self::create_named(dir, options),
-            },
+            Err(
+                error @ (Errno::ENOSPC
+                | Errno::EDQUOT
+                | Errno::ENOENT
+                | Errno::EACCES
+                | Errno::EROFS),
+            ) => Err(error),
+            Err(_) => Self::create_named(dir, rights, mode),
         }
     }
 
-    fn create_named(dir: &Path, mut options: OpenOptions) -> io::Result<Self> {
-        let (file, path) = with_new_name(dir, |path| options.create_new(true).open(path))?;
-        Ok(Self { file, dir: dir.to_owned(), named: Named(Some(path)) })
+    fn create_named(dir: BorrowedFd<'_>, rights: &Rights, mode: Mode) -> nix::Result<Self> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        let (file, name) = with_new_name(|name| rights.create(|| openat(dir, name, flags, mode)))?;
+        let mut new = Self::adopt(File::from(file), dir, rights)?;
+        new.named.name = Some(name);
+        Ok(new)
     }
 
     /// A file of `dir` that was opened without a name.
-    pub(super) fn adopt(file: File, dir: &Path) -> Self {
-        Self { file, dir: dir.to_owned(), named: Named(None) }
+    pub(super) fn adopt(file: File, dir: BorrowedFd<'_>, rights: &Rights) -> nix::Result<Self> {
+        let dir = dir.try_clone_to_owned().map_err(|error| errno::of(&error))?;
+        Ok(Self { file, named: Named { dir, rights: rights.clone(), name: None } })
     }
 
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// Gives it the name `to`, which must be free: `EEXIST`.
-    pub(super) fn publish(&mut self, to: &Path) -> io::Result<()> {
-        match &self.named.0 {
-            Some(path) => {
-                match rename_new(path, to) {
-                    Ok(()) => self.named.0 = None,
-                    // A file system that knows no flags: a second link cannot replace anything.
-                    Err(Errno::EINVAL | Errno::ENOSYS) => fs::hard_link(path, to)?,
-                    Err(error) => return Err(error.into()),
-                }
-                Ok(())
-            }
-            None => link(&self.file, to),
-        }
+    /// The file, for good.
+    pub(super) fn into_file(self) -> File {
+        self.file
     }
 
-    /// Gives it the name `to`, whatever file has that name now.
-    pub(super) fn replace(&mut self, to: &Path) -> io::Result<()> {
-        if self.named.0.is_none() {
-            let ((), path) = with_new_name(&self.dir, |path| link(&self.file, path))?;
-            self.named.0 = Some(path);
+    /// Gives it the name `to` in `dir`, which must be free: `EEXIST`.
+    pub(super) fn publish(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        rights: &Rights,
+        to: &OsStr,
+    ) -> nix::Result<()> {
+        let Some(name) = self.named.name.clone() else {
+            return rights.act(|| link(&self.file, dir, to));
+        };
+        let from = self.named.dir.as_fd();
+        match self.named.rights.both(rights).act(|| rename_new_at(from, &name, dir, to)) {
+            Ok(()) => self.named.name = None,
+            // A file system that knows no flags: a second link cannot replace anything.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                let no_flags = AtFlags::empty();
+                rights.act(|| linkat(from, name.as_os_str(), dir, to, no_flags))?;
+            }
+            Err(error) => return Err(error),
         }
-        if let Some(path) = &self.named.0 {
-            fs::rename(path, to)?;
-            self.named.0 = None;
+        Ok(())
+    }
+
+    /// Gives it the name `to` in `dir`, whatever file has that name now.
+    pub(super) fn replace(
+        &mut self,
+        dir: BorrowedFd<'_>,
+        rights: &Rights,
+        to: &OsStr,
+    ) -> nix::Result<()> {
+        if self.named.name.is_none() {
+            let ((), name) = with_new_name(|name| rights.act(|| link(&self.file, dir, name)))?;
+            self.named.name = Some(name);
+            self.named.dir = dir.try_clone_to_owned().map_err(|error| errno::of(&error))?;
+            self.named.rights = rights.clone();
+        }
+        if let Some(name) = &self.named.name {
+            let from = self.named.dir.as_fd();
+            let rights = self.named.rights.both(rights);
+            rights.act(|| renameat(from, name.as_os_str(), dir, to))?;
+            self.named.name = None;
         }
         Ok(())
     }
 }
 
+/// A file of the user's without a name in `dir`.
+pub(super) fn unnamed_file(dir: BorrowedFd<'_>, rights: &Rights, mode: Mode) -> nix::Result<File> {
+    // Without its capabilities a thread can give a file a name only through /proc.
+    if rights.switched() && !Path::new("/proc/self/fd").exists() {
+        return Err(Errno::EOPNOTSUPP);
+    }
+    let flags = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    Ok(File::from(rights.create(|| openat(dir, ".", flags, mode))?))
+}
+
 /// Gives a file without a name one.
-fn link(file: &File, to: &Path) -> io::Result<()> {
+fn link(file: &File, dir: BorrowedFd<'_>, to: &OsStr) -> nix::Result<()> {
     let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-    match linkat(AT_FDCWD, own.as_str(), AT_FDCWD, to, AtFlags::AT_SYMLINK_FOLLOW) {
+    match linkat(AT_FDCWD, own.as_str(), dir, to, AtFlags::AT_SYMLINK_FOLLOW) {
         // Without /proc. The kernel lets only root do it this way.
-        Err(Errno::ENOENT) => Ok(linkat(file.as_fd(), "", AT_FDCWD, to, AtFlags::AT_EMPTY_PATH)?),
-        other => Ok(other?),
+        Err(Errno::ENOENT) => linkat(file.as_fd(), "", dir, to, AtFlags::AT_EMPTY_PATH),
+        other => other,
     }
 }
 
-/// Makes something under a name in `dir` that nothing has yet.
+/// Makes something under a name that nothing has yet in its directory.
 pub(super) fn with_new_name<T>(
-    dir: &Path,
-    mut make: impl FnMut(&Path) -> io::Result<T>,
-) -> io::Result<(T, PathBuf)> {
+    mut make: impl FnMut(&OsStr) -> nix::Result<T>,
+) -> nix::Result<(T, OsString)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     for _ in 0..MAX_TRIES {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = dir.join(OsStr::new(&format!("{PREFIX}{}-{number}", std::process::id())));
-        match make(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            other => return other.map(|made| (made, path)),
+        let name = OsString::from(format!("{PREFIX}{}-{number}", std::process::id()));
+        match make(&name) {
+            Err(Errno::EEXIST) => {}
+            other => return other.map(|made| (made, name)),
         }
     }
-    Err(Errno::EEXIST.into())
+    Err(Errno::EEXIST)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{fs, io::Write};
 
     use super::*;
 
     /// Both kinds, one after the other.
-    fn each(dir: &Path, mut check: impl FnMut(Unnamed)) {
-        check(Unnamed::create(dir, 0o666).unwrap());
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o666);
-        check(Unnamed::create_named(dir, options).unwrap());
+    fn each(dir: &File, mut check: impl FnMut(Unnamed)) {
+        let rights = Rights::of_daemon();
+        check(Unnamed::create(dir.as_fd(), &rights, 0o666).unwrap());
+        let mode = Mode::from_bits_truncate(0o666);
+        check(Unnamed::create_named(dir.as_fd(), &rights, mode).unwrap());
     }
 
     #[test]
@@ -162,26 +200,27 @@ mod tests {
             let entries = fs::read_dir(tmp.path()).unwrap();
             entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
         };
-        each(tmp.path(), drop);
+        let dir = File::open(tmp.path()).unwrap();
+        let (at, rights, name) = (dir.as_fd(), Rights::of_daemon(), OsStr::new("f"));
+        each(&dir, drop);
         assert!(names().is_empty());
         let target = tmp.path().join("f");
-        each(tmp.path(), |mut new| {
+        each(&dir, |mut new| {
             new.file.write_all(b"new").unwrap();
-            new.publish(&target).unwrap();
+            new.publish(at, &rights, name).unwrap();
             drop(new);
             assert_eq!((names(), fs::read(&target).unwrap()), (vec!["f".into()], b"new".into()));
-            each(tmp.path(), |mut other| {
-                let error = other.publish(&target).unwrap_err();
-                assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+            each(&dir, |mut other| {
+                assert_eq!(other.publish(at, &rights, name).unwrap_err(), Errno::EEXIST);
                 other.file.write_all(b"other").unwrap();
-                other.replace(&target).unwrap();
+                other.replace(at, &rights, name).unwrap();
                 assert_eq!(fs::read(&target).unwrap(), b"other");
             });
             fs::remove_file(&target).unwrap();
         });
         fs::create_dir(&target).unwrap();
-        each(tmp.path(), |mut new| {
-            new.replace(&target).unwrap_err();
+        each(&dir, |mut new| {
+            new.replace(at, &rights, name).unwrap_err();
         });
         assert_eq!(names(), ["f"]);
     }

@@ -106,9 +106,10 @@ pub(super) async fn compose(
     let parts = parts.collect::<Result<Vec<_>, _>>()?;
     // It waits for no client, so it cannot be too slow; whether it is evicted is not looked at.
     let slot = sandbox.uploads.take().await.ok_or_else(too_many_uploads)?;
+    let actor = sandbox.actor(&user);
     let composed = blocking(&sandbox.files, move || {
         let _slot = slot;
-        compose::compose(&parts, &to, &user)?;
+        compose::compose(&parts, &to, &actor)?;
         let name = path::base_name(&to).to_string_lossy().into_owned();
         Ok(Composed { name, path: to.to_string_lossy().into_owned(), r#type: "file" })
     });

@@ -34,7 +34,10 @@ use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, reso
 use crate::{
     access::Operation,
     blocking::Pool,
-    fs::read::{self, LARGE_PIECE, PIECE, Reader},
+    fs::{
+        actor::Actor,
+        read::{self, LARGE_PIECE, PIECE, Reader},
+    },
     wire::{
         Body,
         budget::{Budget, Share},
@@ -78,8 +81,10 @@ pub(super) async fn download(
     check_signature(&sandbox, Operation::Read, &query, &headers, granted.as_deref())?;
     let user = user(&sandbox, &query)?;
     let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
+    let actor = sandbox.actor(&user);
     let budget = sandbox.memory.downloads().clone();
-    let answer = blocking(&sandbox.files, move || Answer::to(&path, &headers, &budget)).await?;
+    let answer =
+        blocking(&sandbox.files, move || Answer::to(&path, &actor, &headers, &budget)).await?;
     let body = match answer.content {
         Some(content) => stream_of(Arc::clone(&sandbox.files), content, answer.first),
         None => Body::from(answer.first),
@@ -97,8 +102,13 @@ struct Answer {
 }
 
 impl Answer {
-    fn to(path: &Path, request: &HeaderMap, budget: &Budget) -> Result<Self, Refusal> {
-        let (file, meta) = read::open(path)?;
+    fn to(
+        path: &Path,
+        actor: &Actor,
+        request: &HeaderMap,
+        budget: &Budget,
+    ) -> Result<Self, Refusal> {
+        let read::Opened { file, meta, .. } = read::open(path, actor)?;
         let not_acceptable = |text: String| Refusal(StatusCode::NOT_ACCEPTABLE, text);
         let accepted =
             encoding::accepted(request).map_err(|error| not_acceptable(error.to_string()))?;

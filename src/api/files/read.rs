@@ -45,12 +45,12 @@ pub(in crate::api) async fn read(
     let chunk = if permit.is_some() { chunk } else { chunk.min(PIECE) };
     let (told, first, reader) = files
         .blocking_own(move |users| {
-            let (file, meta) = read::open(&path)?;
+            let read::Opened { file, meta, rights } = read::open(&path, &actor)?;
             let tag = read::tag(&meta);
             if !wanted.if_match.is_empty() && wanted.if_match != tag {
                 return Err(FsError::Changed { path, now: format!("its tag is {tag}") });
             }
-            let entry = entry::stat_behind(&path, &actor, users)?;
+            let entry = entry::of_file(&file, &rights, &path, users)?;
             let rest = match meta.len() {
                 // A file of /proc says that it is empty and is not.
                 0 => u64::MAX,

@@ -16,11 +16,12 @@ use crate::{
     },
     blocking::Pool,
     fs::{
-        FsError, entry,
+        FsError,
+        actor::Actor,
+        entry,
         staged::{Expected, Staged, WriteOptions},
         uploads::{Kept, SharedStaged, UPLOAD_KEPT, Uploads},
     },
-    guest::users::User,
     proto::filesystem::{self as pb, write_request::Event},
 };
 
@@ -35,7 +36,7 @@ pub(in crate::api) async fn write(
     };
     let path = files.resolve(&start.path, &call.user)?;
     let options = options(&start)?;
-    let upload = Upload::begin(files, &start.upload_id, path, call.user, &options).await?;
+    let upload = Upload::begin(files, &start.upload_id, path, call.actor, &options).await?;
     loop {
         match event(&mut requests).await? {
             Some(Event::Chunk(chunk)) => {
@@ -87,7 +88,7 @@ struct Upload {
     /// The client's name for it; none when it cannot be continued.
     id: Option<String>,
     path: PathBuf,
-    user: Arc<User>,
+    actor: Actor,
     /// Shared with a job that may still run when the call has ended.
     staged: SharedStaged,
 }
@@ -97,27 +98,29 @@ impl Upload {
         files: &Files,
         id: &str,
         path: PathBuf,
-        user: Arc<User>,
+        actor: Actor,
         options: &WriteOptions,
     ) -> Result<Self, Status> {
         let uploads = Arc::clone(files.uploads());
         let id = (!id.is_empty()).then(|| id.to_owned());
         let kept = match &id {
-            Some(id) => uploads.take(id, &path, user.uid).map_err(|e| status::of_own_files(&e))?,
+            Some(id) => {
+                uploads.take(id, &path, actor.uid()).map_err(|e| status::of_own_files(&e))?
+            }
             None => None,
         };
         let begun = kept.is_some();
         let staged = kept.map_or_else(SharedStaged::default, |kept| kept.staged);
         let pool = Arc::clone(files.pool());
-        let mut upload = Self { pool, uploads, id, path, user, staged };
+        let mut upload = Self { pool, uploads, id, path, actor, staged };
         let (staged, options) = (Arc::clone(&upload.staged), options.clone());
-        let (path, user) = (upload.path.clone(), Arc::clone(&upload.user));
+        let (path, actor) = (upload.path.clone(), upload.actor.clone());
         let created = files
             .blocking_own(move |_| {
                 let mut staged = staged.lock();
                 // One that was kept may not have begun either: its client left too early.
                 if staged.is_none() {
-                    *staged = Some(Staged::create(&path, &user, &options)?);
+                    *staged = Some(Staged::create(&path, &actor, &options)?);
                 }
                 Ok(())
             })
@@ -185,7 +188,7 @@ impl Upload {
             return Err(status);
         }
         let (staged, writers) = (Arc::clone(&self.staged), files.writers());
-        let (path, actor) = (self.path.clone(), files.sandbox().actor(&self.user));
+        let path = self.path.clone();
         let done = files
             .blocking_step(move |users| {
                 // It is ours from here on, and cannot be continued if this fails.
@@ -193,9 +196,9 @@ impl Upload {
                     return Err(FsError::Abandoned(path));
                 };
                 let (received, sha256) = (staged.length(), staged.sha256());
-                let tag = staged.commit(&writers, &options)?;
-                let entry = entry::stat_behind(&path, &actor, users)?;
-                Ok((received, sha256, tag, entry))
+                let done = staged.commit(&writers, &options)?;
+                let entry = entry::of_file(&done.file, &done.rights, &path, users)?;
+                Ok((received, sha256, done.tag, entry))
             })
             .await;
         self.forget();
@@ -223,7 +226,7 @@ impl Drop for Upload {
         let Some(id) = self.id.take() else {
             return let_go(&self.pool, staged);
         };
-        let kept = Kept { staged, path: std::mem::take(&mut self.path), owner: self.user.uid };
+        let kept = Kept { staged, path: std::mem::take(&mut self.path), owner: self.actor.uid() };
         let number = self.uploads.keep(&id, kept);
         let (uploads, pool) = (Arc::downgrade(&self.uploads), Arc::clone(&self.pool));
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {

@@ -96,6 +96,7 @@ impl FsError {
                 Kind::NoSpace => Kind::NoSpace,
                 _ => Kind::Internal,
             },
+            Self::RightsRefused(_) => Kind::PermissionDenied,
             Self::Gap { .. } => Kind::OutOfRange,
             Self::WrongChecksum(_) => Kind::DataLoss,
             Self::UploadInUse(_) => Kind::Aborted,

@@ -38,7 +38,7 @@ pub struct WalkError {
     pub at: PathBuf,
     /// What the kernel said, or would have.
     pub errno: Errno,
-    /// Whether it was the last component.
+    /// Whether it was at or behind the last component that the client wrote.
     pub at_last: bool,
     /// The mount that does not answer, if it is that.
     pub busy: Option<MountBusy>,

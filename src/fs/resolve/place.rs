@@ -10,8 +10,9 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, openat},
-    sys::stat::{FileStat, Mode, SFlag, fstat},
+    fcntl::{AtFlags, OFlag, openat},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+    unistd::{UnlinkatFlags, unlinkat},
 };
 
 use super::{Rights, is_others, trust};
@@ -31,6 +32,12 @@ impl Found {
     #[must_use]
     pub fn kind(&self) -> SFlag {
         SFlag::from_bits_truncate(self.stat.st_mode) & SFlag::S_IFMT
+    }
+
+    /// Device and inode.
+    #[must_use]
+    pub fn key(&self) -> (u64, u64) {
+        (self.stat.st_dev, self.stat.st_ino)
     }
 
     /// Whether it is a directory.
@@ -122,6 +129,12 @@ impl Place {
         self.found
     }
 
+    /// The place alone, without the descriptor of what was there.
+    #[must_use]
+    pub fn without_found(self) -> Self {
+        Self { found: None, ..self }
+    }
+
     /// The path without links. For messages and for comparing: others may have renamed what is on it.
     #[must_use]
     pub fn real(&self) -> &Path {
@@ -183,16 +196,39 @@ impl Place {
         Ok(File::from(self.rights.create(make)?))
     }
 
-    /// Waits until the name is on the disk, with those of the new directories above it.
+    /// What has the name now, a link included.
+    ///
+    /// # Errors
+    /// Those of fstatat(2).
+    pub fn stat_now(&self) -> nix::Result<FileStat> {
+        let name = self.name.as_os_str();
+        self.rights.act(|| fstatat(&self.dir, name, AtFlags::AT_SYMLINK_NOFOLLOW))
+    }
+
+    /// Removes what has the name now, if it is still the file of this device and inode.
+    ///
+    /// # Errors
+    /// Those of unlinkat(2).
+    pub fn unlink_if(&self, key: (u64, u64)) -> nix::Result<()> {
+        match self.stat_now() {
+            Ok(stat) if (stat.st_dev, stat.st_ino) == key => {}
+            Ok(_) | Err(Errno::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno),
+        }
+        let name = self.name.as_os_str();
+        self.rights.act(|| unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir))
+    }
+
+    /// Waits until the name is on the disk, with those of the `made` new directories above it.
     ///
     /// # Errors
     /// Those of open(2) and fsync(2).
-    pub fn sync_names(&self) -> io::Result<()> {
+    pub fn sync_names(&self, made: usize) -> io::Result<()> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         // With the daemon's rights: nothing is read, and a user may write where they cannot read.
         let mut at = File::from(openat(&self.dir, ".", flags, Mode::empty())?);
         at.sync_all()?;
-        for _ in 0..self.made {
+        for _ in 0..made {
             at = File::from(openat(&at, "..", flags, Mode::empty())?);
             at.sync_all()?;
         }

@@ -19,7 +19,8 @@ fn actor_of(uid: u32, access: FileAccess) -> Actor {
     Actor::new(&user, access)
 }
 
-fn own_actor() -> Actor {
+/// Whoever runs the tests.
+pub(crate) fn own_actor() -> Actor {
     let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
     let user = User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] };
     Actor::new(&user, FileAccess::Compatible)
@@ -241,7 +242,7 @@ fn what_is_made_is_the_users_and_errors_are_those_that_clients_know() {
     assert_eq!((place.made(), place.found().is_none(), place.switched()), (2, true, false));
     let mut file = place.create_new(OFlag::O_WRONLY, 0o666).unwrap();
     file.write_all(b"x").unwrap();
-    place.sync_names().unwrap();
+    place.sync_names(place.made()).unwrap();
     for path in ["private/a", "private/a/b", "private/a/b/f"] {
         let meta = fs::metadata(root.join(path)).unwrap();
         assert_eq!((meta.uid(), meta.gid()), (UID, UID), "{path}");

@@ -1,22 +1,29 @@
 //! A body that waits until all of it is here: in memory while it is short, else on the disk.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::{self, Write},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::{fd::AsFd, unix::fs::FileExt},
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+    unistd::{UnlinkatFlags, unlinkat},
+};
 
-use crate::fs::errno;
+use crate::fs::{actor::Rights, resolve::Place, unnamed::unnamed_file};
 
 /// The body for an existing file that waits in memory; a longer one waits on the disk.
 pub const MAX_BODY_IN_MEMORY: usize = 1 << 20;
 
 /// The bytes that are copied at a time when an unfinished file is saved from another's content.
 const COPY_PIECE: usize = 64 << 10;
+/// The permissions of a body that waits on the disk.
+const PRIVATE: Mode = Mode::from_bits_truncate(0o600);
 
 #[derive(Debug)]
 pub(super) enum Body {
@@ -31,7 +38,7 @@ impl Default for Body {
 }
 
 /// The whole content of a file, wherever it is read or written meanwhile.
-pub(super) fn copy_of(file: &File, beside: &Path) -> io::Result<Body> {
+pub(super) fn copy_of(file: &File, beside: &Place) -> io::Result<Body> {
     let mut body = Body::default();
     let mut piece = vec![0; COPY_PIECE];
     let mut at = 0;
@@ -48,13 +55,13 @@ pub(super) fn copy_of(file: &File, beside: &Path) -> io::Result<Body> {
     }
 }
 
-pub(super) fn append(body: &mut Body, bytes: &[u8], beside: &Path) -> io::Result<()> {
+pub(super) fn append(body: &mut Body, bytes: &[u8], beside: &Place) -> io::Result<()> {
     if let Body::Memory(held) = body {
         if held.len() + bytes.len() <= MAX_BODY_IN_MEMORY {
             held.extend_from_slice(bytes);
             return Ok(());
         }
-        let mut spool = spool(beside.parent().unwrap_or_else(|| Path::new("/")))?;
+        let mut spool = spool(beside)?;
         spool.write_all(held)?;
         *body = Body::Disk(spool);
     }
@@ -64,28 +71,31 @@ pub(super) fn append(body: &mut Body, bytes: &[u8], beside: &Path) -> io::Result
     }
 }
 
-/// A file without a name: in `dir`, where the body will have to fit anyway, else where temporary
-/// files go.
-pub(super) fn spool(dir: &Path) -> io::Result<File> {
-    let unnamed = |dir: &Path| {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(dir)
-    };
-    match unnamed(dir) {
+/// A file without a name: in the target's directory, where the body will have to fit anyway, else
+/// where temporary files go.
+pub(super) fn spool(beside: &Place) -> io::Result<File> {
+    match unnamed_file(beside.dir(), beside.rights(), PRIVATE) {
         // Not every file system can, and NFS and old FUSE say it in different ways.
-        Err(error) if errno::of(&error) != Errno::ENOSPC => {
-            spool_unlinked(dir).or_else(|_| unnamed(&std::env::temp_dir())).map_err(|_| error)
-        }
-        other => other,
+        Err(error) if error != Errno::ENOSPC => spool_unlinked(beside.dir(), beside.rights())
+            .or_else(|_| spool_elsewhere())
+            .map_err(|_| error.into()),
+        other => Ok(other?),
     }
 }
 
-pub(super) fn spool_unlinked(dir: &Path) -> io::Result<File> {
+pub(super) fn spool_unlinked(dir: impl AsFd, rights: &Rights) -> nix::Result<File> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = dir.join(format!(".envd-upload-{}-{number}", std::process::id()));
-    let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    fs::remove_file(&path)?;
-    Ok(file)
+    let name = format!(".envd-upload-{}-{number}", std::process::id());
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    let file = rights.create(|| openat(&dir, name.as_str(), flags, PRIVATE))?;
+    rights.act(|| unlinkat(&dir, name.as_str(), UnlinkatFlags::NoRemoveDir))?;
+    Ok(File::from(file))
+}
+
+/// The daemon's own directory, and its own file.
+fn spool_elsewhere() -> nix::Result<File> {
+    let flags = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
+    let dir = std::env::temp_dir();
+    open(Path::new(&dir), flags, PRIVATE).map(File::from)
 }

@@ -2,19 +2,19 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, Metadata, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
+    fs::{File, Permissions},
+    io::Write,
+    os::unix::fs::PermissionsExt,
+    path::Path,
     sync::Arc,
 };
 
 use super::{
-    Sink, Writer,
+    Sink, WRITING, Writer,
     body::{Body, copy_of},
     open_failed,
-    writers::leads_to,
 };
-use crate::fs::{CAREFULLY, FsError, metadata, path, staged, unnamed::Unnamed};
+use crate::fs::{FsError, metadata, privileges, resolve::Walk, staged, unnamed::Unnamed};
 
 impl Writer {
     /// Goes to the file that has taken the place of ours meanwhile, if one has: whoever finishes
@@ -23,16 +23,23 @@ impl Writer {
         let (Sink::New(membership) | Sink::Existing(membership, _)) = &self.sink else {
             return Ok(body);
         };
-        let there = fs::metadata(&self.real);
-        if !there.as_ref().is_ok_and(Metadata::is_file) || leads_to(there, membership.key) {
+        // The path as it leads now, by the same rule.
+        let Ok(place) = Walk::new(self.place.actor()).to(&self.path) else {
             return Ok(body);
+        };
+        match place.found() {
+            Some(found) if found.is_file() && found.key() != membership.key => {}
+            _ => return Ok(body),
         }
         let body = match body {
             Some(body) => body,
-            None => copy_of(&self.file, &self.real).map_err(|error| self.write_failed(&error))?,
+            None => copy_of(&self.file, &self.place).map_err(|error| self.write_failed(&error))?,
         };
-        let file = OpenOptions::new().write(true).custom_flags(CAREFULLY).open(&self.real);
-        self.file = Arc::new(file.map_err(|error| open_failed(&self.path, &error))?);
+        let (file, _, rights) =
+            place.open(WRITING).map_err(|errno| open_failed(&self.path, errno))?;
+        self.file = Arc::new(file);
+        self.rights = rights;
+        self.place = Arc::new(place.without_found());
         Ok(Some(body))
     }
 
@@ -40,49 +47,70 @@ impl Writer {
     /// reads has the old content or the new. False where that is not so, or cannot be done; nothing
     /// has changed then.
     pub(super) fn exchange(
-        &self,
+        &mut self,
         body: &Body,
         metadata: &BTreeMap<String, String>,
     ) -> Result<bool, FsError> {
         let Sink::Existing(membership, _) = &self.sink else {
             return Ok(false);
         };
-        let real = staged::follow(&self.real)?;
-        let dir = path::dir_of(&real);
-        let old = match fs::symlink_metadata(&real) {
-            Ok(old) if old.is_file() && old.nlink() == 1 => old,
+        let place = Arc::clone(&self.place);
+        let old = match place.stat_now() {
+            Ok(old) if old.st_mode & libc::S_IFMT == libc::S_IFREG && old.st_nlink == 1 => old,
             _ => return Ok(false),
         };
+        let dir = place.real().parent().unwrap_or_else(|| Path::new("/"));
         // Another file of that name would be told as a new one.
-        if (old.dev(), old.ino()) != membership.key || membership.writers.is_watched(&dir) {
+        if (old.st_dev, old.st_ino) != membership.key || membership.writers.is_watched(dir) {
             return Ok(false);
         }
-        let made = || -> io::Result<Unnamed> {
+        // What the user may not do in the directory is done in the file that they may write.
+        let rights = place.rights().both(&self.rights);
+        let mode = Permissions::from_mode(privileges::kept_mode(old.st_mode));
+        let made = || -> std::io::Result<Unnamed> {
             let new = match body {
                 Body::Memory(bytes) => {
-                    let new = Unnamed::create(&dir, 0o600)?;
+                    let new = Unnamed::create(place.dir(), &rights, 0o600)?;
                     new.file().write_all(bytes)?;
                     new
                 }
-                Body::Disk(spool) => Unnamed::adopt(spool.try_clone()?, &dir),
+                Body::Disk(spool) => Unnamed::adopt(spool.try_clone()?, place.dir(), &rights)?,
             };
-            new.file().set_permissions(fs::Permissions::from_mode(old.mode() & 0o7777))?;
             Ok(new)
         };
         let Ok(mut new) = made() else {
             return Ok(false);
         };
-        staged::change_owner(new.file(), &self.path, self.owner)?;
-        staged::keep_attributes(&real, new.file());
-        metadata::replace(new.file(), &self.path, metadata)?;
-        // Again, since a change of the owner takes setuid bits, which the old one keeps.
-        let mode = fs::Permissions::from_mode(old.mode() & 0o7777);
-        if new.file().set_permissions(mode).is_err() {
+        let file: &File = new.file();
+        let kept = rights.act(|| {
+            staged::give_to_user(file, &self.path, &rights)?;
+            if !privileges::keep_attributes(&self.file, file) {
+                return Ok::<_, FsError>(false);
+            }
+            metadata::replace(file, &self.path, metadata)?;
+            // Last: it may forbid attributes to all but root.
+            Ok(file.set_permissions(mode.clone()).is_ok())
+        })?;
+        if !kept {
             return Ok(false);
         }
         if self.fsync {
-            new.file().sync_all().map_err(|error| self.write_failed(&error))?;
+            file.sync_all().map_err(|error| self.write_failed(&error))?;
         }
-        Ok(new.replace(&real).is_ok())
+        if new.replace(place.dir(), &rights, place.name()).is_err() {
+            return Ok(false);
+        }
+        self.file = Arc::new(new.into_file());
+        Ok(true)
+    }
+
+    /// Takes from the old file what a new content must not have, and gives it to the user.
+    pub(super) fn prepare_in_place(&self) -> Result<(), FsError> {
+        let rights = &self.rights;
+        rights.act(|| {
+            staged::give_to_user(&self.file, &self.path, rights)?;
+            privileges::clear(&self.file, rights.switched())
+                .map_err(|errno| staged::doing("writing file", &self.path, "chmod", &errno.into()))
+        })
     }
 }

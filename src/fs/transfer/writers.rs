@@ -1,18 +1,11 @@
 //! Who writes which file, so that several uploads to one never mix.
 
-use std::{
-    collections::HashMap,
-    fs::{self, File, Metadata},
-    io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, fs::File, path::Path, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
 
 use super::body::Body;
-use crate::fs::watch::Hub;
+use crate::fs::{resolve::Place, watch::Hub};
 
 /// Device and inode.
 pub(in crate::fs) type Key = (u64, u64);
@@ -40,8 +33,8 @@ pub(in crate::fs) struct Shared {
     pub(super) writers: usize,
     /// Some have finished.
     pub(super) finished: bool,
-    /// The path of a file that was created by a writer and has been finished by none.
-    pub(super) fresh: Option<PathBuf>,
+    /// Where a file is that was created by a writer and has been finished by none.
+    pub(super) fresh: Option<Arc<Place>>,
     /// The file of the writer that writes in place.
     pub(super) creator: Option<Arc<File>>,
     /// What that one had written when another replaced it.
@@ -121,12 +114,11 @@ impl Drop for Membership {
         shared.writers -= 1;
         // Under the lock: who opens the file now looks, once they have joined, whether it is there.
         if shared.writers == 0
-            && let Some(path) = shared.fresh.take()
+            && let Some(place) = shared.fresh.take()
             // Only what is still ours: somebody may have put another file there.
-            && leads_to(fs::symlink_metadata(&path), self.key)
-            && let Err(error) = fs::remove_file(&path)
+            && let Err(error) = place.unlink_if(self.key)
         {
-            tracing::warn!(path = %path.display(), %error, "half a file stays");
+            tracing::warn!(path = %place.real().display(), %error, "could not remove partial file");
         }
         drop(shared);
         let mut state = self.writers.state.lock();
@@ -137,8 +129,4 @@ impl Drop for Membership {
             }
         }
     }
-}
-
-pub(super) fn leads_to(found: io::Result<Metadata>, key: Key) -> bool {
-    found.is_ok_and(|meta| (meta.dev(), meta.ino()) == key)
 }

@@ -12,12 +12,9 @@ use super::{
     tree::Tree,
     *,
 };
-use crate::{
-    fs::{
-        actor::{Actor, FileAccess},
-        transfer::{Writer, Writers},
-    },
-    guest::users::User,
+use crate::fs::{
+    resolve::own_actor,
+    transfer::{Writer, Writers},
 };
 
 const RECURSIVE: WatchOptions = WatchOptions {
@@ -36,17 +33,12 @@ fn events(told: Vec<Told>) -> Vec<WatchEvent> {
     events.collect()
 }
 
-fn user() -> User {
-    let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
-    User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] }
-}
-
 fn hub() -> Arc<Hub> {
     Hub::new(Arc::new(Users::system()), Pool::for_files(), Retention::default())
 }
 
 fn upload(hub: &Arc<Hub>, path: &Path, content: &[u8], metadata: &BTreeMap<String, String>) {
-    let mut writer = Writer::create(&Writers::beside(Arc::clone(hub)), path, &user()).unwrap();
+    let mut writer = Writer::create(&Writers::beside(Arc::clone(hub)), path, &own_actor()).unwrap();
     writer.write(content).unwrap();
     writer.finish(metadata).unwrap();
 }
@@ -111,7 +103,7 @@ async fn an_upload_is_told_as_clients_assert_it() {
     f.expect(&[(Chmod, "new"), (Write, "new")]).await;
     upload(&f.hub, &f.path("root/new"), b"", &BTreeMap::from([("a".to_owned(), "b".to_owned())]));
     f.expect(&[(Chmod, "new"), (Write, "new"), (Chmod, "new")]).await;
-    let actor = Actor::new(&user(), FileAccess::Compatible);
+    let actor = own_actor();
     super::super::dir::make_dir(&f.path("root/d"), &actor, &Users::system()).unwrap();
     f.expect(&[(Create, "d"), (Chmod, "d")]).await;
     fs::write(f.path("root/#12"), "a file with such a name").unwrap();

@@ -46,11 +46,11 @@ impl Sink {
         gzip: bool,
         length: Option<u64>,
     ) -> Result<Self, Refusal> {
-        let (user, slot) = (Arc::clone(&target.user), Arc::clone(&target.slot));
+        let (actor, slot) = (target.sandbox.actor(&target.user), Arc::clone(&target.slot));
         let writers = Arc::clone(&target.sandbox.writers);
         let fsync = target.query.fsync;
         let open = blocking(&target.sandbox.files, move || {
-            let mut writer = Writer::create(&writers, &path, &user)?;
+            let mut writer = Writer::create(&writers, &path, &actor)?;
             if let Some(length) = length.filter(|length| *length > 0) {
                 writer.expect_bytes(length);
             }

@@ -56,9 +56,8 @@ impl<'a> NewFile<'a> {
         if there.is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits()) {
             return Err(Errno::EISDIR);
         }
-        let beside = |path: &Path| openat(dir, path, flags, private).map_err(io::Error::from);
-        let (fd, path) = with_new_name(Path::new(""), beside).map_err(|error| errno::of(&error))?;
-        let beside = Some(path.into_os_string());
+        let (fd, name_beside) = with_new_name(|name| openat(dir, name, flags, private))?;
+        let beside = Some(name_beside);
         Ok(Self { file: fd.into(), dir, name, beside, done: false })
     }
 

@@ -78,9 +78,12 @@ pub struct Offload<F: Future> {
     pool: Arc<Pool>,
 }
 
+/// A future that the pool has polled once, and the result.
+type Polled<F> = (Pin<Box<F>>, Poll<<F as Future>::Output>);
+
 enum State<F: Future> {
     Here(Pin<Box<F>>),
-    There(oneshot::Receiver<(Pin<Box<F>>, Poll<F::Output>)>),
+    There(oneshot::Receiver<Polled<F>>),
     Done,
 }
 
@@ -144,7 +147,7 @@ fn move_to<F>(
     pool: &Pool,
     mut future: Pin<Box<F>>,
     cx: &Context<'_>,
-) -> oneshot::Receiver<(Pin<Box<F>>, Poll<F::Output>)>
+) -> oneshot::Receiver<Polled<F>>
 where
     F: Future + Send + 'static,
     F::Output: Send + 'static,

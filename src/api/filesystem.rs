@@ -60,6 +60,9 @@ impl Files {
     /// Serves a sandbox's files.
     pub fn new(sandbox: Arc<Sandbox>) -> Self {
         let (uploads, trees) = (Uploads::new(), Arc::new(Semaphore::new(MAX_TREES)));
+        let kept = Arc::downgrade(&uploads);
+        let evict = move || kept.upgrade().is_some_and(|kept| kept.evict_oldest());
+        sandbox.processes.on_exhaustion(evict);
         Self { sandbox, uploads, trees }
     }
 

@@ -47,18 +47,19 @@ fn code_of(kind: Kind) -> Code {
 /// The status of a process that did not start.
 pub(super) fn of_start(error: &StartError) -> Status {
     let code = match error {
-        StartError::TooMany { .. }
-        | StartError::Requests { .. }
-        | StartError::Blocking(Busy::Full(_) | Busy::NoThread(_)) => Code::ResourceExhausted,
+        // As upstream has it from 0.8 on.
+        _ if error.is_exhaustion() => Code::ResourceExhausted,
         StartError::ShuttingDown => Code::Unavailable,
         StartError::IdTaken(_) => Code::AlreadyExists,
         StartError::NoDirectory(_) | StartError::Nul { .. } | StartError::Spawn { .. } => {
             Code::InvalidArgument
         }
         StartError::Limit { .. } => Code::FailedPrecondition,
-        StartError::Pipe { .. } | StartError::Blocking(Busy::Panicked) | StartError::Task(_) => {
-            Code::Internal
-        }
+        StartError::TooMany { .. }
+        | StartError::Requests { .. }
+        | StartError::Pipe { .. }
+        | StartError::Blocking(_)
+        | StartError::Task(_) => Code::Internal,
     };
     Status::new(code, error.to_string())
 }

@@ -170,14 +170,7 @@ impl<'a> Apart<'a> {
 
     fn publish(mut self, only_new: bool) -> Result<(), FsError> {
         let moved = match only_new {
-            true => {
-                match rename_new(&self.path, self.to) {
-                    // A file system that knows no flags. What exists was looked for before, and a
-                    // directory replaces nothing but an empty one.
-                    Err(Errno::EINVAL | Errno::ENOSYS) => fs::rename(&self.path, self.to),
-                    other => other.map_err(io::Error::from),
-                }
-            }
+            true => rename_new(&self.path, self.to).map_err(io::Error::from),
             false => fs::rename(&self.path, self.to),
         };
         match moved {

@@ -108,15 +108,8 @@ impl Unnamed {
             return rights.act(|| link(&self.file, dir, to));
         };
         let from = self.named.dir.as_fd();
-        match self.named.rights.both(rights).act(|| rename_new_at(from, &name, dir, to)) {
-            Ok(()) => self.named.name = None,
-            // A file system that knows no flags: a second link cannot replace anything.
-            Err(Errno::EINVAL | Errno::ENOSYS) => {
-                let no_flags = AtFlags::empty();
-                rights.act(|| linkat(from, name.as_os_str(), dir, to, no_flags))?;
-            }
-            Err(error) => return Err(error),
-        }
+        self.named.rights.both(rights).act(|| rename_new_at(from, &name, dir, to))?;
+        self.named.name = None;
         Ok(())
     }
 

@@ -105,6 +105,24 @@ impl Uploads {
         self.state.lock().slots.remove(id);
     }
 
+    /// Gives up the upload that has waited longest, for its descriptor; whether there was one.
+    pub fn evict_oldest(&self) -> bool {
+        let mut state = self.state.lock();
+        let kept = state.slots.iter().filter_map(|(id, slot)| match slot {
+            Slot::Kept(_, number) => Some((*number, id.clone())),
+            Slot::InUse => None,
+        });
+        let Some((_, oldest)) = kept.min() else { return false };
+        let evicted = state.slots.remove(&oldest);
+        drop(state);
+        drop(evicted);
+        tracing::warn!(
+            upload = oldest,
+            "gave up an unfinished upload: there are no descriptors left"
+        );
+        true
+    }
+
     /// Takes an upload away if it has been kept since [`Self::keep`] gave this number.
     pub fn expire(&self, id: &str, number: u64) -> Option<Kept> {
         let mut state = self.state.lock();

@@ -38,7 +38,7 @@ pub(super) fn spawn(
         }
         _ => manager.groups.leaf(spec.stdio, &spec.limits),
     };
-    let leaf =
+    let mut leaf =
         leaf.map_err(|unavailable| StartError::Limit { attempt: Attempt::of(spec), unavailable })?;
     let mut child = spawn::Spec {
         cmd: &spec.cmd,
@@ -49,10 +49,13 @@ pub(super) fn spawn(
         terminal: matches!(spec.stdio, Stdio::Pty { .. }),
         credentials: credentials.as_ref(),
         rlimits: &rlimits,
-        cgroup: leaf.as_ref().map(Leaf::fd),
+        cgroup: leaf.as_ref().and_then(Leaf::fd),
     };
     let failed = match spawn::spawn(&child) {
-        Ok(child) => return Ok((child, leaf)),
+        Ok(child) => {
+            leaf.iter_mut().for_each(Leaf::close);
+            return Ok((child, leaf));
+        }
         Err(error) => error,
     };
     // As where a group cannot be made: without limits it is missed, no more.
@@ -65,9 +68,10 @@ pub(super) fn spawn(
         (Some(_), Some(why)) => Err(StartError::limits(spec, &why)),
         _ => Err(spawn_error(spec, &failed)),
     };
-    if let Some(leaf) = leaf
+    if let Some(mut leaf) = leaf
         && let Err(error) = leaf.remove()
     {
+        leaf.close();
         tracing::warn!(%error, "the control group of a process that did not start stays for now");
         manager.groups.miss(Arc::new(leaf));
     }
@@ -129,6 +133,11 @@ fn wanted(user: &User) -> Credentials {
 
 fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
     let attempt = Attempt::of(spec);
+    let errno = match error {
+        SpawnError::Nul(_) => None,
+        SpawnError::System { source, .. } => source.raw_os_error(),
+        SpawnError::Child { errno, .. } => Some(*errno),
+    };
     let reason = match error {
         SpawnError::Nul(_) => {
             return StartError::Nul { attempt, field: "a string contains NUL".to_owned() };
@@ -153,13 +162,13 @@ fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
             }
         }
     };
-    StartError::Spawn { attempt, reason }
+    StartError::Spawn { attempt, reason, errno }
 }
 
 impl StartError {
     fn limits(spec: &StartSpec, why: &str) -> Self {
         let field = spec.limits.settings().first().map_or("limits", |setting| setting.field);
-        let unavailable = Unavailable { field: field.to_owned(), why: why.to_owned() };
+        let unavailable = Unavailable { field: field.to_owned(), why: why.to_owned(), errno: None };
         Self::Limit { attempt: Attempt::of(spec), unavailable }
     }
 
@@ -174,6 +183,9 @@ impl StartError {
             // Its old limit of open files, which is lower than the daemon's.
             None => format!("nofile: {text}"),
         };
-        Self::Limit { attempt: Attempt::of(spec), unavailable: Unavailable { field, why } }
+        Self::Limit {
+            attempt: Attempt::of(spec),
+            unavailable: Unavailable { field, why, errno: None },
+        }
     }
 }

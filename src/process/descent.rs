@@ -18,7 +18,9 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io, thread,
+    io,
+    os::fd::AsFd,
+    thread,
     time::Duration,
 };
 
@@ -107,11 +109,7 @@ impl Member {
     pub(super) fn signal(self, signal: i32) -> io::Result<()> {
         let sent = match pidfd::open(self.pid) {
             Ok(pidfd) if self.is_there()? => {
-                match pidfd::send_signal(std::os::fd::AsFd::as_fd(&pidfd), signal) {
-                    // No other process can have the pid while there is a descriptor and it lives.
-                    Err(error) if pidfd::is_refusal(&error) => pidfd::kill(self.pid, signal),
-                    sent => sent,
-                }
+                pidfd::signal_by(Some(pidfd.as_fd()), self.pid, signal)
             }
             // Without pidfds, or descriptors for one: another process could get the pid between the
             // look and the signal, in the microsecond that is between them.

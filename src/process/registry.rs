@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    fmt,
     hash::{BuildHasher, Hasher, RandomState},
     sync::{
         Arc, Weak,
@@ -17,7 +18,7 @@ use tokio::{
 
 use super::{
     Groups, Options, Process, StartError, StartSpec, StopNotes, Subscription, Tether,
-    journal::{Attach, Bounds, Disk, Journal, Pressure},
+    journal::{Attach, Bounds, Disk, Journal, Pressure, Relief, SpillDir},
     options::{MAX_RETAINED_REQUESTS, SMALL_REQUEST},
     record::{Finished, Found},
     spec::RequestCharge,
@@ -62,6 +63,9 @@ pub struct Manager {
     /// Where working directories are looked at, which may be on such a file system.
     pub(super) directories: Arc<Pool>,
     spillers: Arc<Pool>,
+    spill_dir: Arc<SpillDir>,
+    /// Gives up what others retain, for descriptors.
+    relief: OtherRelief,
     matchers: Arc<Pool>,
     /// What large requests of processes take together.
     requests: Arc<AtomicUsize>,
@@ -97,6 +101,10 @@ impl Manager {
         pidfd::keep_exit_statuses();
         let stop_notes = Arc::new(StopNotes::new(options.stop_notes.clone()));
         stop_notes.continue_left();
+        let spillers = Pool::new("journal", 1, MAX_SPILL_THREADS);
+        let spill_dir = SpillDir::new(options.spill_dir.clone());
+        let swept = Arc::clone(&spill_dir);
+        spillers.run_later(move || swept.sweep());
         Arc::new(Self {
             state: Mutex::default(),
             slots: Arc::new(Semaphore::new(options.max_processes)),
@@ -104,7 +112,9 @@ impl Manager {
             pressure: Pressure::new(options.output_total),
             spawners: Pool::new("spawn", MIN_SPAWN_THREADS, MAX_SPAWN_THREADS),
             directories: Pool::new("cwd", 1, MAX_DIRECTORY_THREADS),
-            spillers: Pool::new("journal", 1, MAX_SPILL_THREADS),
+            spillers,
+            spill_dir,
+            relief: OtherRelief::default(),
             matchers: Pool::new("match", 0, MAX_MATCH_THREADS),
             requests: Arc::default(),
             options,
@@ -307,9 +317,10 @@ impl Manager {
     }
 
     /// A journal for a new process.
-    pub(super) fn journal(&self, bounds: Bounds) -> Arc<Journal> {
-        let dir = self.options.spill_dir.clone();
-        let disk = Disk { dir, pool: Arc::clone(&self.spillers) };
+    pub(super) fn journal(self: &Arc<Self>, bounds: Bounds) -> Arc<Journal> {
+        let relief = Arc::new(ByManager(Arc::downgrade(self)));
+        let (dir, pool) = (Arc::clone(&self.spill_dir), Arc::clone(&self.spillers));
+        let disk = Disk { dir, pool, relief };
         let pressure = Arc::clone(&self.pressure);
         Arc::new(Journal::new(bounds, self.options.stall_limit, pressure, Some(disk)))
     }
@@ -334,6 +345,43 @@ impl Manager {
     /// All live processes, in no order.
     pub(super) fn processes(&self) -> Vec<Arc<Process>> {
         self.state.lock().live.values().cloned().collect()
+    }
+
+    /// Who else retains what holds descriptors: called when there are none left, on a thread that may
+    /// block for a moment, it gives some up and says whether it could.
+    pub fn on_exhaustion(&self, relief: impl Fn() -> bool + Send + Sync + 'static) {
+        self.relief.0.lock().push(Box::new(relief));
+    }
+
+    /// Blocks for a moment: gives up retained state for new work that was refused with this error;
+    /// whether there was any to give up.
+    pub(super) fn relieve(&self, errno: Option<i32>) -> bool {
+        let relieved = match errno {
+            Some(libc::EMFILE | libc::ENFILE) => {
+                let lingering = self.groups.stop_lingering();
+                // All of them: what one gives up may be taken before the work is tried again.
+                let others = self.relief.0.lock();
+                others.iter().fold(lingering, |relieved, relief| relief() | relieved)
+            }
+            Some(libc::ENOSPC | libc::EDQUOT) => {
+                let ended: Vec<_> =
+                    self.state.lock().ended.iter().map(|(_, ended)| Arc::clone(ended)).collect();
+                // The oldest first.
+                ended.iter().any(|ended| ended.journal.discard_disk())
+            }
+            Some(libc::ENOMEM) => {
+                let ended: Vec<_> =
+                    self.state.lock().ended.iter().map(|(_, ended)| Arc::clone(ended)).collect();
+                let before = self.pressure.used();
+                ended.iter().for_each(|ended| ended.journal.shrink());
+                self.pressure.used() < before
+            }
+            _ => false,
+        };
+        if relieved {
+            tracing::info!(errno, "gave up retained state for new work");
+        }
+        relieved
     }
 
     /// Moves a process from the live ones to the ended ones.
@@ -377,6 +425,24 @@ impl Manager {
 async fn expire(manager: Weak<Manager>) {
     while let Some(next) = manager.upgrade().and_then(|manager| manager.expire()) {
         sleep_until(next).await;
+    }
+}
+
+#[derive(Default)]
+struct OtherRelief(Mutex<Vec<Box<dyn Fn() -> bool + Send + Sync>>>);
+
+impl fmt::Debug for OtherRelief {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OtherRelief").field(&self.0.lock().len()).finish()
+    }
+}
+
+#[derive(Debug)]
+struct ByManager(Weak<Manager>);
+
+impl Relief for ByManager {
+    fn relieve(&self, errno: Option<i32>) -> bool {
+        self.0.upgrade().is_some_and(|manager| manager.relieve(errno))
     }
 }
 

@@ -72,6 +72,8 @@ pub enum StartError {
         command: String,
         /// What the kernel said.
         reason: String,
+        /// The same as a number, if it was the kernel.
+        errno: Option<i32>,
     },
     /// The process or its terminal could not be made as asked for.
     #[error("{attempt}: {reason}")]
@@ -80,6 +82,8 @@ pub enum StartError {
         attempt: Attempt,
         /// What failed, with the kernel's word for it.
         reason: String,
+        /// That as a number, if it was the kernel.
+        errno: Option<i32>,
     },
     /// A limit cannot be set here.
     #[error("{attempt}: {unavailable}")]
@@ -99,6 +103,31 @@ pub enum StartError {
     #[error("error starting process: {0}")]
     Task(String),
 }
+
+impl StartError {
+    /// Whether it lacked what there may be again later: descriptors, memory, processes, space.
+    pub fn is_exhaustion(&self) -> bool {
+        match self {
+            Self::TooMany { .. }
+            | Self::Requests { .. }
+            | Self::Blocking(Busy::Full(_) | Busy::NoThread(_)) => true,
+            _ => self.errno().is_some_and(|errno| EXHAUSTED.contains(&errno)),
+        }
+    }
+
+    /// What the kernel said, if it was the kernel.
+    pub(super) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Pipe { errno, .. } | Self::Spawn { errno, .. } => *errno,
+            Self::Limit { unavailable, .. } => unavailable.errno,
+            _ => None,
+        }
+    }
+}
+
+/// The errors that say that something is used up, and nothing about the command.
+const EXHAUSTED: [i32; 6] =
+    [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::ENOMEM, libc::ENOSPC, libc::EDQUOT];
 
 /// What was attempted, in upstream's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,11 +200,26 @@ pub(super) async fn start(
     if let Some(field) = spec.field_with_nul() {
         return Err(StartError::Nul { attempt: Attempt::of(&spec), field });
     }
-    let Ends { child: stdio, input, sources } = open_ends(&spec)?;
+    let Ends { child: stdio, input, sources } = match open_ends(&spec) {
+        Err(error) if error.is_exhaustion() => {
+            let (relieving, errno) = (Arc::clone(&manager), error.errno());
+            match manager.spawners.run_next_step(move || relieving.relieve(errno)).await? {
+                true => open_ends(&spec)?,
+                false => return Err(error),
+            }
+        }
+        opened => opened?,
+    };
 
     let making = Arc::clone(&manager);
     let spawned = manager.spawners.run_next_step(move || {
-        let child = spawn(&making, &spec, pwd, &stdio);
+        let mut child = spawn(&making, &spec, pwd.clone(), &stdio);
+        if let Err(error) = &child
+            && error.is_exhaustion()
+            && making.relieve(error.errno())
+        {
+            child = spawn(&making, &spec, pwd, &stdio);
+        }
         // Our copies of the child's ends must go, or its output never ends.
         drop(stdio);
         (child, spec)
@@ -308,10 +352,11 @@ fn abandon(manager: &Manager, child: Child) {
 }
 
 fn pipe_error(spec: &StartSpec, pipe: &'static str, error: &io::Error) -> StartError {
-    StartError::Pipe { pipe, command: spec.command_line(), reason: errno::text_of(error) }
+    let (reason, errno) = (errno::text_of(error), error.raw_os_error());
+    StartError::Pipe { pipe, command: spec.command_line(), reason, errno }
 }
 
 fn refused(spec: &StartSpec, what: &str, error: &io::Error) -> StartError {
     let reason = format!("{what}: {}", errno::text_of(error));
-    StartError::Spawn { attempt: Attempt::of(spec), reason }
+    StartError::Spawn { attempt: Attempt::of(spec), reason, errno: error.raw_os_error() }
 }

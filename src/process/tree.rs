@@ -254,13 +254,20 @@ impl Tree {
         let Some(leaf) = self.leaf.clone() else { return };
         let manager = Arc::clone(manager);
         let events = leaf.events().and_then(|events| Ok(ready::watch_priority(events)?));
-        let (Some(place), Ok(events)) = (manager.groups.linger(), events) else {
-            return manager.groups.miss(leaf);
+        let groups = &manager.groups;
+        let (Some(place), Some(mut stops), Ok(events)) =
+            (groups.linger(), groups.lingering_stops(), events)
+        else {
+            return groups.miss(leaf);
         };
         tokio::spawn(async move {
             loop {
                 // Ready at the beginning, and whenever the file has changed.
-                let Ok(mut change) = events.ready(Interest::PRIORITY).await else { break };
+                let changed = tokio::select! {
+                    changed = events.ready(Interest::PRIORITY) => changed,
+                    _ = stops.changed() => break,
+                };
+                let Ok(mut change) = changed else { break };
                 change.clear_ready();
                 let again = Arc::clone(&leaf);
                 if manager.trees.run_next_step(move || again.remove().is_ok()).await == Ok(true) {
@@ -268,6 +275,7 @@ impl Tree {
                 }
             }
             manager.groups.miss(leaf);
+            drop(events);
             drop(place);
         });
     }

@@ -83,10 +83,19 @@ pub fn open(pid: c_int) -> io::Result<OwnedFd> {
 /// # Errors
 /// ESRCH when it has been waited for already, EINVAL for a number that is no signal, EPERM.
 pub fn signal_child(child: ChildRef<'_>, signal: i32) -> io::Result<()> {
-    match child.pidfd.map(|pidfd| send_signal(pidfd, signal)) {
+    signal_by(child.pidfd, child.id()?, signal)
+}
+
+/// Sends a signal by a pidfd, and by the pid where there is none or the call is refused. The caller
+/// has to make sure that the pid is not another's.
+///
+/// # Errors
+/// As [`signal_child`].
+pub fn signal_by(pidfd: Option<BorrowedFd<'_>>, pid: c_int, signal: i32) -> io::Result<()> {
+    match pidfd.map(|pidfd| send_signal(pidfd, signal)) {
         // If the refusal was about the process and not about the call, this one gets it as well.
-        Some(Err(error)) if is_refusal(&error) => kill(child.id()?, signal),
-        None => kill(child.id()?, signal),
+        Some(Err(error)) if is_refusal(&error) => kill(pid, signal),
+        None => kill(pid, signal),
         Some(result) => result,
     }
 }

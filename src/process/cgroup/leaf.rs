@@ -26,7 +26,8 @@ const HELD: usize = 256;
 #[derive(Debug)]
 pub(in crate::process) struct Leaf {
     dir: PathBuf,
-    fd: OwnedFd,
+    /// For a child to be born there; not for longer, since a group may outlive its process by far.
+    fd: Option<OwnedFd>,
     memory_limit: Option<u64>,
     pids_limit: Option<u64>,
 }
@@ -53,6 +54,7 @@ impl Leaf {
         let unavailable = |what: &str, dir: &Path, error: &io::Error| Unavailable {
             field: limits.settings().first().map_or("limits", |setting| setting.field).to_owned(),
             why: format!("{what} {}: {}", dir.display(), errno::text_of(error)),
+            errno: error.raw_os_error(),
         };
         // There are not more taken ones than directories.
         let dir = loop {
@@ -67,7 +69,7 @@ impl Leaf {
         let made = opened.and_then(|fd| {
             let leaf = Self {
                 dir: dir.clone(),
-                fd: fd.into(),
+                fd: Some(fd.into()),
                 memory_limit: limits.memory(),
                 pids_limit: limits.pids(),
             };
@@ -88,17 +90,22 @@ impl Leaf {
 
     fn limit(&self, workload: &Workload, limits: &Limits) -> Result<(), Unavailable> {
         for setting in limits.settings() {
-            let unavailable = |why| Unavailable { field: setting.field.to_owned(), why };
+            let unavailable =
+                |why, errno| Unavailable { field: setting.field.to_owned(), why, errno };
             if !workload.controllers.contains(&setting.controller) {
-                return Err(unavailable(format!(
-                    "the controller {} is not enabled in {}",
-                    setting.controller,
-                    workload.dir.display()
-                )));
+                return Err(unavailable(
+                    format!(
+                        "the controller {} is not enabled in {}",
+                        setting.controller,
+                        workload.dir.display()
+                    ),
+                    None,
+                ));
             }
             files::write(&self.dir, setting.file, &setting.value).map_err(|error| {
                 let why = errno::text_of(&error);
-                unavailable(format!("writing '{}' to {}: {why}", setting.value, setting.file))
+                let text = format!("writing '{}' to {}: {why}", setting.value, setting.file);
+                unavailable(text, error.raw_os_error())
             })?;
         }
         if limits.memory().is_some() {
@@ -111,9 +118,21 @@ impl Leaf {
         Ok(())
     }
 
-    /// For a child to be born there.
-    pub(in crate::process) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// For a child to be born there, until [`Leaf::close`].
+    pub(in crate::process) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(OwnedFd::as_fd)
+    }
+
+    /// Gives up what only a child needs that is to be born there.
+    pub(in crate::process) fn close(&mut self) {
+        self.fd = None;
+    }
+
+    /// Lets the processes of a group that a daemon had frozen for a kill go on.
+    pub(super) fn thaw(dir: &Path) {
+        if files::number(dir, "cgroup.freeze") == Some(1) {
+            let _ = files::write(dir, "cgroup.freeze", "0");
+        }
     }
 
     /// The file whose readiness tells that the last process has gone, among other things.
@@ -165,16 +184,23 @@ impl Leaf {
                 break;
             }
             for some in new.chunks(HELD) {
-                let held: Vec<(i32, OwnedFd)> =
-                    some.iter().filter_map(|pid| Some((*pid, pidfd::open(*pid).ok()?))).collect();
+                let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ESRCH);
+                let held: Vec<(i32, Option<OwnedFd>)> = some
+                    .iter()
+                    .filter_map(|pid| match pidfd::open(*pid) {
+                        Ok(pidfd) => Some((*pid, Some(pidfd))),
+                        Err(error) if gone(&error) => None,
+                        // Refused, or no descriptor to be had: by its pid.
+                        Err(_) => Some((*pid, None)),
+                    })
+                    .collect();
                 // Those that are still here are those that are held: a pid is not used twice while
                 // its process lives, and the descriptor of one that is dead takes no signal.
                 let here: HashSet<i32> = self.pids()?.into_iter().collect();
                 for (pid, process) in held.iter().filter(|(pid, _)| here.contains(pid)) {
-                    match pidfd::send_signal(process.as_fd(), signal) {
-                        Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
-                            refused = Some(error);
-                        }
+                    let pidfd = process.as_ref().map(OwnedFd::as_fd);
+                    match pidfd::signal_by(pidfd, *pid, signal) {
+                        Err(error) if !gone(&error) => refused = Some(error),
                         _ => {}
                     }
                     done.insert(*pid);

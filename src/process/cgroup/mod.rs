@@ -31,7 +31,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 pub(super) use self::leaf::{Leaf, Verdict};
 use super::{Stdio, limits::Limits};
@@ -44,6 +44,9 @@ pub const MAX_LINGERING: usize = 4096;
 /// The groups beyond those that are remembered. What is beyond these too stays until the daemon
 /// starts anew, as an empty directory.
 const MAX_MISSED: usize = 4096;
+/// How often and when it is looked whether those are gone that wait for leaves and shall no more.
+const LINGERING_STOPS: u32 = 50;
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(1);
 /// How many of them are looked at when a process ends.
 const LOOKED_AT: usize = 4;
 
@@ -62,6 +65,8 @@ pub struct Unavailable {
     pub field: String,
     /// Why it cannot be had.
     pub why: String,
+    /// What the kernel said to that, if it was the kernel.
+    pub errno: Option<i32>,
 }
 
 /// The control groups of a daemon, or why it has none.
@@ -77,6 +82,7 @@ struct Ready {
     ptys: Workload,
     made: AtomicU64,
     lingering: Arc<Semaphore>,
+    stop_lingering: watch::Sender<u64>,
     /// Leaves that nobody watches.
     missed: Mutex<VecDeque<Arc<Leaf>>>,
 }
@@ -107,7 +113,8 @@ impl Groups {
             let ptys = workload("ptys", &[("cpu.weight", "200"), ("io.weight", "default 50")])?;
             let lingering = Arc::new(Semaphore::new(MAX_LINGERING));
             let (made, missed) = (AtomicU64::new(0), Mutex::default());
-            Ok(Ready { base, user, ptys, made, lingering, missed })
+            let stop_lingering = watch::Sender::new(0);
+            Ok(Ready { base, user, ptys, made, lingering, stop_lingering, missed })
         });
         let groups = Self { ready };
         groups.sweep();
@@ -137,7 +144,7 @@ impl Groups {
             (Ok(ready), _) => ready,
             (Err(_), None) => return Ok(None),
             (Err(why), Some(field)) => {
-                return Err(Unavailable { field: field.to_owned(), why: why.clone() });
+                return Err(Unavailable { field: field.to_owned(), why: why.clone(), errno: None });
             }
         };
         let workload = match stdio {
@@ -162,6 +169,29 @@ impl Groups {
     /// A place among those that wait for a leaf to become empty.
     pub(super) fn linger(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.ready.as_ref().ok()?.lingering).try_acquire_owned().ok()
+    }
+
+    /// Blocks for a moment: lets those go that wait for a leaf to become empty, each of which holds a
+    /// descriptor; whether there were any. Their leaves are looked at when other processes end.
+    pub(super) fn stop_lingering(&self) -> bool {
+        let Ok(ready) = &self.ready else { return false };
+        let all_back = || ready.lingering.available_permits() == MAX_LINGERING;
+        if all_back() {
+            return false;
+        }
+        ready.stop_lingering.send_modify(|stops| *stops += 1);
+        for _ in 0..LINGERING_STOPS {
+            if all_back() {
+                break;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        true
+    }
+
+    /// Changes when nobody shall wait any more for a leaf to become empty.
+    pub(super) fn lingering_stops(&self) -> Option<watch::Receiver<u64>> {
+        self.ready.as_ref().ok().map(|ready| ready.stop_lingering.subscribe())
     }
 
     /// Remembers a leaf that is not empty and that nobody watches.
@@ -223,7 +253,9 @@ impl Groups {
                     continue;
                 }
                 // One that is not empty belongs to processes that have outlived their daemon.
-                let _ = files::remove(&entry.path());
+                if files::remove(&entry.path()).is_err() {
+                    Leaf::thaw(&entry.path());
+                }
             }
         }
     }
@@ -322,6 +354,7 @@ mod tests {
             ptys,
             made: AtomicU64::new(0),
             lingering: Arc::new(Semaphore::new(1)),
+            stop_lingering: watch::Sender::new(0),
             missed: Mutex::default(),
         };
         let groups = Groups { ready: Ok(ready) };

@@ -22,12 +22,12 @@
 
 mod core;
 mod spill;
+mod spill_dir;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::VecDeque, future::poll_fn, path::PathBuf, pin::pin, sync::Arc, task::Poll,
-    time::Duration,
+    collections::VecDeque, fmt, future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration,
 };
 
 use bytes::Bytes;
@@ -39,6 +39,7 @@ pub use self::core::{
     Piece, Pressure,
 };
 use self::spill::Spill;
+pub(super) use self::spill_dir::SpillDir;
 use super::Ending;
 use crate::blocking::Pool;
 
@@ -73,9 +74,19 @@ pub struct Ended {
 /// Where and how the oldest output goes to disk.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
-    pub(super) dir: PathBuf,
+    pub(super) dir: Arc<SpillDir>,
     pub(super) pool: Arc<Pool>,
+    pub(super) relief: Arc<dyn Relief>,
 }
+
+/// Who gives up retained state for new output.
+pub(super) trait Relief: fmt::Debug + Send + Sync {
+    /// Blocks: gives up something that holds what was refused with this error; whether there was any.
+    fn relieve(&self, errno: Option<i32>) -> bool;
+}
+
+/// How often state is given up for one piece of output.
+const MAX_RELIEFS: usize = 16;
 
 /// The output of one process.
 #[derive(Debug)]
@@ -166,7 +177,16 @@ impl Journal {
             .map(|piece| piece.between(written, u64::MAX))
             .collect();
         let Some(end) = batch.last().map(Piece::end) else { return };
-        match spill.write(batch).await {
+        let mut written = spill.write(batch.clone()).await;
+        for _ in 0..MAX_RELIEFS {
+            match &written {
+                Err(error) if spill.relieve(error).await => {
+                    written = spill.write(batch.clone()).await;
+                }
+                _ => break,
+            }
+        }
+        match written {
             Ok(()) => self.fanout.spilled(end, |droppable| spill.trim(droppable)),
             Err(error) => {
                 tracing::warn!(%error, "output is no longer put on disk");
@@ -203,6 +223,14 @@ impl Journal {
     /// Drops the output in memory that no subscriber needs.
     pub(super) fn shrink(&self) {
         self.fanout.shrink();
+    }
+
+    /// Blocks: drops the output on disk; whether there was any. Who reads it is told of a gap.
+    pub(super) fn discard_disk(&self) -> bool {
+        let Some(spill) = self.disk.as_ref().filter(|spill| spill.is_used()) else { return false };
+        self.fanout.discard_disk();
+        spill.clear();
+        true
     }
 
     /// What the output in memory costs.

@@ -1,18 +1,11 @@
 //! The part of a journal that is on disk: the oldest, in segments that are dropped as a whole.
 //!
-//! A segment is a file without a name, so that nothing is left behind however the daemon ends. It
-//! holds records: a byte for the channel, four for the length (little-endian), and the bytes. An
-//! index in memory tells where to begin, with an entry for every [`INDEX_STEP`] bytes. All work on
-//! files is done in the pool for files.
+//! A segment is a file that is open only while it is read or written ([`super::spill_dir`]), so that a
+//! journal holds no descriptor. It holds records: a byte for the channel, four for the length
+//! (little-endian), and the bytes. An index in memory tells where to begin, with an entry for every
+//! [`INDEX_STEP`] bytes. All work on files is done in a pool for it.
 
-use std::{
-    collections::VecDeque,
-    fs::{DirBuilder, File},
-    io,
-    os::unix::fs::{DirBuilderExt, FileExt},
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::VecDeque, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
@@ -20,6 +13,7 @@ use parking_lot::Mutex;
 use super::{
     Channel, Disk, Piece,
     core::{MAX_EVENT, SPILL_BATCH},
+    spill_dir::SpillFile,
 };
 
 /// A segment is this part of what may be on disk.
@@ -44,7 +38,7 @@ pub(super) struct Spill {
 
 #[derive(Debug, Clone)]
 struct Segment {
-    file: Arc<File>,
+    file: Arc<SpillFile>,
     /// The offsets of the first byte and of the one behind the last.
     start: u64,
     end: u64,
@@ -72,16 +66,20 @@ impl Spill {
         // A segment has no holes; what was dropped from memory leaves one.
         let fits = |last: &&Segment| last.size < full && last.end == start;
         let last = self.segments.lock().back().filter(fits).cloned();
-        let dir = self.disk.dir.clone();
+        let dir = Arc::clone(&self.disk.dir);
         let written = self.disk.pool.run_next_step(move || {
-            let mut segment = match last {
-                Some(last) => last,
+            let (mut segment, opened) = match last {
+                Some(last) => {
+                    let opened = last.file.open()?;
+                    (last, opened)
+                }
                 None => {
-                    let file = Arc::new(nameless(&dir)?);
-                    Segment { file, start, end: start, size: 0, index: Vec::new() }
+                    let (file, opened) = dir.create()?;
+                    let file = Arc::new(file);
+                    (Segment { file, start, end: start, size: 0, index: Vec::new() }, opened)
                 }
             };
-            segment.append(&pieces)?;
+            segment.append(&opened, &pieces)?;
             Ok::<_, io::Error>(segment)
         });
         let segment = written.await.map_err(io::Error::other)??;
@@ -109,10 +107,28 @@ impl Spill {
         let oldest = segments.front().map_or(0, |first| first.start);
         drop(segments);
         if !dropped.is_empty() {
-            // To close a file without a name is to free all of it.
+            // To remove a large file takes time.
             self.disk.pool.run_later(move || drop(dropped));
         }
         oldest
+    }
+
+    /// Blocks: drops all that is on disk, except what is being read.
+    pub(super) fn clear(&self) {
+        let dropped = std::mem::take(&mut *self.segments.lock());
+        drop(dropped);
+    }
+
+    /// Whether there is anything on disk.
+    pub(super) fn is_used(&self) -> bool {
+        !self.segments.lock().is_empty()
+    }
+
+    /// Blocks: asks for room on disk, or descriptors; whether there is more now.
+    pub(super) async fn relieve(&self, error: &io::Error) -> bool {
+        let (relief, errno) = (Arc::clone(&self.disk.relief), error.raw_os_error());
+        let relieved = self.disk.pool.run_next_step(move || relief.relieve(errno));
+        relieved.await.unwrap_or(false)
     }
 
     /// Where what is on disk goes on behind `from`, which is not there; `to` when it does not
@@ -137,8 +153,17 @@ impl Spill {
     }
 }
 
+impl Drop for Spill {
+    fn drop(&mut self) {
+        let dropped = std::mem::take(self.segments.get_mut());
+        if !dropped.is_empty() {
+            self.disk.pool.run_later(move || drop(dropped));
+        }
+    }
+}
+
 impl Segment {
-    fn append(&mut self, pieces: &[Piece]) -> io::Result<()> {
+    fn append(&mut self, file: &File, pieces: &[Piece]) -> io::Result<()> {
         let mut records = Vec::new();
         let mut index = Vec::new();
         let mut indexed = self.index.last().map_or(0, |(_, position)| *position);
@@ -155,7 +180,7 @@ impl Segment {
             records.extend_from_slice(&piece.data);
             end = piece.end();
         }
-        self.file.write_all_at(&records, self.size)?;
+        file.write_all_at(&records, self.size)?;
         self.size += records.len() as u64;
         self.end = end;
         self.index.append(&mut index);
@@ -167,7 +192,7 @@ impl Segment {
         let Some(&(mut offset, position)) = self.index.get(entry) else { return Ok(Vec::new()) };
         let rest = usize::try_from(self.size - position).unwrap_or(LOOK);
         let mut block = vec![0; rest.min(LOOK)];
-        self.file.read_exact_at(&mut block, position)?;
+        self.file.open()?.read_exact_at(&mut block, position)?;
         let mut block = Bytes::from(block);
         let mut pieces = Vec::new();
         while let Some((channel, data)) = record(&mut block) {
@@ -210,10 +235,4 @@ fn channel(number: u8) -> Option<Channel> {
     [Channel::Stdout, Channel::Stderr, Channel::Pty]
         .into_iter()
         .find(|channel| self::number(*channel) == number)
-}
-
-/// A file that nobody else can open, and that is gone when it is closed.
-fn nameless(dir: &Path) -> io::Result<File> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    tempfile::tempfile_in(dir)
 }

@@ -245,6 +245,11 @@ impl<E: Clone> Fanout<E> {
         state.account(&self.pressure);
     }
 
+    /// What is on disk is about to be dropped.
+    pub fn discard_disk(&self) {
+        self.state.lock().disk = (0, 0);
+    }
+
     /// The disk takes no more.
     pub fn spill_failed(&self) {
         let mut state = self.state.lock();

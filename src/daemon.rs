@@ -256,8 +256,12 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         mmds: config.mmds,
     };
     // An image whose template is broken is reached all the same, to be looked into.
+    let mut kill_scope = config.kill_scope;
     let template = match template::config::load(config.template.as_deref()) {
-        Ok(template) => Template::new(template),
+        Ok(template) => {
+            kill_scope = kill_scope.or(template.as_ref().and_then(|template| template.kill_scope));
+            Template::new(template)
+        }
         Err(error) => {
             tracing::error!(%error, "the template has failed");
             Template::broken(error.to_string())
@@ -267,7 +271,8 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     let files = Pool::for_files();
     let nofile = limits::raise_open_files();
     let stop_notes = Some(process::StopNotes::directory(&config.guest_root));
-    let options = process::Options { nofile, stop_notes, ..config.processes.clone() };
+    let kill_scope = kill_scope.unwrap_or_default();
+    let options = process::Options { nofile, stop_notes, kill_scope, ..config.processes.clone() };
     let watches = Hub::new(Arc::clone(&users), Arc::clone(&files), config.watches);
     let sandbox = Sandbox {
         processes: Manager::with(options, groups(config)),

@@ -13,7 +13,7 @@ use crate::{
     fs::path,
     guest::users::User,
     process::{
-        self, Attach, Found, Selector, StartSpec, Stdio, Usage,
+        self, Attach, Found, KillScope, Selector, StartSpec, Stdio, Usage,
         journal::Bounds,
         options::{self, Options},
     },
@@ -251,7 +251,10 @@ impl Process for Processes {
             }
         };
         let sent = match pb::SignalScope::try_from(message.scope) {
-            Ok(pb::SignalScope::Process) => process.signal(signal),
+            Ok(pb::SignalScope::Process) => match self.sandbox.processes.options().kill_scope {
+                KillScope::Tree if signal == libc::SIGKILL => process.signal_tree(signal).await,
+                _ => process.signal(signal),
+            },
             Ok(pb::SignalScope::Group) => process.signal_group(signal),
             Ok(pb::SignalScope::Tree) => process.signal_tree(signal).await,
             Err(_) => {

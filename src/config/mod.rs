@@ -79,6 +79,8 @@ pub struct Config {
     pub shutdown_grace: Option<Duration>,
     /// Whether SIGTERM leaves the processes running.
     pub keep_processes: bool,
+    /// What dies of a SIGKILL that names no scope; without it the template decides.
+    pub kill_scope: Option<process::KillScope>,
     /// The bounds of processes and their output.
     pub processes: process::Options,
     /// When operations on files have the rights of their user only.

@@ -10,7 +10,7 @@ use crate::{
     fs::{actor::FileAccess, watch::Retention},
     guest::mmds,
     process::{
-        self,
+        self, KillScope,
         options::{MAX_OUTPUT_WINDOW, MIN_OUTPUT_WINDOW, MIN_RETENTION},
     },
     quote,
@@ -52,6 +52,7 @@ impl Config {
             idle_timeout: crate::wire::IDLE_TIMEOUT,
             shutdown_grace: None,
             keep_processes: false,
+            kill_scope: None,
             processes: process::Options::default(),
             file_access: FileAccess::default(),
             watches: Retention::default(),
@@ -120,6 +121,17 @@ impl Config {
                 "idle-timeout" => config.idle_timeout = args.seconds(1)?,
                 "shutdown-grace" => config.shutdown_grace = Some(args.seconds(0)?),
                 "keep-processes" => config.keep_processes = args.switch()?,
+                "kill-scope" => {
+                    config.kill_scope = Some(match args.text()?.as_str() {
+                        "process" => KillScope::Process,
+                        "tree" => KillScope::Tree,
+                        other => {
+                            let given = quote::line(other);
+                            let why = format_args!("'{given}' is neither process nor tree");
+                            return Err(flag.wrong(why));
+                        }
+                    });
+                }
                 "max-processes" => config.processes.max_processes = args.size(1, 1 << 20)?,
                 "output-window" => {
                     config.processes.output_window =

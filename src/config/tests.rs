@@ -125,6 +125,7 @@ fn bad_flags_are_named() {
         (&["--retention", "29"], "--retention", "29"),
         (&["--idle-timeout", "-1"], "--idle-timeout", "-1"),
         (&["--drain-grace", "60001"], "--drain-grace", "60001"),
+        (&["--kill-scope", "all"], "--kill-scope", "all"),
         (&["--default-workdir", "relative"], "--default-workdir", ""),
         (&["--default-user", ""], "--default-user", ""),
         (&["--template="], "--template", ""),

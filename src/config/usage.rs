@@ -62,6 +62,9 @@ Processes:
   --keep-processes        SIGTERM to the daemon leaves them running; otherwise they get SIGHUP and
                           SIGTERM, and SIGKILL half a second later
   --max-processes N       at the same time (default 4096)
+  --kill-scope SCOPE      what dies of a SIGKILL that names no scope, and of a call's deadline:
+                          process, as upstream has it, or tree, with all that descends from it
+                          (default what the template says, or process)
   --output-window N       bytes of output that a process's journal keeps in memory, and that a
                           reader may be behind (default 1048576)
   --output-total N        bytes of output of all processes in memory; beyond it what nobody reads

@@ -51,7 +51,7 @@ pub use input::InputError;
 pub use journal::{Attach, Beyond, Channel, Event, Subscription};
 pub use limits::{Limits, TimeLimit};
 pub use live::{Process, ResizeError, SignalError};
-pub use options::Options;
+pub use options::{KillScope, Options};
 pub use record::{Found, Record};
 pub use registry::{Manager, Selector};
 pub use spec::{StartSpec, Stdio};

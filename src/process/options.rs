@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use serde::Deserialize;
+
 /// The most processes at a time. One that has ended counts for as long as a background child of it
 /// holds its output open, since that is still read.
 pub const MAX_PROCESSES: usize = 4096;
@@ -52,6 +54,17 @@ const _: () = assert!(MIN_OUTPUT_WINDOW <= OUTPUT_WINDOW && OUTPUT_WINDOW <= MAX
 const _: () = assert!(super::journal::MAX_EVENT <= MIN_OUTPUT_WINDOW);
 const _: () = assert!(super::journal::LEAN_WINDOW <= MIN_OUTPUT_WINDOW);
 
+/// What dies of a SIGKILL that names no scope, and of the deadline of a call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KillScope {
+    /// The process alone, as with upstream.
+    #[default]
+    Process,
+    /// The process and all that descends from it.
+    Tree,
+}
+
 /// What the daemon's operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -73,6 +86,8 @@ pub struct Options {
     pub max_requests: usize,
     /// See [`SPILL_DIR`].
     pub spill_dir: PathBuf,
+    /// See [`KillScope`].
+    pub kill_scope: KillScope,
     /// Where it is noted which processes are stopped for a moment, if anywhere.
     pub stop_notes: Option<PathBuf>,
     /// The limits of open files (soft, hard) that processes get, where the daemon has changed its
@@ -92,6 +107,7 @@ impl Default for Options {
             max_retained: MAX_RETAINED,
             max_requests: MAX_REQUESTS,
             spill_dir: SPILL_DIR.into(),
+            kill_scope: KillScope::default(),
             stop_notes: None,
             nofile: None,
         }

@@ -233,7 +233,8 @@ pub(super) async fn start(
         refused(&spec, "pidfd", &error)
     })?;
 
-    let times = Times { timeout: spec.timeout, time_limit: spec.time_limit };
+    let kill_scope = manager.options.kill_scope;
+    let times = Times { timeout: spec.timeout, time_limit: spec.time_limit, kill_scope };
     let journal = manager.journal(spec.output);
     let record = record(&manager, pid, spec);
     let tree = (tree, Arc::clone(&manager.trees));

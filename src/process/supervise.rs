@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    Ending, Manager, Process, TimeLimit,
+    Ending, KillScope, Manager, Process, TimeLimit,
     descent::Known,
     ending::{Cause, Circumstances},
     output::{Progress, Source, pump},
@@ -37,6 +37,8 @@ pub(super) struct Times {
     pub(super) timeout: Option<Duration>,
     /// Its tree.
     pub(super) time_limit: Option<TimeLimit>,
+    /// Whether `timeout` is for the tree as well.
+    pub(super) kill_scope: KillScope,
 }
 
 /// Starts the tasks of a process: one for each channel, and the one that waits for its exit. The
@@ -108,7 +110,7 @@ struct Exited {
 }
 
 /// Waits for the exit, and makes the process end when its time runs out.
-async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited {
+async fn exit(process: &Process, Times { timeout, time_limit, kill_scope }: Times) -> Exited {
     // The zombie stays for now: it keeps the pid.
     let exit = process.exit.exited();
     tokio::pin!(exit);
@@ -129,7 +131,17 @@ async fn exit(process: &Process, Times { timeout, time_limit }: Times) -> Exited
             Some(()) = until(deadline.map(|(at, _)| at)) => {
                 if let Some((_, span)) = deadline.take() {
                     cause = cause.or(Some(Cause::Deadline(span)));
-                    let _ = process.signal(libc::SIGKILL);
+                    match kill_scope {
+                        KillScope::Process => {
+                            let _ = process.signal(libc::SIGKILL);
+                        }
+                        // At once, and again while that fails.
+                        KillScope::Tree => {
+                            let known = rest.take().map(|(_, known)| known).unwrap_or_default();
+                            rest = Some((Instant::now(), known));
+                            killed = false;
+                        }
+                    }
                 }
             }
             Some(()) = until(limit.as_ref().map(|(at, _)| *at)) => {

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use toml::Value;
 
 use super::condition::{Condition, ConditionError};
+use crate::process::KillScope;
 
 /// Where the file is in an image.
 pub const DEFAULT_PATH: &str = "/etc/envd/template.toml";
@@ -137,6 +138,8 @@ pub struct Config {
     pub health: Health,
     /// When the start command is started.
     pub start_after: StartAfter,
+    /// What dies of a SIGKILL that names no scope, if the command line does not say.
+    pub kill_scope: Option<KillScope>,
 }
 
 /// One file: every key may be missing.
@@ -154,6 +157,7 @@ struct File {
     restart: Option<Restart>,
     health: Option<Health>,
     start_after: Option<StartAfter>,
+    kill_scope: Option<KillScope>,
 }
 
 /// The value of a variable. What is wrong with one is told without it.
@@ -375,6 +379,7 @@ impl File {
         take(&mut self.restart, over.restart);
         take(&mut self.health, over.health);
         take(&mut self.start_after, over.start_after);
+        take(&mut self.kill_scope, over.kill_scope);
     }
 
     fn check(self) -> Result<Option<Config>, ConfigError> {
@@ -425,6 +430,7 @@ impl File {
             restart: self.restart.unwrap_or(Restart::No),
             health: self.health.unwrap_or(Health::Ready),
             start_after: self.start_after.unwrap_or(StartAfter::Boot),
+            kill_scope: self.kill_scope,
         }))
     }
 }
@@ -453,7 +459,7 @@ mod tests {
         let all = config(
             "start = [\"/bin/srv\", \"-x\"]\nready = { port = 8080 }\nuser = \"u\"\n\
              workdir = \"/srv\"\ninterval = \"500ms\"\nattempt_timeout = 5\ntimeout = \"1m 30s\"\n\
-             restart = \"on-failure\"\nhealth = \"live\"\nstart_after = \"init\"\n[env]\nA = \"1\"",
+             restart = \"on-failure\"\nhealth = \"live\"\nstart_after = \"init\"\nkill_scope = \"tree\"\n[env]\nA = \"1\"",
         );
         assert_eq!(all.start, Some(Command::Program(vec!["/bin/srv".into(), "-x".into()])));
         assert_eq!(all.ready, Ready::Condition(Condition::Port(8080)));
@@ -462,6 +468,7 @@ mod tests {
         assert_eq!(all.timeout, Duration::from_secs(90));
         assert_eq!((all.restart, all.health), (Restart::OnFailure, Health::Live));
         assert_eq!((all.start_after, all.env["A"].as_str()), (StartAfter::Init, "1"));
+        assert_eq!(all.kill_scope, Some(KillScope::Tree));
         for (text, condition) in [
             ("{ url = \"http://localhost:80/x\" }", Condition::url("http://localhost:80/x", 200)),
             ("{ url = \"http://h/\", status = 404 }", Condition::url("http://h/", 404)),

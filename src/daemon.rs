@@ -102,6 +102,7 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     };
     let sandbox = sandbox(&config, &limits)?;
     let writers = Arc::clone(&sandbox.writers);
+    let processes = Arc::clone(&sandbox.processes);
     let (router, methods) =
         api::router(&sandbox).map_err(|error| DaemonError::Descriptors(error.to_string()))?;
     let router = router.merge(http::router(&sandbox)).fallback(http::not_found);
@@ -121,6 +122,10 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     }
     let (stop, stopped) = watch::channel(false);
     let server = Server::new(service.clone(), limits, sandbox.memory.clone(), stopped);
+    let idle = Arc::downgrade(&server);
+    sandbox
+        .processes
+        .on_exhaustion(move || idle.upgrade().is_some_and(|server| server.evict_idle()));
     let mut addresses = Vec::new();
     let mut open = false;
     let mut accepting = JoinSet::new();
@@ -165,13 +170,14 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     let policy =
         ending::Policy { grace: config.shutdown_grace, keep_processes: config.keep_processes };
     ending::end(&shutdown, &sandbox.processes, policy, || server.drained(), again).await;
-    Ok(Ended { writers, by: ending::exit_by(asked, policy) })
+    Ok(Ended { writers, processes, by: ending::exit_by(asked, policy) })
 }
 
 /// A daemon that no longer serves.
 #[derive(Debug)]
 pub struct Ended {
     writers: Arc<Writers>,
+    processes: Arc<Manager>,
     by: Instant,
 }
 
@@ -181,16 +187,28 @@ impl Ended {
         self.by.saturating_duration_since(Instant::now()).max(MIN_CLEANUP_TIME)
     }
 
-    /// Blocks until the uploads that were cut have left their files in order, or the time is over.
-    /// The runtime must have dropped its tasks.
+    /// Blocks until the uploads that were cut have left their files in order and the output of
+    /// processes is removed from the disk, or the time is over. The runtime must have dropped its
+    /// tasks.
     pub fn clean_up(self) {
         let deadline = Instant::now() + self.left();
+        // On a thread of its own: that disk may hang.
+        let (done, removed) = std::sync::mpsc::channel::<()>();
+        let processes = self.processes;
+        let removing = std::thread::Builder::new().spawn(move || {
+            processes.clean_up();
+            drop(done);
+        });
         while self.writers.live() > 0 {
             if Instant::now() >= deadline {
                 tracing::warn!(uploads = self.writers.live(), "uploads may leave half a file");
                 return;
             }
             std::thread::sleep(CLEANUP_PAUSE);
+        }
+        if removing.is_ok() {
+            // It ends when the sender is dropped.
+            let _ = removed.recv_timeout(deadline.saturating_duration_since(Instant::now()));
         }
     }
 }
@@ -259,7 +277,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     let mut kill_scope = config.kill_scope;
     let template = match template::config::load(config.template.as_deref()) {
         Ok(template) => {
-            kill_scope = kill_scope.or(template.as_ref().and_then(|template| template.kill_scope));
+            kill_scope = kill_scope.or_else(|| template.as_ref()?.kill_scope);
             Template::new(template)
         }
         Err(error) => {

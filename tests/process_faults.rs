@@ -26,6 +26,7 @@ use common::{
         Running, SEND_SIGNAL, START, With, begin, close_stdin, connect_from, list, pid, refused,
         send, sh, start, state,
     },
+    raw::Raw,
     rpc::{Client, Failure, Messages, Wire},
     seccomp,
 };
@@ -395,6 +396,11 @@ async fn without_new_system_calls_processes_start_and_end_as_ever() {
         let script = "for fd in /proc/self/fd/*; do echo ${fd##*/}; done";
         let (said, _) = begin(&client, &sh(script)).await.end().await;
         assert_eq!(said.stdout(), "0\n1\n2\n3\n");
+        let linked = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/usr", linked.path().join("link")).unwrap();
+        let link = linked.path().join("link");
+        let request = sh("echo $PWD").cwd(link.to_str());
+        assert_eq!(begin(&client, &request).await.end().await.0.stdout(), "/usr\n");
         // Signals.
         for scope in [SignalScope::Process, SignalScope::Group, SignalScope::Tree] {
             let mut running = begin(&client, &sh("sleep 1000 & echo $!; wait")).await;
@@ -515,6 +521,13 @@ async fn without_new_system_calls_files_are_handled_as_ever() {
         }
         assert!(size > 100_000);
         house.remove(&house.at("d")).await.unwrap();
+        if let Some(disk) = Mounted::tmpfs(&house.at("g/disk"), "size=1m") {
+            fs::write(house.dir().join("g/disk/kept"), "x").unwrap();
+            for path in [disk.path(), &house.at("g")] {
+                house.remove(path).await.unwrap_err();
+                assert!(house.dir().join("g/disk/kept").exists(), "{path} was emptied");
+            }
+        }
         house.remove(&house.at("g")).await.unwrap();
         assert_eq!(house.names(), ["h"]);
         house.is_well().await;
@@ -549,10 +562,10 @@ async fn a_kill_takes_the_tree_where_that_is_asked_for() {
                 let leader = running.pid;
                 match how {
                     "SIGKILL" => {
-                        signal(&client, leader, SIGKILL, SignalScope::Process).await.unwrap()
+                        signal(&client, leader, SIGKILL, SignalScope::Process).await.unwrap();
                     }
                     "SIGTERM" => {
-                        signal(&client, leader, SIGTERM, SignalScope::Process).await.unwrap()
+                        signal(&client, leader, SIGTERM, SignalScope::Process).await.unwrap();
                     }
                     _ => assert_eq!(running.try_end().await.unwrap_err().code, "deadline_exceeded"),
                 }
@@ -632,12 +645,18 @@ async fn what_is_retained_on_disk_holds_no_descriptor_and_goes_with_its_process(
             assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o600);
         }
     }
-    // What one leaves that is killed, the next one removes.
+    // Also what one leaves that is killed: the next one removes it.
     daemon.signal(nix::sys::signal::Signal::SIGKILL);
     drop(daemon);
     assert!(fs::read_dir(&spill).unwrap().count() > 0);
-    let _next = Daemon::start(&args);
+    let mut next = Daemon::start(&args);
     eventually("it is removed", || (fs::read_dir(&spill).unwrap().count() == 0).then_some(()));
+    // And one that is asked to end removes its own.
+    begin(&Client::new(&next, Wire::Grpc), &spilling("last", LENGTH)).await.end().await;
+    assert!(fs::read_dir(&spill).unwrap().count() > 0);
+    next.signal(nix::sys::signal::Signal::SIGTERM);
+    next.wait();
+    assert_eq!(fs::read_dir(&spill).unwrap().count(), 0);
 }
 
 #[tokio::test]
@@ -680,6 +699,25 @@ async fn a_start_without_descriptors_is_resource_exhausted() {
         running.end().await;
     }
     assert_eq!(begin(&client, &sh("exit 5")).await.end().await.1.exit_code, 5);
+}
+
+#[tokio::test]
+async fn idle_connections_take_no_descriptor_from_a_start() {
+    let daemon = daemon_of_few(96, &["-no-cgroups"]);
+    let mut idle = Vec::new();
+    for _ in 0..150 {
+        // Beyond the descriptors the one that has been idle for longest is closed for a new one.
+        let mut raw = Raw::open(&daemon).await;
+        raw.send("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+        assert_eq!(raw.head().await.0, 204);
+        idle.push(raw);
+    }
+    let client = Client::new(&daemon, Wire::Grpc);
+    for code in [3, 4, 5] {
+        let (_, end) = begin(&client, &sh(&format!("exit {code}"))).await.end().await;
+        assert_eq!(end.exit_code, code);
+    }
+    drop(idle);
 }
 
 #[tokio::test]

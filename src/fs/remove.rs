@@ -9,7 +9,7 @@
 use std::{
     ffi::{OsStr, OsString},
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, OwnedFd},
         unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
@@ -159,7 +159,12 @@ fn enter(dir: &OwnedFd, name: &OsStr) -> nix::Result<OwnedFd> {
         // As openat(2) says it.
         Err(Errno::ELOOP) => Err(Errno::ENOTDIR),
         Err(Errno::ENOSYS | Errno::EPERM | Errno::EAGAIN) => {
-            openat(dir, name, flags, Mode::empty())
+            let fd = openat(dir, name, flags, Mode::empty())?;
+            match mounts::are_on_two_mounts(dir.as_fd(), fd.as_fd()) {
+                Ok(false) => Ok(fd),
+                Ok(true) => Err(Errno::EBUSY),
+                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+            }
         }
         other => other,
     }

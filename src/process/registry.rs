@@ -8,6 +8,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -36,6 +37,12 @@ pub const MAX_SPILL_THREADS: usize = 4;
 
 /// The most threads that look for matches in output: an expression may take its time.
 pub const MAX_MATCH_THREADS: usize = 2;
+
+/// The descriptors that a start takes, for a moment or longer.
+const DESCRIPTORS_OF_A_START: usize = 16;
+/// How often and when it is looked whether there are so many.
+const DESCRIPTOR_LOOKS: u32 = 100;
+const DESCRIPTOR_PAUSE: Duration = Duration::from_millis(1);
 
 /// Which process is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -347,6 +354,11 @@ impl Manager {
         self.state.lock().live.values().cloned().collect()
     }
 
+    /// Blocks: removes output from the disk, at the end of the daemon.
+    pub fn clean_up(&self) {
+        self.spill_dir.remove_all();
+    }
+
     /// Who else retains what holds descriptors: called when there are none left, on a thread that may
     /// block for a moment, it gives some up and says whether it could.
     pub fn on_exhaustion(&self, relief: impl Fn() -> bool + Send + Sync + 'static) {
@@ -361,7 +373,13 @@ impl Manager {
                 let lingering = self.groups.stop_lingering();
                 // All of them: what one gives up may be taken before the work is tried again.
                 let others = self.relief.0.lock();
-                others.iter().fold(lingering, |relieved, relief| relief() | relieved)
+                let relieved =
+                    others.iter().fold(lingering, |relieved, relief| relief() | relieved);
+                drop(others);
+                if relieved {
+                    await_descriptors();
+                }
+                relieved
             }
             Some(libc::ENOSPC | libc::EDQUOT) => {
                 let ended: Vec<_> =
@@ -425,6 +443,18 @@ impl Manager {
 async fn expire(manager: Weak<Manager>) {
     while let Some(next) = manager.upgrade().and_then(|manager| manager.expire()) {
         sleep_until(next).await;
+    }
+}
+
+/// Blocks until there are descriptors for a start, for a moment at most: what is given up is closed by
+/// tasks.
+fn await_descriptors() {
+    let opened = || (0..DESCRIPTORS_OF_A_START).map(|_| std::fs::File::open("/dev/null"));
+    for _ in 0..DESCRIPTOR_LOOKS {
+        if opened().collect::<Result<Vec<_>, _>>().is_ok() {
+            return;
+        }
+        std::thread::sleep(DESCRIPTOR_PAUSE);
     }
 }
 

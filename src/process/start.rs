@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -273,9 +273,18 @@ fn shown_directory(cwd: &Path) -> Result<String, StartError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(StartError::NoDirectory(cwd.to_owned()));
         }
-        Err(_) => cwd.to_owned(),
+        // Also where the C library asks for more than a filter permits.
+        Err(_) => directory_by_descriptor(cwd).unwrap_or_else(|| cwd.to_owned()),
     };
     Ok(shown.to_string_lossy().into_owned())
+}
+
+/// Where /proc says that a directory is.
+fn directory_by_descriptor(path: &Path) -> Option<PathBuf> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let fd = nix::fcntl::open(path, flags, Mode::empty()).ok()?;
+    let real = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+    real.is_absolute().then_some(real)
 }
 
 fn open_ends(spec: &StartSpec) -> Result<Ends, StartError> {

@@ -1,11 +1,14 @@
 //! What a path says about mounts.
 
 use std::{
+    io,
     mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::stat::fstat};
+
+use super::procfs;
 
 /// Whether a descriptor (`O_PATH`) stands for the root of a mount. None where the kernel does not say:
 /// before 5.8.
@@ -27,6 +30,18 @@ pub fn is_mount_root(fd: &impl AsFd) -> nix::Result<Option<bool>> {
     let answer = unsafe { answer.assume_init() };
     let known = libc::STATX_ATTR_MOUNT_ROOT as u64;
     Ok((answer.stx_attributes_mask & known != 0).then_some(answer.stx_attributes & known != 0))
+}
+
+/// Whether two open files are on different mounts, by the numbers of those, or by the devices where
+/// there is no /proc: then a mount within one file system is not seen.
+///
+/// # Errors
+/// Those of fstat(2), where there is no /proc.
+pub fn are_on_two_mounts(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+    match (procfs::mount_id(one), procfs::mount_id(other)) {
+        (Some(one), Some(other)) => Ok(one != other),
+        _ => Ok(fstat(one)?.st_dev != fstat(other)?.st_dev),
+    }
 }
 
 #[cfg(test)]

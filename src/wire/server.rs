@@ -30,6 +30,8 @@ use super::{
 };
 use crate::telemetry::rate_limit;
 
+/// The idle connections that are closed at a time when there are no descriptors left.
+const EVICTED_FOR_DESCRIPTORS: usize = 16;
 /// The pause after an accept that failed for want of descriptors or memory; connections wait in
 /// the backlog meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -141,9 +143,21 @@ where
                 && !is_of_one_connection(&error)
             {
                 tracing::warn!(listener = listener.local(), %error, "cannot accept");
+                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+                    self.evict_idle();
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+
+    /// Closes the connections that have been idle for longest, for their descriptors; whether there
+    /// were any. It does not wait until they are closed.
+    pub fn evict_idle(&self) -> bool {
+        // Each call picks another one.
+        let evicted =
+            (0..EVICTED_FOR_DESCRIPTORS).take_while(|_| self.connections.evict_for(false));
+        evicted.count() > 0
     }
 
     /// A place for a connection.

@@ -2,10 +2,11 @@
 //! execute its init.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io,
     os::unix::process::CommandExt,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -31,6 +32,8 @@ const NEW_ROOT: &str = "/newroot";
 /// What is mounted already and moves along.
 const MOVED: [&str; 4] = ["/dev", "/proc", "/sys", "/run"];
 const DEFAULT_INIT: &str = "/sbin/init";
+/// The links of one path, as the kernel has it.
+const MAX_LINKS: usize = 40;
 
 /// What keeps PID 1 in the initramfs.
 #[derive(Debug, thiserror::Error)]
@@ -136,10 +139,54 @@ fn check_init(init: &Path) -> Result<(), RootError> {
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-        let file = File::from(openat2(root, init, how)?);
-        super::executable(&file.metadata()?)
+        match openat2(root, init, how) {
+            Ok(file) => super::executable(&File::from(file).metadata()?),
+            // Linux before 5.6. Nobody else changes anything at this time.
+            Err(Errno::ENOSYS | Errno::EPERM) => {
+                super::executable(&fs::symlink_metadata(resolve_in(Path::new(NEW_ROOT), init)?)?)
+            }
+            Err(error) => Err(error.into()),
+        }
     };
     check().map_err(|source| RootError::Init { init: init.to_owned(), source })
+}
+
+/// Where a path leads inside of a root, as after a chroot(2) into it: also absolute links and `..` stay
+/// inside.
+fn resolve_in(root: &Path, path: &Path) -> io::Result<PathBuf> {
+    let mut at = PathBuf::new();
+    let mut left: Vec<OsString> =
+        path.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+    let mut links = 0;
+    while let Some(name) = left.pop() {
+        match Path::new(&name).components().next() {
+            Some(Component::Normal(_)) => {}
+            Some(Component::RootDir) => {
+                at.clear();
+                continue;
+            }
+            Some(Component::ParentDir) => {
+                at.pop();
+                continue;
+            }
+            _ => continue,
+        }
+        let next = at.join(&name);
+        match fs::read_link(root.join(&next)) {
+            Ok(target) => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(Errno::ELOOP.into());
+                }
+                let parts = target.components().rev();
+                left.extend(parts.map(|part| part.as_os_str().to_owned()));
+            }
+            // No link.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => at = next,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(root.join(at))
 }
 
 /// Moves the mounts and makes the new root the root.
@@ -171,4 +218,36 @@ fn enter() -> Result<(), RootError> {
 
 fn move_mount(from: &str, to: &str) -> nix::Result<()> {
     mount(Some(from), to, None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_are_followed_inside_of_the_new_root() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = tmp.path();
+        fs::create_dir_all(root.join("usr/lib/systemd")).unwrap();
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::write(root.join("usr/lib/systemd/systemd"), "").unwrap();
+        for (target, link) in [
+            ("usr/sbin", "sbin"),
+            ("lib", "usr/sbin"),
+            ("/usr/lib/systemd/systemd", "usr/lib/init"),
+            ("../../../../usr/lib/../lib/init", "etc/init"),
+            ("loop", "loop"),
+        ] {
+            symlink(target, root.join(link)).unwrap();
+        }
+        let expected = root.join("usr/lib/systemd/systemd");
+        for path in ["/sbin/init", "/etc/init", "sbin//./init", "/usr/lib/systemd/systemd"] {
+            assert_eq!(resolve_in(root, Path::new(path)).unwrap(), expected, "{path}");
+        }
+        for path in ["/loop", "/none", "/sbin/none"] {
+            resolve_in(root, Path::new(path)).unwrap_err();
+        }
+    }
 }

@@ -84,8 +84,9 @@ impl Leaf {
 
     /// One that was made before.
     pub(super) fn existing(dir: PathBuf) -> io::Result<Self> {
-        let fd = File::open(&dir)?.into();
-        Ok(Self { dir, fd, memory_limit: None, pids_limit: None })
+        // Nobody is to be born there: it has to be there, no more.
+        File::open(&dir)?;
+        Ok(Self { dir, fd: None, memory_limit: None, pids_limit: None })
     }
 
     fn limit(&self, workload: &Workload, limits: &Limits) -> Result<(), Unavailable> {

@@ -44,9 +44,6 @@ pub const MAX_LINGERING: usize = 4096;
 /// The groups beyond those that are remembered. What is beyond these too stays until the daemon
 /// starts anew, as an empty directory.
 const MAX_MISSED: usize = 4096;
-/// How often and when it is looked whether those are gone that wait for leaves and shall no more.
-const LINGERING_STOPS: u32 = 50;
-const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(1);
 /// How many of them are looked at when a process ends.
 const LOOKED_AT: usize = 4;
 
@@ -171,21 +168,14 @@ impl Groups {
         Arc::clone(&self.ready.as_ref().ok()?.lingering).try_acquire_owned().ok()
     }
 
-    /// Blocks for a moment: lets those go that wait for a leaf to become empty, each of which holds a
+    /// Lets those go that wait for a leaf to become empty, each of which holds a
     /// descriptor; whether there were any. Their leaves are looked at when other processes end.
     pub(super) fn stop_lingering(&self) -> bool {
         let Ok(ready) = &self.ready else { return false };
-        let all_back = || ready.lingering.available_permits() == MAX_LINGERING;
-        if all_back() {
+        if ready.lingering.available_permits() == MAX_LINGERING {
             return false;
         }
         ready.stop_lingering.send_modify(|stops| *stops += 1);
-        for _ in 0..LINGERING_STOPS {
-            if all_back() {
-                break;
-            }
-            std::thread::sleep(LOOK_AGAIN);
-        }
         true
     }
 

@@ -12,7 +12,7 @@ use std::{
     hash::{BuildHasher, Hasher, RandomState},
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
@@ -116,6 +116,17 @@ impl SpillDir {
         Err(last)
     }
 
+    /// Blocks: removes everything, at the end of the daemon.
+    pub(in crate::process) fn remove_all(&self) {
+        let Some(own) = self.own.lock().take() else { return };
+        let removed = empty(own.fd.fd().as_fd()).and_then(|()| fs::remove_dir(&own.path));
+        if let Err(error) = removed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %own.path.display(), %error, "could not remove output on disk");
+        }
+    }
+
     /// Blocks: removes what daemons have left that are gone.
     pub(in crate::process) fn sweep(&self) {
         let entries = fs::read_dir(&self.parent).into_iter().flatten();
@@ -126,7 +137,7 @@ impl SpillDir {
             let path = entry.path();
             match sweep_one(&path) {
                 Ok(true) => {
-                    tracing::info!(path = %path.display(), "removed output that a daemon left")
+                    tracing::info!(path = %path.display(), "removed output that a daemon left");
                 }
                 Ok(false) => {}
                 Err(error) => {
@@ -216,16 +227,21 @@ fn sweep_one(path: &Path) -> io::Result<bool> {
         Err(error) => return Err(error),
     };
     let Ok(locked) = Flock::lock(fd, FlockArg::LockExclusiveNonblock) else { return Ok(false) };
-    let mut dir = Dir::from_fd(locked.as_fd().try_clone_to_owned()?)?;
+    empty(locked.as_fd())?;
+    fs::remove_dir(path)?;
+    Ok(true)
+}
+
+fn empty(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut dir = Dir::from_fd(fd.try_clone_to_owned()?)?;
     for entry in dir.iter().take(MAX_FILES_LEFT) {
         let entry = entry?;
         let name = entry.file_name();
         if name != c"." && name != c".." {
-            unlinkat(locked.as_fd(), name, UnlinkatFlags::NoRemoveDir)?;
+            unlinkat(fd, name, UnlinkatFlags::NoRemoveDir)?;
         }
     }
-    fs::remove_dir(path)?;
-    Ok(true)
+    Ok(())
 }
 
 #[cfg(test)]

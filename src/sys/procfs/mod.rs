@@ -17,7 +17,10 @@ mod stat;
 use std::{
     ffi::OsStr,
     fs, io,
-    os::unix::ffi::OsStrExt,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -128,6 +131,13 @@ impl Children {
         }
         pids
     }
+}
+
+/// The number of the mount that an open file is on, from /proc/self/fdinfo; Linux has it there since
+/// 3.15, and in statx(2) since 5.8.
+pub fn mount_id(fd: BorrowedFd<'_>) -> Option<u64> {
+    let text = fs::read(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    entry_number(&text, b"mnt_id:")
 }
 
 /// Whether /proc is there at all, and shows this process.

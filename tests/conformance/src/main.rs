@@ -24,7 +24,10 @@ use std::{error::Error, sync::Arc};
 
 use envd::{
     access::Access,
-    wire::{self, Limits, listen, methods::Methods, peer::Trust, server::Server, shutdown::Phases},
+    wire::{
+        self, Limits, listen, memory::Memory, methods::Methods, peer::Trust, server::Server,
+        shutdown::Phases,
+    },
 };
 use prost::Message;
 use proto::{
@@ -55,7 +58,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route_service("/connectrpc.conformance.v1.ConformanceService/{*method}", service);
     let methods = Methods::default().add(DESCRIPTORS, true)?;
     let access = Arc::new(Access::new(None, false, false));
-    let service = wire::stack(router, methods, &limits, access, Trust::default(), Phases::none());
+    let memory = Memory::new(limits.buffered_bytes);
+    let (trust, phases) = (Trust::default(), Phases::none());
+    let service = wire::stack(router, methods, &limits, &memory, access, trust, phases);
 
     let (_stop, stopped) = watch::channel(false);
     let server = Server::new(service, limits, stopped);

@@ -28,7 +28,7 @@ use flate2::{Compression, write::GzEncoder};
 use futures_util::stream;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use tokio::sync::SemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, resolve, user};
 use crate::{
@@ -134,7 +134,10 @@ impl Answer {
             let _ = posix_fadvise(reader.file(), 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
         }
 
-        let (first, share, read) = borrowed(&mut reader, piece, budget).map_err(failed)?;
+        let leases = Leases::new(budget);
+        let lease = leases.try_take(wanted(&reader, piece)).ok_or_else(no_room).map_err(failed)?;
+        let read = lease.piece(piece);
+        let first = reader.next(read).map_err(failed)?;
         let plain = first.len() as u64 == size.min(read as u64);
         let mut headers = HeaderMap::new();
         headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
@@ -159,7 +162,7 @@ impl Answer {
             parts: VecDeque::new(),
             piece,
             gzip: None,
-            budget: budget.clone(),
+            leases,
             _encoder: encoder_share,
             _permit: permit,
         };
@@ -168,17 +171,17 @@ impl Answer {
             let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
             encoder.write_all(&first).map_err(failed)?;
             content.gzip = Some(encoder);
-            answer.first = content.next().map_err(failed)?;
+            answer.first = content.next(lease).map_err(failed)?;
             answer.content = Some(content);
             return Ok(answer);
         }
         if !plain {
             // Neither its length nor its times mean anything.
-            answer.first = charged(first, share);
+            answer.first = charged(first, lease);
             answer.content = Some(content);
             return Ok(answer);
         }
-        let first = charged(first, share);
+        let first = charged(first, lease);
         answer.plain(request, &meta, &kind, first, content).map_err(failed)?;
         Ok(answer)
     }
@@ -239,7 +242,10 @@ impl Answer {
             content.parts = parts;
         }
         content.reader.go_to(0, 0)?;
-        self.first = content.next()?;
+        // It may hold the only lease that there is.
+        drop(first);
+        let lease = content.leases.try_take(content.wanted()).ok_or_else(no_room)?;
+        self.first = content.next(lease)?;
         self.content = Some(content);
         Ok(())
     }
@@ -291,20 +297,65 @@ fn multipart(ranges: &[Range], kind: &HeaderValue, size: u64) -> (String, VecDeq
     (boundary, parts, length)
 }
 
-/// The next piece of a file and what it has borrowed; and how long it could have been. Where there is nothing
-/// to borrow it is short, and goes without.
-fn borrowed(
-    reader: &mut Reader,
-    piece: usize,
-    budget: &Budget,
-) -> io::Result<(Vec<u8>, Share, usize)> {
-    let mut share = budget.share();
-    let wanted = usize::try_from(reader.left()).unwrap_or(piece).min(piece);
-    let piece = match share.hold(wanted) {
-        Ok(()) => piece,
-        Err(_) => MIN_PIECE,
-    };
-    Ok((reader.next(piece)?, share, piece))
+/// Leave to hold a piece in memory until the client has taken it.
+enum Lease {
+    /// Borrowed from what all downloads share.
+    Piece(#[allow(dead_code)] Share),
+    /// The only small piece that this download may hold without borrowing.
+    Small(#[allow(dead_code)] OwnedSemaphorePermit),
+}
+
+/// Where the pieces of one download get their leases. HTTP/2 queues as many pieces as it has room for, so
+/// small ones are bounded, too.
+struct Leases {
+    budget: Budget,
+    small: Arc<Semaphore>,
+}
+
+impl Leases {
+    fn new(budget: &Budget) -> Self {
+        Self { budget: budget.clone(), small: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// A lease for a piece of so many bytes, or else for [`MIN_PIECE`].
+    fn try_take(&self, piece: usize) -> Option<Lease> {
+        let mut share = self.budget.share();
+        match share.hold(piece) {
+            Ok(()) => Some(Lease::Piece(share)),
+            Err(_) => Arc::clone(&self.small).try_acquire_owned().ok().map(Lease::Small),
+        }
+    }
+
+    /// As [`Self::try_take`]; waits until the client has taken the small piece before.
+    async fn take(&self, piece: usize) -> io::Result<Lease> {
+        if let Some(lease) = self.try_take(piece) {
+            return Ok(lease);
+        }
+        let permit = Arc::clone(&self.small).acquire_owned().await;
+        permit.map(Lease::Small).map_err(io::Error::other)
+    }
+}
+
+/// How much the next piece of so many bytes can bring.
+fn wanted(reader: &Reader, piece: usize) -> usize {
+    // Behind the end there may be another part.
+    match usize::try_from(reader.left()).unwrap_or(piece) {
+        0 => piece,
+        left => left.min(piece),
+    }
+}
+
+fn no_room() -> io::Error {
+    io::Error::other("no memory is left for a piece of it")
+}
+
+impl Lease {
+    fn piece(&self, wanted: usize) -> usize {
+        match self {
+            Self::Piece(_) => wanted,
+            Self::Small(_) => MIN_PIECE,
+        }
+    }
 }
 
 /// What a body is made of, a piece at a time.
@@ -315,8 +366,8 @@ struct Content {
     piece: usize,
     /// Compresses what is read; none once the end has been.
     gzip: Option<GzEncoder<Vec<u8>>>,
-    /// What pieces borrow from.
-    budget: Budget,
+    /// Where pieces get their leases.
+    leases: Leases,
     /// What the encoder has borrowed.
     _encoder: Share,
     _permit: Option<SemaphorePermit<'static>>,
@@ -329,9 +380,9 @@ enum Part {
 
 impl Content {
     /// The next bytes; none at the end.
-    fn next(&mut self) -> io::Result<Bytes> {
+    fn next(&mut self, lease: Lease) -> io::Result<Bytes> {
         loop {
-            let (read, share, _) = borrowed(&mut self.reader, self.piece, &self.budget)?;
+            let read = self.reader.next(lease.piece(self.piece))?;
             if let Some(encoder) = &mut self.gzip {
                 if read.is_empty() {
                     encoder.try_finish()?;
@@ -342,12 +393,12 @@ impl Content {
                 encoder.write_all(&read)?;
                 let packed = std::mem::take(encoder.get_mut());
                 if !packed.is_empty() {
-                    return Ok(charged(packed, share));
+                    return Ok(charged(packed, lease));
                 }
                 continue;
             }
             if !read.is_empty() {
-                return Ok(charged(read, share));
+                return Ok(charged(read, lease));
             }
             match self.parts.pop_front() {
                 None => return Ok(Bytes::new()),
@@ -355,6 +406,11 @@ impl Content {
                 Some(Part::File(range)) => self.reader.go_to(range.start, range.length)?,
             }
         }
+    }
+
+    /// How long the next piece can be.
+    fn wanted(&self) -> usize {
+        wanted(&self.reader, self.piece)
     }
 
     fn ended(&self) -> bool {
@@ -370,9 +426,10 @@ fn stream_of(files: Arc<Pool>, content: Content, first: Bytes) -> Body {
     let rest = stream::try_unfold(content, move |mut content| {
         let files = Arc::clone(&files);
         async move {
+            let lease = content.leases.take(content.wanted()).await?;
             // Calls are bounded by the wire, and one that has begun shall come to its end.
             let read = files.run_next_step(move || {
-                let piece = content.next();
+                let piece = content.next(lease);
                 (content, piece)
             });
             let (content, piece) = read.await.map_err(io::Error::other)?;

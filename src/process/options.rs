@@ -45,7 +45,7 @@ pub const MAX_RETAINED: usize = 256;
 
 /// What the requests of ended processes may take together, in bytes; beyond it the oldest ended
 /// process goes.
-pub const MAX_RETAINED_REQUESTS: usize = 16 * 1024 * 1024;
+pub const MAX_RETAINED_REQUESTS: usize = 8 * 1024 * 1024;
 
 /// Where output on disk goes.
 pub const SPILL_DIR: &str = "/run/envd/journal";

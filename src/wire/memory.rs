@@ -10,10 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{
-    budget::{Budget, Share},
-    trim::Trimmer,
-};
+use super::{budget::Budget, trim::Trimmer};
 use crate::blocking::Pool;
 
 /// The most bytes of requests that have not shown the token, over all connections.
@@ -83,13 +80,13 @@ impl Memory {
     }
 }
 
-/// Bytes that give their share back when the last slice of them is dropped.
-pub fn charged(bytes: impl AsRef<[u8]> + Send + 'static, share: Share) -> Bytes {
-    struct Charged<B>(B, #[allow(dead_code)] Share);
-    impl<B: AsRef<[u8]>> AsRef<[u8]> for Charged<B> {
+/// Bytes that drop a guard, such as their [`Share`](super::budget::Share), with the last slice of them.
+pub fn charged<G: Send + 'static>(bytes: impl AsRef<[u8]> + Send + 'static, guard: G) -> Bytes {
+    struct Charged<B, G>(B, #[allow(dead_code)] G);
+    impl<B: AsRef<[u8]>, G> AsRef<[u8]> for Charged<B, G> {
         fn as_ref(&self) -> &[u8] {
             self.0.as_ref()
         }
     }
-    Bytes::from_owner(Charged(bytes, share))
+    Bytes::from_owner(Charged(bytes, guard))
 }

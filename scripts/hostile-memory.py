@@ -9,7 +9,7 @@ socket, and runs one program against it for some seconds. Meanwhile it calls GET
 connections, over TCP and over the unix socket in turn. It prints the resident memory before, at its peak
 (VmHWM) and 10 s after the attack, in MiB, and the distribution of /health in milliseconds. Resident memory has to stay
 below 128 MiB + twice --buffered, and to come back to within 16 MiB of the start; `BOUND` and `KEPT` mark
-what does not. Everything is bounded: in time, in programs and in connections.
+what does not (after `lists` its processes still run, and their arguments are kept). Everything is bounded: in time, in programs and in connections.
 """
 
 import argparse

@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     os::{
         fd::AsRawFd,
-        unix::fs::{MetadataExt, chown, lchown, symlink},
+        unix::fs::{MetadataExt, OpenOptionsExt, chown, lchown, symlink},
     },
     path::{Path, PathBuf},
     sync::{
@@ -417,33 +417,47 @@ async fn nothing_of_roots_is_removed_in_a_race() {
     world.dir("home/top");
     world.dir("home/top/p");
     world.plant("home/l", world.at("etc"));
-    let held = File::open(world.at("home/top/p")).unwrap();
-    let inside = format!("/proc/self/fd/{}", held.as_raw_fd());
+    // Complete before they have the names that are exchanged.
+    let begin_dir = |name: &str| {
+        world.dir("home/next");
+        let _ = fs::rename(world.at("home/next"), world.at(name));
+    };
+    let begin_link = |name: &str| {
+        world.plant("home/next", world.at("etc"));
+        let _ = fs::rename(world.at("home/next"), world.at(name));
+    };
+    let is_link = |name: &str| {
+        fs::symlink_metadata(world.at(name)).ok().map(|meta| meta.file_type().is_symlink())
+    };
     let results = world
         .race(("home/top/p", "home/l"), async |round| {
-            // The whole tree, a directory in it that root has too, and a file.
-            let name = ["top", "top/p/bin", "top/p/shadow"][round % 3];
-            let _ = fs::create_dir(format!("{inside}/bin"));
-            for name in ["bin/tool", "shadow"] {
-                let _ = fs::write(format!("{inside}/{name}"), "of the user");
+            // One directory and one link, whatever has been removed.
+            world.dir("home/top");
+            let _ = fs::remove_file(world.at("home/next"));
+            let _ = fs::remove_dir(world.at("home/next"));
+            match (is_link("home/top/p"), is_link("home/l")) {
+                (None, None | Some(true)) => begin_dir("home/top/p"),
+                (None, Some(false)) => begin_link("home/top/p"),
+                (Some(false), None) => begin_link("home/l"),
+                (Some(true), None) => begin_dir("home/l"),
+                (Some(false), Some(false)) => drop(fs::remove_dir_all(world.at("home/l"))),
+                (Some(true), Some(_)) | (Some(false), Some(true)) => {}
             }
-            let removed = world.0.remove(&world.text(&format!("home/{name}"))).await.is_ok();
-            // Removed while it was in the tree: begin anew.
-            if !world.at("home/top").exists() || !Path::new(&inside).join("..").exists() {
-                world.dir("home/top");
-            }
-            for (name, is_link) in [("home/top/p", false), ("home/l", true)] {
-                if fs::symlink_metadata(world.at(name)).is_err() {
-                    match is_link {
-                        true => world.plant(name, world.at("etc")),
-                        false => world.dir(name),
-                    }
+            let options = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+            let options = File::options().read(true).custom_flags(options).clone();
+            if let Ok(held) = options.open(world.at("home/top/p")) {
+                let inside = format!("/proc/self/fd/{}", held.as_raw_fd());
+                let _ = fs::create_dir(format!("{inside}/bin"));
+                for name in ["bin/tool", "shadow"] {
+                    let _ = fs::write(format!("{inside}/{name}"), "of the user");
                 }
             }
-            removed
+            // The whole tree, a directory in it that root has too, and a file.
+            let name = ["top/p/shadow", "top/p/bin", "top"][round % 3];
+            world.0.remove(&world.text(&format!("home/{name}"))).await.is_ok()
         })
         .await;
-    assert!(results[0] > 0, "{results:?}");
+    assert!(results[0] > 0 && results[1] > 0, "{results:?}");
 }
 
 #[tokio::test]

@@ -295,7 +295,7 @@ fn behind(dir: BorrowedFd<'_>, real: &Path, name: &OsStr, rights: &Rights) -> Be
     if error.busy.is_some() || !refused || rights.switched() || !actor.may_switch() {
         return Behind::default();
     }
-    let target = match error.at_last {
+    let target = match error.at_end {
         true => Some(error.at),
         // The way on is not the user's to know: what the link says.
         false => readlinkat(dir, name).ok().map(|to| path::clean(&real.join(to))),

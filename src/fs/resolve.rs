@@ -301,6 +301,7 @@ impl State<'_> {
             at: self.real.join(name),
             errno,
             at_last: self.todo.iter().all(|part| part.of_link),
+            at_end: self.todo.is_empty(),
             busy: None,
         }
     }

@@ -40,6 +40,8 @@ pub struct WalkError {
     pub errno: Errno,
     /// Whether it was at or behind the last component that the client wrote.
     pub at_last: bool,
+    /// Whether nothing was left to walk, of no link's target either.
+    pub at_end: bool,
     /// The mount that does not answer, if it is that.
     pub busy: Option<MountBusy>,
 }
@@ -47,7 +49,7 @@ pub struct WalkError {
 impl WalkError {
     pub(super) fn early(path: &Path, errno: Errno) -> Self {
         let (asked, at) = (path.to_owned(), path.to_owned());
-        Self { step: Step::Lookup, asked, at, errno, at_last: false, busy: None }
+        Self { step: Step::Lookup, asked, at, errno, at_last: false, at_end: false, busy: None }
     }
 
     /// The error of an operation on the whole path: what `make` makes of the errno, unless a mount

@@ -18,7 +18,7 @@ use std::{
 use ::http::{Request, Response, StatusCode, Uri};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinSet,
 };
 use tower::{Layer, Service, ServiceExt};
@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 use crate::{
     access::{Access, Token, Verdict},
     api,
-    blocking::Pool,
+    blocking::{JobSlots, Pool},
     config::Config,
     fs::{transfer::Writers, watch::Hub},
     guest::{boot::Times, limits, markers, metrics::Meter, notify, users::Users},
@@ -300,8 +300,8 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         file_access: config.file_access,
         files,
         uploads: Slots::new(MAX_UPLOADS),
-        listings: Arc::new(Semaphore::new(MAX_LISTINGS)),
-        searches: Arc::new(Semaphore::new(MAX_SEARCHES)),
+        listings: JobSlots::new(MAX_LISTINGS),
+        searches: JobSlots::new(MAX_SEARCHES),
         access: Arc::new(access),
         template: Arc::new(template),
         limits: wire.clone(),

@@ -4,11 +4,10 @@
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use parking_lot::RwLock;
-use tokio::sync::Semaphore;
 
 use crate::{
     access::Access,
-    blocking::Pool,
+    blocking::{JobSlots, Pool},
     fs::{
         actor::{Actor, FileAccess},
         transfer::Writers,
@@ -56,9 +55,9 @@ pub struct Sandbox {
     /// Who may upload: [`MAX_UPLOADS`] at a time.
     pub uploads: Arc<Slots>,
     /// Who may list directories: [`MAX_LISTINGS`] at a time.
-    pub listings: Arc<Semaphore>,
+    pub listings: JobSlots,
     /// Who may search: [`MAX_SEARCHES`] at a time.
-    pub searches: Arc<Semaphore>,
+    pub searches: JobSlots,
     /// Who may call.
     pub access: Arc<Access>,
     /// Its template, and whether that is ready.
@@ -159,6 +158,15 @@ impl Sandbox {
     /// The user of an operation on files.
     pub fn actor(&self, user: &User) -> Actor {
         Actor::new(user, self.file_access)
+    }
+
+    /// The name of a pool that runs nothing any more: all its threads are in calls that do not
+    /// return. One mount that does not answer does not bring that about.
+    pub async fn dead_pool(&self) -> Option<&'static str> {
+        let [spawners, directories, trees] = self.processes.pools();
+        let pools = [&self.files, spawners, directories, trees];
+        let looks = pools.map(|pool| async { (!pool.is_alive().await).then(|| pool.name()) });
+        futures_util::future::join_all(looks).await.into_iter().flatten().next()
     }
 
     /// The user that a caller names.

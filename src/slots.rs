@@ -16,9 +16,11 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::Notify,
     time::{Instant, sleep, timeout_at},
 };
+
+use crate::blocking::{JobSlot, JobSlots};
 
 /// A transfer below this many bytes per second may be evicted.
 pub const MIN_RATE: u64 = 16 << 10;
@@ -34,7 +36,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// The slots of one kind of transfer.
 #[derive(Debug)]
 pub struct Slots {
-    permits: Arc<Semaphore>,
+    permits: JobSlots,
     transfers: Mutex<Vec<Arc<Transfer>>>,
 }
 
@@ -84,23 +86,23 @@ fn rate(bytes: u64, elapsed: Duration) -> u64 {
 pub struct Slot {
     slots: Arc<Slots>,
     transfer: Arc<Transfer>,
-    _permit: OwnedSemaphorePermit,
+    permit: JobSlot,
 }
 
 impl Slots {
     /// So many slots.
     pub fn new(slots: usize) -> Arc<Self> {
-        Arc::new(Self { permits: Arc::new(Semaphore::new(slots)), transfers: Mutex::default() })
+        Arc::new(Self { permits: JobSlots::new(slots), transfers: Mutex::default() })
     }
 
     /// A slot; where none is free, that of a transfer which drips. `None` when all transfers are fast, or
     /// the evicted ones did not end in [`MAX_WAIT`].
     pub async fn take(self: &Arc<Self>) -> Option<Slot> {
-        if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+        if let Some(permit) = self.permits.try_acquire() {
             return Some(self.slot(permit));
         }
         let deadline = Instant::now() + MAX_WAIT;
-        let acquired = Arc::clone(&self.permits).acquire_owned();
+        let acquired = self.permits.acquire();
         let evicting = async {
             while self.may_become_slow() {
                 if self.evict_slowest(Instant::now()) {
@@ -112,12 +114,12 @@ impl Slots {
         };
         tokio::select! {
             biased;
-            permit = timeout_at(deadline, acquired) => Some(self.slot(permit.ok()?.ok()?)),
+            permit = timeout_at(deadline, acquired) => Some(self.slot(permit.ok()?)),
             () = evicting => None,
         }
     }
 
-    fn slot(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Slot {
+    fn slot(self: &Arc<Self>, permit: JobSlot) -> Slot {
         let now = Instant::now();
         let transfer = Arc::new(Transfer {
             begun: now,
@@ -126,7 +128,7 @@ impl Slots {
             told: Notify::new(),
         });
         self.transfers.lock().push(Arc::clone(&transfer));
-        Slot { slots: Arc::clone(self), transfer, _permit: permit }
+        Slot { slots: Arc::clone(self), transfer, permit }
     }
 
     /// Whether waiting makes sense: some transfer is slow, or too young to tell.
@@ -151,6 +153,12 @@ impl Slots {
 }
 
 impl Slot {
+    /// Says that the job on this thread uses the slot: while that hangs on a mount that does not
+    /// answer, another transfer may have its place.
+    pub fn use_here(&self) {
+        self.permit.use_here();
+    }
+
     /// Notes that so many bytes came.
     pub fn progress(&self, bytes: usize) {
         let now = Instant::now();

@@ -14,7 +14,7 @@ use std::{
 };
 
 use common::{
-    Daemon, able, able_as_root, able_at_home, basic, eventually, in_time, me, noise,
+    Daemon, able_as_root, able_at_home, basic, eventually, in_time, me, noise,
     process::*,
     raw::Raw,
     rpc::{Client, Failure, Wire, envelope},
@@ -1101,82 +1101,4 @@ async fn a_terminal_belongs_to_its_user() {
         assert_eq!(end.exit_code, 0, "{said:?}");
         assert_eq!(said.pty(), format!("{user}\r\nagain\r\n{id}\r\n"));
     }
-}
-
-/// A file system whose server never answers. It does when this is dropped: with an error.
-struct Hung {
-    dir: TempDir,
-    server: Option<fs::File>,
-}
-
-impl Hung {
-    /// None where FUSE cannot be mounted.
-    fn mount() -> Option<Self> {
-        use std::os::fd::AsRawFd;
-        let dir = tempfile::tempdir().unwrap();
-        let server = fs::File::options().read(true).write(true).open("/dev/fuse").ok()?;
-        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
-        let flags = nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV;
-        let kind = Some("fuse");
-        nix::mount::mount(Some("hung"), dir.path(), kind, flags, Some(data.as_str())).ok()?;
-        Some(Self { dir, server: Some(server) })
-    }
-
-    fn path(&self) -> &str {
-        self.dir.path().to_str().unwrap()
-    }
-}
-
-impl Drop for Hung {
-    fn drop(&mut self) {
-        // Who waits for it gets an error.
-        drop(self.server.take());
-        let _ = nix::mount::umount2(self.dir.path(), nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_system_that_hangs_stops_no_other_start() {
-    /// More than the threads that looked at directories before, and than those that started.
-    const HUNG: usize = 10;
-    let hung = Hung::mount();
-    if !able("root and FUSE", hung.is_some()) {
-        return;
-    }
-    let hung = hung.unwrap();
-    let daemon = Daemon::start(&[]);
-    let client = Client::new(&daemon, Wire::Grpc);
-    let command = format!("{}/command", hung.path());
-    let path = format!("{}:/usr/bin:/bin", hung.path());
-    let requests = [
-        start("true", &[]).cwd(Some(hung.path())),
-        start(&command, &[]),
-        start("true", &[]).env("PATH", &path),
-    ];
-    let calls: Vec<_> = (0..HUNG)
-        .flat_map(|_| requests.clone())
-        .map(|request| {
-            let client = client.clone();
-            tokio::spawn(async move {
-                let messages = client.stream::<_, StartResponse>(START, &request).await?;
-                Running::of(messages).await?.end().await;
-                Ok::<_, Failure>(())
-            })
-        })
-        .collect();
-    let starting = || {
-        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
-        let names =
-            tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
-        names.filter(|name| name == "envd-spawn\n").count()
-    };
-    in_time("all of them hang", async || (starting() >= calls.len()).then_some(())).await;
-    is_well(&daemon).await;
-    assert!(!calls.iter().any(tokio::task::JoinHandle::is_finished));
-    drop(hung);
-    for call in calls {
-        // Some commands were found elsewhere then.
-        let _ = call.await.unwrap();
-    }
-    is_well(&daemon).await;
 }

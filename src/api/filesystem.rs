@@ -8,7 +8,6 @@ use std::{
     },
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
@@ -18,7 +17,7 @@ use super::{
     search, status, watch,
 };
 use crate::{
-    blocking::Pool,
+    blocking::{JobSlot, JobSlots, Pool},
     fs::{
         FsError,
         actor::Actor,
@@ -43,7 +42,7 @@ pub const MAX_TREES: usize = 4;
 pub struct Files {
     sandbox: Arc<Sandbox>,
     uploads: Arc<Uploads>,
-    trees: Arc<Semaphore>,
+    trees: JobSlots,
 }
 
 /// What a call needs besides its message.
@@ -59,7 +58,7 @@ pub(super) struct Call<T> {
 impl Files {
     /// Serves a sandbox's files.
     pub fn new(sandbox: Arc<Sandbox>) -> Self {
-        let (uploads, trees) = (Uploads::new(), Arc::new(Semaphore::new(MAX_TREES)));
+        let (uploads, trees) = (Uploads::new(), JobSlots::new(MAX_TREES));
         let kept = Arc::downgrade(&uploads);
         let evict = move || kept.upgrade().is_some_and(|kept| kept.evict_oldest());
         sandbox.processes.on_exhaustion(evict);
@@ -83,9 +82,8 @@ impl Files {
     }
 
     /// Waits until work on a whole tree may begin.
-    pub(super) async fn tree_slot(&self) -> Result<OwnedSemaphorePermit, Status> {
-        let slot = Arc::clone(&self.trees).acquire_owned().await;
-        slot.map_err(|_| Status::unavailable("the daemon ends"))
+    pub(super) async fn tree_slot(&self) -> JobSlot {
+        self.trees.acquire().await
     }
 
     pub(super) fn sandbox(&self) -> &Sandbox {
@@ -189,15 +187,13 @@ impl Filesystem for Files {
         let (depth, view, actor) = (call.message.depth, call.view, call.actor);
         let page = dir::Page::new(call.message.page_size, &call.message.page_token)
             .map_err(|error| status::of_files(&error))?;
-        // It closes with the daemon only.
-        let slot = Arc::clone(&self.sandbox.listings).acquire_owned().await;
-        let slot = slot.map_err(|_| Status::unavailable("the daemon ends"))?;
+        let slot = self.sandbox.listings.acquire().await;
         let stop = Arc::new(AtomicBool::new(false));
         let _left = SetOnDrop(Arc::clone(&stop));
         let (entries, next_page_token) = self
             .blocking(move |users| {
                 // Held until the work has ended, which may be after its caller has left.
-                let _slot = slot;
+                slot.use_here();
                 let (entries, next) = dir::list_page(&path, depth, &actor, users, &stop, &page)?;
                 Ok((entries.into_iter().map(|entry| view.entry(info(entry))).collect(), next))
             })

@@ -35,9 +35,7 @@ pub(super) async fn search(
     let failed = |error: SearchError| status::of_search(&error);
     let query = options(call.message).and_then(Query::new).map_err(failed)?;
     let sandbox = files.sandbox();
-    // It closes with the daemon only.
-    let slot = Arc::clone(&sandbox.searches).acquire_owned().await;
-    let slot = slot.map_err(|_| Status::unavailable("the daemon ends"))?;
+    let slot = sandbox.searches.acquire().await;
     let users = Arc::clone(&sandbox.users);
     let found = search::start(query, path, users, &sandbox.files, slot).await.map_err(failed)?;
     call.view.announce(call.metadata.as_ref());
@@ -95,6 +93,7 @@ impl Source for Results {
             Some(Found::Summary(summary)) => {
                 Step::Last(response(search_response::Event::Summary(summarized(summary))))
             }
+            Some(Found::Failed(busy)) => Step::Error(status::of_own_files(&busy.into())),
             None => {
                 Step::Error(Status::internal("the search broke down; the daemon's log says why"))
             }

@@ -28,7 +28,7 @@ use super::{
     path::{base_name, dir_of},
     tree::{Found, Step, Walk},
 };
-use crate::guest::users::Users;
+use crate::{blocking::progress, guest::users::Users};
 
 mod unpack;
 
@@ -261,6 +261,7 @@ impl Read for Exactly<'_> {
         let Some(buffer) = buffer.get_mut(..most).filter(|buffer| !buffer.is_empty()) else {
             return Ok(0);
         };
+        progress();
         let mut read = self.file.read(buffer)?;
         if read == 0 {
             buffer.fill(0);

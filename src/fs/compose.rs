@@ -2,8 +2,9 @@
 //! files.
 
 use std::{
-    io::{self, Seek},
-    os::unix::fs::MetadataExt,
+    fs::File,
+    io::{self, Read, Seek},
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -17,6 +18,10 @@ use super::{
     staged::give_to_user,
     unnamed::Unnamed,
 };
+use crate::blocking::{progress, stand_on, stand_on_also};
+
+/// The bytes that are copied between two signs of progress.
+const COPY_STEP: u64 = 16 << 20;
 
 /// Why files were not put together.
 #[derive(Debug, thiserror::Error)]
@@ -92,8 +97,10 @@ pub fn compose(parts: &[Part], to: &Path, actor: &Actor) -> Result<(), FsError> 
             _ => FsError::Compose(ComposeError::NotFound(name.clone())),
         })?;
         let (mut from, mut into) = (opened.file, new.file());
+        stand_on(from.as_fd())?;
+        stand_on_also(into.as_fd())?;
         // By copy_file_range(2), where the file system can.
-        into.seek(io::SeekFrom::End(0)).and_then(|_| io::copy(&mut from, &mut into)).map_err(
+        into.seek(io::SeekFrom::End(0)).and_then(|_| copy_in_steps(&mut from, into)).map_err(
             |error| failed(&format!("error composing source {name}"), "copy", to, &error),
         )?;
     }
@@ -117,6 +124,16 @@ pub fn compose(parts: &[Part], to: &Path, actor: &Actor) -> Result<(), FsError> 
 
 fn finishing(op: &'static str, to: &Path, errno: Errno) -> FsError {
     failed("error finalizing compose", op, to, &errno.into())
+}
+
+/// Copies all that is left of a file, showing progress on the way.
+fn copy_in_steps(from: &mut File, mut to: &File) -> io::Result<()> {
+    loop {
+        progress();
+        if io::copy(&mut from.take(COPY_STEP), &mut to)? < COPY_STEP {
+            return Ok(());
+        }
+    }
 }
 
 fn failed(doing: &str, op: &'static str, path: &Path, error: &io::Error) -> FsError {

@@ -38,7 +38,7 @@ use super::{
     tree::{Found, Step, Walk},
     unnamed::{Unnamed, with_new_name},
 };
-use crate::{guest::users::User, sys::rename::rename_new};
+use crate::{blocking::stand_on_also, guest::users::User, sys::rename::rename_new};
 
 mod content;
 
@@ -260,6 +260,7 @@ impl Copying<'_> {
             let (Some(from), Some(to)) = (walk.dir(), into.last()) else {
                 break;
             };
+            stand_on_also(to.as_fd())?;
             match step {
                 Step::Enter(found) => {
                     let name = found.name.as_os_str();
@@ -344,6 +345,7 @@ impl Copying<'_> {
             Ok(_) => return Err(FsError::NotRegular(self.src.join(&found.relative))),
             Err(error) => return Err(self.failed("stat", found, &error)),
         };
+        stand_on_also(new.as_fd())?;
         self.copied.bytes += copy_content(&old, new, size, || self.check().is_err())
             .map_err(|error| self.failed("copy", found, &error))?;
         self.check()?;

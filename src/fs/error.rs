@@ -353,7 +353,7 @@ pub enum FsError {
     RightsRefused(#[from] RightsRefused),
     /// The work could not be done where it may block.
     #[error(transparent)]
-    Blocking(#[from] Busy),
+    Blocking(Busy),
     /// The mount on which the work would go on does not answer.
     #[error(transparent)]
     MountBusy(#[from] MountBusy),
@@ -389,6 +389,15 @@ impl FsError {
         match error {
             busy @ Self::MountBusy(_) => busy,
             error => Self::EnsureDirectories(Box::new(error)),
+        }
+    }
+}
+
+impl From<Busy> for FsError {
+    fn from(busy: Busy) -> Self {
+        match busy {
+            Busy::Mount(mount) => Self::MountBusy(mount),
+            busy => Self::Blocking(busy),
         }
     }
 }

@@ -21,6 +21,7 @@ use nix::{
 };
 
 use super::{FsError, PathError};
+use crate::blocking::stand_on_child;
 
 /// The levels that one walk descends, each with an open directory.
 pub const MAX_LEVELS: usize = 256;
@@ -101,6 +102,7 @@ impl Walk {
                 return Ok(left.and_then(|level| level.found).map(Step::Leave));
             };
             self.names -= 1;
+            stand_on_child(level.fd.as_fd(), &name)?;
             let relative = level.relative.join(&name);
             let stat = match fstatat(&level.fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
                 Ok(stat) => stat,

@@ -108,7 +108,7 @@ pub(super) async fn compose(
     let slot = sandbox.uploads.take().await.ok_or_else(too_many_uploads)?;
     let actor = sandbox.actor(&user);
     let composed = blocking(&sandbox.files, move || {
-        let _slot = slot;
+        slot.use_here();
         compose::compose(&parts, &to, &actor)?;
         let name = path::base_name(&to).to_string_lossy().into_owned();
         Ok(Composed { name, path: to.to_string_lossy().into_owned(), r#type: "file" })

@@ -33,7 +33,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, resolve, user};
 use crate::{
     access::Operation,
-    blocking::Pool,
+    blocking::{MountId, Pool, stand_on_again},
     fs::{
         actor::Actor,
         read::{self, LARGE_PIECE, PIECE, Reader},
@@ -165,6 +165,7 @@ impl Answer {
             leases,
             _encoder: encoder_share,
             _permit: permit,
+            mount: MountId::current(),
         };
         if room {
             answer.headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
@@ -371,6 +372,8 @@ struct Content {
     /// What the encoder has borrowed.
     _encoder: Share,
     _permit: Option<SemaphorePermit<'static>>,
+    /// That of the file.
+    mount: Option<MountId>,
 }
 
 enum Part {
@@ -429,7 +432,8 @@ fn stream_of(files: Arc<Pool>, content: Content, first: Bytes) -> Body {
             let lease = content.leases.take(content.wanted()).await?;
             // Calls are bounded by the wire, and one that has begun shall come to its end.
             let read = files.run_next_step(move || {
-                let piece = content.next(lease);
+                let piece = stand_on_again(content.mount).map_err(io::Error::from);
+                let piece = piece.and_then(|()| content.next(lease));
                 (content, piece)
             });
             let (content, piece) = read.await.map_err(io::Error::other)?;

@@ -21,15 +21,28 @@ struct Unhealthy {
     last_error: Option<String>,
 }
 
-/// Alive: a call comes through to here. It says nothing of the template.
-pub(super) async fn livez() -> Response {
+/// Alive: a call comes through to here, and the pools that calls go through run what they are given.
+/// It says nothing of the template.
+pub(super) async fn livez(State(sandbox): Shared) -> Response {
+    match sandbox.dead_pool().await {
+        None => no_content(),
+        Some(pool) => {
+            tracing::error!(pool, "not alive: no thread of the pool returns from its call");
+            let text = format!("no thread of the pool '{pool}' returns from its call\n");
+            let headers = [(header::CACHE_CONTROL, NO_STORE)];
+            (StatusCode::SERVICE_UNAVAILABLE, headers, text).into_response()
+        }
+    }
+}
+
+fn no_content() -> Response {
     (StatusCode::NO_CONTENT, [(header::CACHE_CONTROL, NO_STORE)]).into_response()
 }
 
 /// 204 as upstream's, once the template is ready.
 pub(super) async fn health(State(sandbox): Shared) -> Response {
     if sandbox.template.is_healthy() {
-        return livez().await;
+        return no_content();
     }
     let status = sandbox.template.status();
     let unhealthy = Unhealthy {

@@ -9,9 +9,10 @@ use nix::unistd::{geteuid, getgroups, getresgid, getresuid};
 
 use super::{
     Groups, Manager, StartError, StartSpec, Stdio, Unavailable, cgroup::Leaf, limits,
-    spec::SYSTEM_TAG, start::Attempt,
+    reach::stand_on_command, spec::SYSTEM_TAG, start::Attempt,
 };
 use crate::{
+    blocking::Busy,
     guest::users::User,
     quote,
     sys::{
@@ -28,6 +29,7 @@ pub(super) fn spawn(
     stdio: &[OwnedFd; 3],
 ) -> Result<(Child, Option<Leaf>), StartError> {
     let env = spec.environment(pwd);
+    stand_on_command(spec, &env).map_err(Busy::from)?;
     let credentials = credentials(&spec.user);
     let [stdin, stdout, stderr] = stdio;
     let rlimits = rlimits(spec, manager.options.nofile);

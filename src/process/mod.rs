@@ -33,6 +33,7 @@ pub mod live;
 pub mod options;
 pub mod output;
 pub mod ports;
+mod reach;
 pub mod record;
 pub mod registry;
 mod shutdown;

@@ -282,6 +282,11 @@ impl Manager {
         self.matchers.run(work).await
     }
 
+    /// The pools that starts and signals go through.
+    pub fn pools(&self) -> [&Arc<Pool>; 3] {
+        [&self.spawners, &self.directories, &self.trees]
+    }
+
     /// Finds a live process.
     pub fn live(&self, selector: &Selector) -> Option<Arc<Process>> {
         self.state.lock().live(selector)

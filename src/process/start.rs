@@ -17,6 +17,7 @@ use tokio::{io::unix::AsyncFd, sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
     Manager, Process, StartSpec, Stdio, Subscription, Unavailable,
+    cgroup::Leaf,
     child::spawn,
     exit_watch::ExitWatch,
     journal::{Attach, Channel},
@@ -26,13 +27,14 @@ use super::{
     tree::Tree,
 };
 use crate::{
-    blocking::Busy,
+    blocking::{Busy, stand_on_path},
     quote,
     sys::{errno, pidfd, pty, ready, spawn::Child},
 };
 
-/// How long a start waits for what is only there for PWD and for a better message.
-pub const DIRECTORY_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a start waits for what is only there for PWD and for a better message. Longer than it
+/// takes to find out that a mount does not answer.
+pub const DIRECTORY_PATIENCE: Duration = Duration::from_secs(7);
 
 /// Why a process was not started.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -191,7 +193,10 @@ pub(super) async fn start(
 ) -> Result<(Arc<Process>, Subscription), StartError> {
     let cwd = spec.cwd.clone();
     // Starts are bounded by their slots; a burst of them waits.
-    let looking = manager.directories.run_next_step(move || shown_directory(&cwd));
+    let looking = manager.directories.run_next_step(move || {
+        stand_on_path(&cwd).map_err(Busy::from)?;
+        shown_directory(&cwd)
+    });
     let pwd = match timeout(DIRECTORY_PATIENCE, looking).await {
         Ok(looked) => looked??,
         // It hangs, or others that do are in the way: the child's own chdir decides.
@@ -222,10 +227,14 @@ pub(super) async fn start(
         }
         // Our copies of the child's ends must go, or its output never ends.
         drop(stdio);
+        let child =
+            child.map(|(child, leaf)| Unregistered { child: Some((child, leaf)), manager: making });
         (child, spec)
     });
     let (child, spec) = spawned.await?;
-    let (Child { pid, pidfd, exec_error }, leaf) = child?;
+    let Some((Child { pid, pidfd, exec_error }, leaf)) = child?.child.take() else {
+        return Err(StartError::Task("the child has been given up".to_owned()));
+    };
     let tree = Tree::new(pid, leaf, Arc::clone(&manager.stop_notes));
     let exit = ExitWatch::new(pid, pidfd).map_err(|(pidfd, error)| {
         abandon(&manager, Child { pid, pidfd, exec_error });
@@ -255,6 +264,30 @@ pub(super) async fn start(
     manager.register(&process);
     supervise(manager, Arc::clone(&process), sources, times, exec_error, slot);
     Ok((process, subscription))
+}
+
+/// A child that nobody knows of yet. Dropped, it ends: a start that was given up, since the mount of
+/// its command did not answer, may have made it much later.
+struct Unregistered {
+    child: Option<(Child, Option<Leaf>)>,
+    manager: Arc<Manager>,
+}
+
+impl Drop for Unregistered {
+    fn drop(&mut self) {
+        let Some((child, leaf)) = self.child.take() else {
+            return;
+        };
+        let manager = Arc::clone(&self.manager);
+        self.manager.directories.run_later(move || {
+            let _ = pidfd::signal_child(child.as_ref(), libc::SIGKILL);
+            let _ = leaf.as_ref().map(|leaf| leaf.signal(libc::SIGKILL));
+            let _ = pidfd::wait_blocking(child.as_ref());
+            if let Some(leaf) = leaf {
+                manager.groups.miss(Arc::new(leaf));
+            }
+        });
+    }
 }
 
 /// The record of a new process. What it was given as its environment is not kept.

@@ -320,7 +320,13 @@ async fn a_kill_after_the_grace_waits_its_turn_however_much_waits() {
         .map(|_| {
             let (release, released) = std::sync::mpsc::channel::<()>();
             manager.trees.run_later(move || {
-                let _ = released.recv();
+                // Without progress, others would take its place.
+                let pause = Duration::from_millis(50);
+                while released.recv_timeout(pause)
+                    == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+                {
+                    crate::blocking::progress();
+                }
             });
             release
         })

@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, missing_debug_implementations)]
 
 pub mod house;
+pub mod hung_mount;
 pub mod mmds;
 pub mod process;
 pub mod raw;

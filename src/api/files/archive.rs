@@ -10,8 +10,8 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::{Stream, stream};
-use tokio::sync::mpsc;
+use futures_util::{Stream, future::BoxFuture, stream};
+use tokio::sync::mpsc::{self, error::TrySendError};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{next_message, no_start, second_start};
@@ -20,6 +20,7 @@ use crate::{
         filesystem::{Files, SetOnDrop},
         status,
     },
+    blocking::{MountId, leave_mount, stand_on_again, stand_on_path},
     fs::{
         FsError,
         archive::{self, Compression},
@@ -42,29 +43,61 @@ pub(in crate::api) async fn archive(
     let call = files.call(request)?;
     let path = files.resolve(&call.message.path, &call.user)?;
     let compression = compression(call.message.compression()).unwrap_or(Compression::None);
-    let slot = files.tree_slot().await?;
-    let (sender, mut chunks) = mpsc::channel(MESSAGES);
+    let slot = files.tree_slot().await;
+    let (sender, chunks) = mpsc::channel(MESSAGES);
     let stop = Arc::new(AtomicBool::new(false));
     let left = SetOnDrop(Arc::clone(&stop));
-    let users = files.users();
-    files.pool().run_later(move || {
-        let _slot = slot;
-        let mut out = Chunks { sender, held: BytesMut::new() };
-        let done = archive::archive(&path, compression, &users, &mut out, &stop);
-        let last = match done {
-            Ok(()) => Ok(None),
-            Err(error) => Err(status::of_own_files(&error)),
-        };
-        // Nobody is there who would miss it.
-        let _ = out.sender.blocking_send(last);
-    });
-    let first = chunks.recv().await.unwrap_or_else(broken)?;
-    let rest = stream::try_unfold((chunks, first, left), async |(mut chunks, now, left)| {
+    let (users, pool) = (files.users(), Arc::clone(files.pool()));
+    let work = async move {
+        let done = pool.run_next_step(move || {
+            slot.use_here();
+            let mut out = Chunks { sender, held: BytesMut::new() };
+            let done = stand_on_path(&path)
+                .map_err(FsError::from)
+                .and_then(|()| archive::archive(&path, compression, &users, &mut out, &stop));
+            let last = match done {
+                Ok(()) => Ok(None),
+                Err(error) => Err(status::of_own_files(&error)),
+            };
+            leave_mount();
+            // Nobody is there who would miss it.
+            let _ = out.sender.blocking_send(last);
+        });
+        done.await.map_err(|busy| status::of_own_files(&busy.into()))
+    };
+    let mut content = Content { chunks, work: Some(Box::pin(work)), _left: left };
+    let first = content.next().await?;
+    let rest = stream::try_unfold((content, first), async |(mut content, now)| {
         let Some(data) = now else { return Ok(None) };
-        let next = chunks.recv().await.unwrap_or_else(broken)?;
-        Ok(Some((pb::ArchiveResponse { data }, (chunks, next, left))))
+        let next = content.next().await?;
+        Ok(Some((pb::ArchiveResponse { data }, (content, next))))
     });
     Ok(Response::new(Box::pin(rest)))
+}
+
+/// An archive as it comes from its thread.
+struct Content {
+    chunks: mpsc::Receiver<Result<Option<Bytes>, Status>>,
+    /// None once the thread is done.
+    work: Option<BoxFuture<'static, Result<(), Status>>>,
+    _left: SetOnDrop,
+}
+
+impl Content {
+    async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        // Its end may be noticed before its last words are read.
+        if let Some(work) = &mut self.work {
+            tokio::select! {
+                biased;
+                Some(chunk) = self.chunks.recv() => return chunk,
+                done = work => {
+                    self.work = None;
+                    done?;
+                }
+            }
+        }
+        self.chunks.recv().await.unwrap_or_else(broken)
+    }
 }
 
 /// The thread has ended without saying so.
@@ -91,8 +124,16 @@ struct Chunks {
 impl Chunks {
     fn send(&mut self) -> io::Result<()> {
         let chunk = self.held.split().freeze();
-        let sent = self.sender.blocking_send(Ok(Some(chunk)));
-        sent.map_err(|_| io::Error::other("the caller has left"))
+        let chunk = match self.sender.try_send(Ok(Some(chunk))) {
+            Ok(()) => return Ok(()),
+            Err(TrySendError::Full(chunk) | TrySendError::Closed(chunk)) => chunk,
+        };
+        // A slow client does not make a mount one that hangs.
+        let mount = MountId::current();
+        leave_mount();
+        let sent = self.sender.blocking_send(chunk);
+        sent.map_err(|_| io::Error::other("the caller has left"))?;
+        Ok(stand_on_again(mount)?)
     }
 }
 
@@ -125,12 +166,13 @@ pub(in crate::api) async fn extract(
     let path = files.resolve(&start.path, &call.user)?;
     let compression = compression(start.compression());
     let (user, preserve) = (call.user, start.preserve);
-    let slot = files.tree_slot().await?;
+    let slot = files.tree_slot().await;
     let (sender, chunks) = mpsc::channel(MESSAGES);
     let stop = Arc::new(AtomicBool::new(false));
     let _left = SetOnDrop(Arc::clone(&stop));
     let mut work = pin!(files.pool().run(move || {
-        let _slot = slot;
+        slot.use_here();
+        stand_on_path(&path)?;
         let input = Input { chunks, now: Bytes::new(), ended: false };
         archive::extract(&path, &user, input, compression, preserve, &stop)
     }));
@@ -183,7 +225,18 @@ struct Input {
 impl Read for Input {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.now.is_empty() && !self.ended {
-            match self.chunks.blocking_recv() {
+            let chunk = match self.chunks.try_recv() {
+                Ok(chunk) => Some(chunk),
+                Err(_) => {
+                    // As above.
+                    let mount = MountId::current();
+                    leave_mount();
+                    let chunk = self.chunks.blocking_recv();
+                    stand_on_again(mount)?;
+                    chunk
+                }
+            };
+            match chunk {
                 Some(Some(chunk)) => self.now = chunk,
                 Some(None) => self.ended = true,
                 None => return Err(io::Error::other("the stream breaks off")),

@@ -6,6 +6,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     api::filesystem::{Files, SetOnDrop, info},
+    blocking::stand_on_paths,
     fs::{
         attributes::{self, Attributes},
         copy::{self, CopyOptions},
@@ -23,13 +24,14 @@ pub(in crate::api) async fn copy(
     let destination = files.resolve(&call.message.destination, &call.user)?;
     let options =
         CopyOptions { preserve: call.message.preserve, create_only: call.message.create_only };
-    let slot = files.tree_slot().await?;
+    let slot = files.tree_slot().await;
     let stop = Arc::new(AtomicBool::new(false));
     let _left = SetOnDrop(Arc::clone(&stop));
     let (user, actor) = (call.user, call.actor);
     let (copied, entry) = files
         .blocking_own(move |users| {
-            let _slot = slot;
+            slot.use_here();
+            stand_on_paths(&source, &destination)?;
             let copied = copy::copy(&source, &destination, &user, options, &stop)?;
             Ok((copied, entry::stat(&destination, &actor, users)?))
         })

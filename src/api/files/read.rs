@@ -11,6 +11,7 @@ use crate::{
         filesystem::{Files, info},
         status,
     },
+    blocking::{MountId, stand_on_again},
     fs::{
         FsError, PathError, entry,
         read::{self, LARGE_PIECE, PIECE, Reader},
@@ -43,7 +44,7 @@ pub(in crate::api) async fn read(
     };
     let permit = if chunk > PIECE { read::roomy() } else { None };
     let chunk = if permit.is_some() { chunk } else { chunk.min(PIECE) };
-    let (told, first, reader) = files
+    let (told, first, (reader, mount)) = files
         .blocking_own(move |users| {
             let read::Opened { file, meta, rights } = read::open(&path, &actor)?;
             let tag = read::tag(&meta);
@@ -63,7 +64,8 @@ pub(in crate::api) async fn read(
             let start = if length == 0 { 0 } else { wanted.offset };
             let mut reader = Reader::new(file, start, length).map_err(failed)?;
             let first = reader.next(chunk).map_err(failed)?;
-            Ok((pb::read_response::Info { entry: Some(info(entry)), tag }, first, reader))
+            let told = pb::read_response::Info { entry: Some(info(entry)), tag };
+            Ok((told, first, (reader, MountId::current())))
         })
         .await?;
     let pool = Arc::clone(files.pool());
@@ -75,10 +77,12 @@ pub(in crate::api) async fn read(
             }
             // Calls are bounded by the wire, and one that has begun shall come to its end.
             let read = pool.run_next_step(move || {
+                stand_on_again(mount)?;
                 let piece = reader.next(chunk);
-                (reader, piece)
+                Ok::<_, FsError>((reader, piece))
             });
-            let (reader, piece) = read.await.map_err(|busy| status::of_own_files(&busy.into()))?;
+            let read = read.await.unwrap_or_else(|busy| Err(busy.into()));
+            let (reader, piece) = read.map_err(|error| status::of_own_files(&error))?;
             let piece =
                 piece.map_err(|error| Status::internal(format!("error reading file: {error}")))?;
             Ok((!piece.is_empty()).then(|| (data(piece), (reader, permit))))

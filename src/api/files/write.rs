@@ -14,7 +14,7 @@ use crate::{
         filesystem::{Files, info},
         status,
     },
-    blocking::Pool,
+    blocking::{MountId, Pool, stand_on_again},
     fs::{
         FsError,
         actor::Actor,
@@ -91,6 +91,8 @@ struct Upload {
     actor: Actor,
     /// Shared with a job that may still run when the call has ended.
     staged: SharedStaged,
+    /// That of the file.
+    mount: Option<MountId>,
 }
 
 impl Upload {
@@ -112,7 +114,7 @@ impl Upload {
         let begun = kept.is_some();
         let staged = kept.map_or_else(SharedStaged::default, |kept| kept.staged);
         let pool = Arc::clone(files.pool());
-        let mut upload = Self { pool, uploads, id, path, actor, staged };
+        let mut upload = Self { pool, uploads, id, path, actor, staged, mount: None };
         let (staged, options) = (Arc::clone(&upload.staged), options.clone());
         let (path, actor) = (upload.path.clone(), upload.actor.clone());
         let created = files
@@ -122,14 +124,17 @@ impl Upload {
                 if staged.is_none() {
                     *staged = Some(Staged::create(&path, &actor, &options)?);
                 }
-                Ok(())
+                Ok(MountId::current())
             })
             .await;
-        if let Err(status) = created {
-            if !begun {
-                upload.forget();
+        match created {
+            Ok(mount) => upload.mount = mount,
+            Err(status) => {
+                if !begun {
+                    upload.forget();
+                }
+                return Err(status);
             }
-            return Err(status);
         }
         Ok(upload)
     }
@@ -139,13 +144,16 @@ impl Upload {
         &self,
         work: impl FnOnce(&mut Staged) -> Result<T, FsError> + Send + 'static,
     ) -> Result<T, Status> {
-        let staged = Arc::clone(&self.staged);
-        let done = self.pool.run_next_step(move || match staged.lock().as_mut() {
-            Some(staged) => work(staged),
-            None => Err(FsError::BadField {
-                field: "upload_id",
-                why: "the upload has been committed".to_owned(),
-            }),
+        let (staged, mount) = (Arc::clone(&self.staged), self.mount);
+        let done = self.pool.run_next_step(move || {
+            stand_on_again(mount)?;
+            match staged.lock().as_mut() {
+                Some(staged) => work(staged),
+                None => Err(FsError::BadField {
+                    field: "upload_id",
+                    why: "the upload has been committed".to_owned(),
+                }),
+            }
         });
         done.await.unwrap_or_else(|busy| Err(busy.into())).map_err(|e| status::of_own_files(&e))
     }
@@ -188,9 +196,10 @@ impl Upload {
             return Err(status);
         }
         let (staged, writers) = (Arc::clone(&self.staged), files.writers());
-        let path = self.path.clone();
+        let (path, mount) = (self.path.clone(), self.mount);
         let done = files
             .blocking_step(move |users| {
+                stand_on_again(mount)?;
                 // It is ours from here on, and cannot be continued if this fails.
                 let Some(staged) = staged.lock().take() else {
                     return Err(FsError::Abandoned(path));

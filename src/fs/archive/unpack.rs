@@ -38,6 +38,7 @@ use xattr::FileExt;
 
 use super::{Compression, XATTR};
 use crate::{
+    blocking::stand_on_path,
     fs::{
         FsError, PathError,
         beneath::{Root, is_name, own},
@@ -196,6 +197,8 @@ impl Unpacking<'_> {
             // The target itself, `./`.
             return Ok(());
         }
+        // A directory on the way may be a mount.
+        stand_on_path(&self.path.join(&relative))?;
         let mode = entry.header().mode().map_err(|error| bad(&error))?;
         // Before anything of it is made.
         self.owner_of(entry)?;

@@ -10,7 +10,7 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-use crate::sys::reflink;
+use crate::{blocking::progress, sys::reflink};
 
 /// The bytes that are copied between two looks at whether anybody still waits.
 const COPY_STEP: u64 = 16 << 20;
@@ -27,6 +27,7 @@ pub(super) fn copy_content(
         // A file of /proc says that it is empty and is not, and may not end.
         let mut at = 0;
         while !stop() {
+            progress();
             let copied = io::copy(&mut from.take(COPY_STEP), &mut to)?;
             at += copied;
             if copied < COPY_STEP {
@@ -49,6 +50,7 @@ pub(super) fn copy_content(
         while at < end && !stop() {
             let step = COPY_STEP.min(end - at);
             // By copy_file_range(2), where the two file systems can.
+            progress();
             let copied = io::copy(&mut from.take(step), &mut to)?;
             at += copied;
             if copied < step {

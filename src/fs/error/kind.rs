@@ -100,7 +100,7 @@ impl FsError {
             Self::Gap { .. } => Kind::OutOfRange,
             Self::WrongChecksum(_) => Kind::DataLoss,
             Self::UploadInUse(_) => Kind::Aborted,
-            Self::MountBusy(_) => Kind::Unresponsive,
+            Self::MountBusy(_) | Self::Blocking(Busy::Mount(_)) => Kind::Unresponsive,
             Self::NoInodes(_) | Self::NoSpace(_) | Self::NoSpaceForMetadata(_) => Kind::NoSpace,
             Self::TooManyEntries { .. }
             | Self::TooDeep { .. }

@@ -23,9 +23,12 @@ use super::{
     run::{Candidate, Search},
     walk::reason,
 };
-use crate::fs::{
-    entry::{Entry, EntryKind},
-    errno,
+use crate::{
+    blocking::{progress, stand_on},
+    fs::{
+        entry::{Entry, EntryKind},
+        errno,
+    },
 };
 
 /// The longest line that is searched: what a searcher holds in memory.
@@ -60,6 +63,10 @@ pub(super) fn search_file(
     matcher: &RegexMatcher,
     candidate: &Candidate,
 ) {
+    // The helper is a job of its own.
+    if let Err(busy) = stand_on(candidate.dir.as_fd()) {
+        return search.fail(busy);
+    }
     // O_NONBLOCK: what was a file a moment ago can be a FIFO.
     let flags = OFlag::O_RDONLY
         | OFlag::O_NOFOLLOW
@@ -110,6 +117,7 @@ impl Read for Counted<'_> {
         if self.search.is_over() {
             return Err(io::ErrorKind::Other.into());
         }
+        progress();
         match self.file.read(buffer) {
             Ok(read) => {
                 self.search.read_bytes(read);

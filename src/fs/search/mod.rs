@@ -30,6 +30,7 @@ pub use self::{
     walk::MAX_DEPTH,
 };
 use super::entry::{Entry, EntryKind};
+use crate::blocking::MountBusy;
 
 /// What a search tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub enum Found {
     Match(Match),
     /// The end.
     Summary(Summary),
+    /// The end, without a summary: a mount in the tree does not answer.
+    Failed(MountBusy),
 }
 
 /// A line that matches, a line around it, or a name.

@@ -19,7 +19,7 @@ use nix::{
     sys::stat::Mode,
 };
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{
     Found, Match, Query, SearchError, Skip, Summary, Truncation,
@@ -27,7 +27,9 @@ use super::{
     walk::walk,
 };
 use crate::{
-    blocking::Pool,
+    blocking::{
+        Busy, JobSlot, MountBusy, MountId, Pool, leave_mount, stand_on_again, stand_on_path,
+    },
     fs::{
         FsError, PathError,
         entry::{Entry, EntryKind, Owners, stat_at},
@@ -66,6 +68,8 @@ pub struct Search {
     skipped: [AtomicU64; Skip::ALL.len()],
     /// 0, or one more than the place in [`TRUNCATIONS`].
     truncated: AtomicU8,
+    /// The mount that has ended the search.
+    failed: Mutex<Option<MountBusy>>,
     work: Mutex<Work>,
     news: Condvar,
 }
@@ -105,10 +109,14 @@ pub async fn start(
     path: PathBuf,
     users: Arc<Users>,
     files: &Arc<Pool>,
-    slot: OwnedSemaphorePermit,
+    slot: JobSlot,
 ) -> Result<mpsc::Receiver<Found>, SearchError> {
     let at = path.clone();
-    let begin = files.run(move || open_root(&at)).await.map_err(FsError::from)??;
+    let begin = files.run(move || {
+        stand_on_path(&at).map_err(FsError::from)?;
+        Ok::<_, SearchError>((open_root(&at)?, MountId::current()))
+    });
+    let (begin, mount) = begin.await.map_err(FsError::from)??;
     let (out, found) = mpsc::channel(MAX_WAITING_MATCHES);
     let search = Arc::new(Search {
         deadline: Instant::now() + query.timeout,
@@ -123,6 +131,7 @@ pub async fn start(
         bytes_returned: AtomicU64::new(0),
         skipped: Default::default(),
         truncated: AtomicU8::new(0),
+        failed: Mutex::default(),
         work: Mutex::default(),
         news: Condvar::new(),
     });
@@ -130,17 +139,32 @@ pub async fn start(
         let (helped, files) = (Arc::clone(&search), Arc::clone(files));
         // Without a second thread the first one does everything.
         tokio::spawn(async move {
-            let _ = files.run(move || helped.help()).await;
+            let helping = Arc::clone(&helped);
+            if let Err(Busy::Mount(busy)) = files.run(move || helping.help()).await {
+                helped.fail(busy);
+                // The walker does not wait for it.
+                helped.work.lock().helping = false;
+                helped.news.notify_all();
+            }
         });
     }
     let files = Arc::clone(files);
     tokio::spawn(async move {
+        let walking = Arc::clone(&search);
         let done = files.run_next_step(move || {
-            let _slot = slot;
-            search.run(begin);
+            slot.use_here();
+            if let Err(busy) = stand_on_again(mount) {
+                walking.fail(busy);
+            }
+            walking.run(begin);
         });
-        if let Err(error) = done.await {
-            tracing::error!(%error, "a search has ended without its end");
+        match done.await {
+            Ok(()) => {}
+            Err(Busy::Mount(busy)) => {
+                search.fail(busy.clone());
+                let _ = search.out.send(Found::Failed(busy)).await;
+            }
+            Err(error) => tracing::error!(%error, "a search has ended without its end"),
         }
     });
     Ok(found)
@@ -196,8 +220,11 @@ impl Search {
             }
         }
         drop(work);
-        // Fails when nobody listens.
-        let _ = self.out.blocking_send(Found::Summary(self.summary()));
+        let last = match self.failed.lock().clone() {
+            Some(busy) => Found::Failed(busy),
+            None => Found::Summary(self.summary()),
+        };
+        self.send(last);
     }
 
     /// Searches files that the walker has found, beside it.
@@ -308,7 +335,29 @@ impl Search {
             self.truncate(Truncation::BytesReturned);
             return false;
         }
-        self.out.blocking_send(Found::Match(found)).is_ok()
+        self.send(Found::Match(found))
+    }
+
+    /// Sends to the client; whether it is there.
+    fn send(&self, found: Found) -> bool {
+        let found = match self.out.try_send(found) {
+            Ok(()) => return true,
+            Err(TrySendError::Full(found) | TrySendError::Closed(found)) => found,
+        };
+        // A slow client does not make a mount one that hangs.
+        let mount = MountId::current();
+        leave_mount();
+        let sent = self.out.blocking_send(found).is_ok();
+        if let Err(busy) = stand_on_again(mount) {
+            self.fail(busy);
+        }
+        sent
+    }
+
+    /// Ends the search: a mount in the tree does not answer.
+    pub(super) fn fail(&self, busy: MountBusy) {
+        self.failed.lock().get_or_insert(busy);
+        self.truncate(Truncation::Timeout);
     }
 
     /// A path as the client sees it.

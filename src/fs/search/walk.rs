@@ -25,7 +25,10 @@ use super::{
     rules::{Rules, leave_out},
     run::{Candidate, Search},
 };
-use crate::fs::entry::EntryKind;
+use crate::{
+    blocking::{progress, stand_on, stand_on_child},
+    fs::entry::EntryKind,
+};
 
 /// The levels below the root that are searched. Each holds two descriptors while it is.
 pub const MAX_DEPTH: usize = 256;
@@ -96,9 +99,16 @@ pub(super) fn walk(search: &Search, root: OwnedFd) {
             }
             None => {
                 levels.pop();
+                // Back from a mount, perhaps.
+                if let Some(above) = levels.last()
+                    && let Err(busy) = stand_on(above.fd.as_fd())
+                {
+                    return search.fail(busy);
+                }
                 continue;
             }
         };
+        progress();
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
         if name == "." || name == ".." {
             continue;
@@ -165,6 +175,10 @@ fn descend(
         | OFlag::O_NOFOLLOW
         | OFlag::O_NONBLOCK
         | OFlag::O_CLOEXEC;
+    if let Err(busy) = stand_on_child(above.fd.as_fd(), name) {
+        search.fail(busy);
+        return None;
+    }
     let opened = openat(above.fd.as_fd(), name, flags, Mode::empty())
         .and_then(|fd| Level::open(search, fd, rel));
     match opened {

@@ -13,6 +13,7 @@ use http::StatusCode;
 
 use super::{Target, Written};
 use crate::{
+    blocking::{MountId, stand_on_again},
     fs::{FsError, transfer::Writer},
     http::{Refusal, blocking},
     sandbox::Sandbox,
@@ -30,7 +31,9 @@ pub(super) struct Sink {
 /// What the jobs of one file hand on.
 struct Open {
     coder: Coder,
-    _slot: Arc<Slot>,
+    slot: Arc<Slot>,
+    /// That of the file.
+    mount: Option<MountId>,
 }
 
 enum Coder {
@@ -50,6 +53,7 @@ impl Sink {
         let writers = Arc::clone(&target.sandbox.writers);
         let fsync = target.query.fsync;
         let open = blocking(&target.sandbox.files, move || {
+            slot.use_here();
             let mut writer = Writer::create(&writers, &path, &actor)?;
             if let Some(length) = length.filter(|length| *length > 0) {
                 writer.expect_bytes(length);
@@ -62,7 +66,7 @@ impl Sink {
                 true => Coder::Gzip(Box::new(MultiGzDecoder::new(output)), false),
                 false => Coder::Plain(Box::new(output)),
             };
-            Ok(Open { coder, _slot: slot })
+            Ok(Open { coder, slot, mount: MountId::current() })
         });
         let open = Some(open.await?);
         let (sandbox, metadata) = (Arc::clone(&target.sandbox), target.metadata.clone());
@@ -94,7 +98,15 @@ impl Sink {
         work: impl FnOnce(Open) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
         let open = self.open.take().ok_or_else(|| cut(&"it has failed before"))?;
-        let done = self.sandbox.files.run_next_step(move || work(open)).await;
+        let done = self
+            .sandbox
+            .files
+            .run_next_step(move || {
+                open.slot.use_here();
+                stand_on_again(open.mount).map_err(FsError::from)?;
+                work(open)
+            })
+            .await;
         done.map_err(|busy| Refusal::from(FsError::from(busy)))?
     }
 }

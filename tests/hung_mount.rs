@@ -19,8 +19,9 @@ use common::{
 use envd::proto::{
     filesystem::{
         ArchiveRequest, ArchiveResponse, CopyRequest, CopyResponse, ExtractRequest,
-        ExtractResponse, ReadRequest, ReadResponse, SearchRequest, SearchResponse, WriteRequest,
-        WriteResponse, extract_request, write_request,
+        ExtractResponse, ReadRequest, ReadResponse, SearchRequest, SearchResponse, WatchDirRequest,
+        WatchDirResponse, WriteRequest, WriteResponse, extract_request, watch_dir_response::Event,
+        write_request,
     },
     process::{StartRequest, StartResponse},
 };
@@ -278,4 +279,52 @@ async fn starts_that_need_a_hung_mount_hold_up_no_others() {
     .await;
     let request = sh("pwd").cwd(Some(env.hung.path()));
     assert_eq!(stdout(&client, &request).await.trim_end(), env.hung.path());
+}
+
+/// The next file event of a watch.
+async fn next_name(messages: &mut Messages<WatchDirResponse>) -> String {
+    loop {
+        let message = messages.next().await.unwrap().expect("it goes on");
+        if let Some(Event::Filesystem(event)) = message.event {
+            return event.name;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_mount_that_moves_into_a_watched_tree_ends_no_watch() {
+    let files = House::new();
+    for dir in ["tree", "outside/inner/hung", "plain"] {
+        fs::create_dir_all(files.at(dir)).unwrap();
+    }
+    let hung = HungMount::at(files.at("outside/inner/hung").as_ref());
+    if !able("root and /dev/fuse", hung.is_some()) {
+        return;
+    }
+    let hung = hung.unwrap();
+    let watch = async |dir: &str, recursive| {
+        let request =
+            WatchDirRequest { path: files.at(dir), recursive, ..WatchDirRequest::default() };
+        let mut messages: Messages<WatchDirResponse> =
+            files.client.stream("/filesystem.Filesystem/WatchDir", &request).await.unwrap();
+        let first = messages.next().await.unwrap().unwrap();
+        assert!(matches!(first.event, Some(Event::Start(_))));
+        messages
+    };
+    let (mut tree, mut plain) = (watch("tree", true).await, watch("plain", false).await);
+    fs::rename(files.at("outside/inner"), files.at("tree/inner")).unwrap();
+    assert_eq!(soon("an event", next_name(&mut tree)).await, "inner");
+    assert_eq!(soon("an event", next_name(&mut tree)).await, "inner/hung");
+    // Those of others, and of the rest of the tree.
+    files.put("plain/new", "");
+    assert_eq!(soon("an event", next_name(&mut plain)).await, "new");
+    files.put("tree/inner/new", "");
+    assert_eq!(soon("an event", next_name(&mut tree)).await, "inner/new");
+    // A watch that begins above it works too, and by now it is known.
+    let mut again = soon("a watch", watch("tree", true)).await;
+    files.put("tree/more", "");
+    assert_eq!(soon("an event", next_name(&mut again)).await, "more");
+    assert_eq!(soon("an event", next_name(&mut tree)).await, "more");
+    drop(hung);
+    files.is_well().await;
 }

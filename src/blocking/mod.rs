@@ -30,7 +30,7 @@ pub use self::{
     },
     mount_table::mounts_in,
     pool::Pool,
-    walk::{can_mounts_hang, stand_on_path, stand_on_path_also, stand_on_paths},
+    walk::{can_mounts_hang, can_servers_hang, stand_on_path, stand_on_path_also, stand_on_paths},
 };
 
 /// The threads for files that are started at once, and stay.

@@ -46,6 +46,12 @@ const IN_MEMORY: [&str; 21] = [
     "binfmt_misc",
 ];
 
+/// What the names of file systems begin with that a program or another machine serves.
+const SERVED: [&str; 12] = [
+    "fuse", "nfs", "cifs", "smb", "9p", "ceph", "afs", "virtiofs", "lustre", "gluster", "beegfs",
+    "autofs",
+];
+
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Line {
@@ -64,10 +70,18 @@ struct Table {
     root: Option<u64>,
     /// Whether a mount other than `/` could stop answering.
     risky: bool,
+    /// Whether one of them is served by a program or another machine.
+    served: bool,
 }
 
-static TABLE: Mutex<Table> =
-    Mutex::new(Table { file: None, read_at: None, lines: Vec::new(), root: None, risky: true });
+static TABLE: Mutex<Table> = Mutex::new(Table {
+    file: None,
+    read_at: None,
+    lines: Vec::new(),
+    root: None,
+    risky: true,
+    served: true,
+});
 
 /// Whether there is a mount besides `/` that is served by a program, another machine or a disk.
 /// True where the table cannot be read.
@@ -75,6 +89,13 @@ pub(super) fn is_any_risky() -> bool {
     let mut table = TABLE.lock();
     table.refresh();
     table.risky
+}
+
+/// Whether there is a mount besides `/` that is served by a program or another machine.
+pub(super) fn is_any_served() -> bool {
+    let mut table = TABLE.lock();
+    table.refresh();
+    table.served
 }
 
 /// Whether a mount is the one at `/`.
@@ -115,6 +136,10 @@ fn longest<'a>(lines: &'a [Line], path: &Path) -> Option<&'a Line> {
 }
 
 impl Line {
+    fn is_served(&self) -> bool {
+        SERVED.iter().any(|kind| self.kind.starts_with(kind))
+    }
+
     fn is_risky(&self) -> bool {
         !IN_MEMORY.contains(&self.kind.as_str()) && self.point != Path::new("/")
     }
@@ -135,13 +160,14 @@ impl Table {
         self.read_at = Some(Instant::now());
         if !read {
             // Nothing is known: everything is looked at with care.
-            (self.file, self.root, self.risky) = (None, None, true);
+            (self.file, self.root, self.risky, self.served) = (None, None, true, true);
             self.lines.clear();
             return;
         }
         self.lines = parse(&text);
         self.root = longest(&self.lines, Path::new("/")).map(|line| line.id);
         self.risky = self.lines.iter().any(Line::is_risky);
+        self.served = self.lines.iter().any(|line| line.is_risky() && line.is_served());
     }
 
     fn has_changed(&self) -> bool {

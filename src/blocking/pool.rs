@@ -19,7 +19,7 @@ use super::{
     ALIVE_WAIT, Busy, IDLE_TIME, JOB_STALL, MAX_FILE_THREADS, MAX_STUCK_THREADS, MAX_WAITING_JOBS,
     MIN_FILE_THREADS, MountBusy, OVERDUE,
     job::{Job, Running, millis},
-    mount,
+    mount, mount_table,
 };
 use crate::sys::fs_credentials;
 
@@ -83,6 +83,8 @@ impl Pool {
 
     /// The pool for the calls that touch files.
     pub fn for_files() -> Arc<Self> {
+        // The table of mounts stays open; it is so before the first call.
+        mount_table::is_any_risky();
         Self::new("files", MIN_FILE_THREADS, MAX_FILE_THREADS)
     }
 

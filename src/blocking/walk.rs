@@ -31,6 +31,11 @@ pub fn can_mounts_hang() -> bool {
     mount_table::is_any_risky()
 }
 
+/// As [`can_mounts_hang`], of mounts that a program or another machine serves only.
+pub fn can_servers_hang() -> bool {
+    mount_table::is_any_served()
+}
+
 /// Declares the mount of everything on the way to an absolute path, links followed, and last that of
 /// what is there ([`stand_on`]). Where the way ends early (nothing there, no rights) it ends too: the
 /// caller's own call says why. It costs nothing while no mount but `/` could stop answering.

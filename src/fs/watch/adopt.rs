@@ -172,6 +172,10 @@ impl Tree {
             {
                 return Ok(Adopted::default());
             }
+            // Its file system does not answer; others go on.
+            Err(Errno::ETIMEDOUT) if !rel.as_os_str().is_empty() => {
+                self.leave_unwatched(id, rel, &at)
+            }
             Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, &at),
             Err(errno) => return Err(FsError::WatchAdd { path, errno }),
         };

@@ -11,6 +11,7 @@ use nix::{
 
 use super::{
     WatchKind,
+    known::metadata,
     tree::{Moving, Sub, Tree, Wd},
 };
 
@@ -219,7 +220,7 @@ impl Tree {
             self.overflowed = true;
         }
         let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
-        Some(path.symlink_metadata().ok().map(|meta| meta.is_dir()))
+        Some(metadata(&path).map(|meta| meta.is_dir()))
     }
 
     /// Tells the end of a directory that was not told by the one above.

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::tree::{Tree, Wd};
+use super::{
+    bounded,
+    tree::{Tree, Wd},
+};
 
 /// How far the time of a change may lie behind the clock: the kernel takes it from its last tick,
 /// and there are 100 in a second at the least.
@@ -66,6 +69,11 @@ impl Tree {
 
 /// The sorted names in a directory, with whether each is a directory; empty when it is gone.
 pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
+    let dir = path.to_owned();
+    bounded::call(path, move || scan_now(&dir)).unwrap_or_default()
+}
+
+fn scan_now(path: &Path) -> Vec<(OsString, bool)> {
     let Ok(entries) = fs::read_dir(path) else {
         return Vec::new();
     };
@@ -77,14 +85,20 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
     found
 }
 
+/// What is at a path, links not followed; none when that cannot be found out.
+pub(super) fn metadata(path: &Path) -> Option<fs::Metadata> {
+    let file = path.to_owned();
+    bounded::call(path, move || fs::symlink_metadata(file).ok()).ok()?
+}
+
 /// Whether a regular file has something in it.
 pub(super) fn has_content(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() > 0)
+    metadata(path).is_some_and(|meta| meta.is_file() && meta.len() > 0)
 }
 
 /// Whether a file may have changed since then, by the one time that no program can set.
 pub(super) fn has_changed(path: &Path, since: SystemTime) -> bool {
-    let Ok(meta) = fs::symlink_metadata(path) else {
+    let Some(meta) = metadata(path) else {
         return false;
     };
     let seconds = Duration::from_secs(meta.ctime().try_into().unwrap_or(0));

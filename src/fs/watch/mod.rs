@@ -17,6 +17,7 @@
 //! while their stream is away (`cursor`).
 
 mod adopt;
+mod bounded;
 mod changes;
 mod covered;
 mod cursor;
@@ -47,6 +48,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 pub use self::{
     adopt::{MAX_WATCHED_DIRS, SLICE_NAMES},
+    bounded::GIVE_UP,
     changes::MAX_MERGED_NAMES,
     cursor::{DEFAULT_CURSOR_RETENTION, Follower, MAX_CURSOR_WATCHES, TakenOver},
     events::MAX_EVENTS_AT_ONCE,
@@ -65,7 +67,10 @@ use self::{
     thread::{Command, Shared},
 };
 use super::{FsError, PathError, entry::Entry};
-use crate::{blocking::Pool, guest::users::Users};
+use crate::{
+    blocking::{Pool, stand_on_path},
+    guest::users::Users,
+};
 
 /// The file systems on which others make changes that inotify does not tell: statfs(2) types of
 /// NFS, CIFS, SMB, SMB2 and FUSE.
@@ -287,6 +292,7 @@ impl Hub {
 
 /// Whether the path can be watched, and is on a network file system.
 fn check(path: &Path, options: WatchOptions) -> Result<bool, FsError> {
+    stand_on_path(path)?;
     let meta = fs::metadata(path).map_err(|error| {
         let error = PathError::io("stat", path, &error);
         match error.errno {

@@ -24,7 +24,7 @@ use super::{
     queue::Queue, shown,
 };
 use crate::{
-    blocking::Pool,
+    blocking::{Pool, stand_on_path},
     fs::{FsError, entry},
     guest::users::Users,
 };
@@ -110,16 +110,22 @@ impl Poller {
         let first = Arc::clone(&poller);
         files
             .run(move || {
+                stand_on_path(&first.path)?;
                 let seen = first.see();
                 *first.known.lock() = seen;
+                Ok::<_, FsError>(())
             })
-            .await?;
+            .await??;
         let task = tokio::spawn(follow(Arc::downgrade(&poller), Arc::clone(files))).abort_handle();
         Ok(Polling { poller, task, _slot: slot })
     }
 
     /// Tells what differs from what was there when it was last looked at.
     fn look(&self) {
+        // While it does not answer there is nothing to tell; later the difference is told.
+        if stand_on_path(&self.path).is_err() {
+            return;
+        }
         let mut known = self.known.lock();
         let Some(old) = known.as_ref() else {
             return;

@@ -15,7 +15,7 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::below;
+use super::{below, bounded};
 
 /// The directory that had a name once.
 #[derive(Debug)]
@@ -30,7 +30,13 @@ impl Place {
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
+    /// `ETIMEDOUT` when its file system does not answer.
     pub(super) fn open(root: &Path, rel: &Path) -> Result<Self, Errno> {
+        let (top, inside) = (root.to_owned(), rel.to_owned());
+        bounded::call(&below(root, rel), move || Self::open_now(&top, &inside))?
+    }
+
+    fn open_now(root: &Path, rel: &Path) -> Result<Self, Errno> {
         let path = &below(root, rel);
         let inside = !rel.as_os_str().is_empty();
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;

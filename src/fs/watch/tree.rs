@@ -20,7 +20,7 @@ use nix::{
 use super::{
     Rescan, WatchEvent, WatchKind, WatchOptions,
     adopt::Job,
-    below,
+    below, bounded,
     place::Place,
     queue::{Pushed, Queue},
     shown,
@@ -49,7 +49,7 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
 /// Everything that is watched. It lives on the watching thread alone, hence no locks.
 #[derive(Debug)]
 pub(super) struct Tree {
-    pub(super) inotify: Inotify,
+    pub(super) inotify: Arc<Inotify>,
     users: Arc<Users>,
     pub(super) dirs: HashMap<Wd, Dir>,
     pub(super) watchers: HashMap<u64, Root>,
@@ -134,7 +134,7 @@ impl Tree {
     pub(super) fn new(inotify: Inotify, users: Arc<Users>) -> Self {
         let now = SystemTime::now();
         Self {
-            inotify,
+            inotify: Arc::new(inotify),
             users,
             dirs: HashMap::new(),
             watchers: HashMap::new(),
@@ -240,15 +240,20 @@ impl Tree {
         // The root may be a link; links inside lead out of the tree.
         let inside = !rel.as_os_str().is_empty();
         let follow = if inside { AddWatchFlags::IN_DONT_FOLLOW } else { AddWatchFlags::empty() };
-        self.inotify.add_watch(path, EVENTS | follow)
+        self.add_watch(path, EVENTS | follow)
     }
 
     /// As [`Self::watch_at`], of a directory that is open.
     pub(super) fn watch_place(&self, place: &Place, rel: &Path) -> Result<Wd, Errno> {
         match place.is_open() {
-            true => self.inotify.add_watch(&place.at, EVENTS),
+            true => self.add_watch(&place.at, EVENTS),
             false => self.watch_at(&place.at, rel),
         }
+    }
+
+    fn add_watch(&self, path: &Path, events: AddWatchFlags) -> Result<Wd, Errno> {
+        let (inotify, at) = (Arc::clone(&self.inotify), path.to_owned());
+        bounded::call(path, move || inotify.add_watch(&at, events))?
     }
 
     pub(super) fn unsubscribe(&mut self, id: u64, wd: Wd) {
@@ -384,7 +389,10 @@ impl Tree {
         if !root.options.include_entry || matches!(kind, WatchKind::Remove | WatchKind::Rename) {
             return None;
         }
-        let entry = entry::stat_as_daemon(&self.path_of(id, rel)?, &self.users).ok()?;
+        let (path, users) = (self.path_of(id, rel)?, Arc::clone(&self.users));
+        let at = path.clone();
+        let entry =
+            bounded::call(&path, move || entry::stat_as_daemon(&at, &users).ok()).ok()??;
         // Something else can have the name by now, and the event that says so may be lost.
         let is_dir = entry.kind == EntryKind::Directory && !entry.is_symlink;
         self.sort_of(root, rel).is_none_or(|known| known == is_dir).then(|| Box::new(entry))

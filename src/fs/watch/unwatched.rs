@@ -146,6 +146,8 @@ impl Tree {
                     self.unwatched.insert(key.clone(), found.iter().cloned().collect());
                     self.tell_difference(None, &subs, &path, (&known, found), changed);
                 }
+                // Its file system does not answer.
+                Err(Errno::ETIMEDOUT) => {}
                 // The directory above tells it.
                 Err(_) => {
                     self.drop_unwatched(*id, rel);

@@ -568,13 +568,39 @@ async fn a_copy_belongs_to_the_caller_unless_it_is_to_be_kept() {
     set_mode(house.at("from/file"), 0o4755);
     let client = house.client.clone().with("authorization", &basic("nobody"));
     copy(&client, &house.at("from"), &house.at("theirs"), false).await.unwrap();
-    copy(&client, &house.at("from"), &house.at("kept"), true).await.unwrap();
-    for name in ["", "/file", "/sub/link", "/fifo"] {
-        assert_eq!(house.stat(&house.at(&format!("theirs{name}"))).await.unwrap().owner, "nobody");
-        assert_eq!(house.stat(&house.at(&format!("kept{name}"))).await.unwrap().owner, "root");
-    }
+    copy(&client, &house.at("from"), &house.at("wished"), true).await.unwrap();
+    give_to_nobody(&house, "from");
+    copy(&house.client, &house.at("from"), &house.at("kept"), true).await.unwrap();
+    copy(&house.client, &house.at("from"), &house.at("plain"), false).await.unwrap();
+    owners_are(&house, &["theirs", "wished", "kept"], "nobody").await;
+    owners_are(&house, &["plain"], "root").await;
     let mode = |name: &str| fs::metadata(house.at(name)).unwrap().mode() & 0o7777;
-    assert_eq!((mode("theirs/file"), mode("kept/file")), (0o755, 0o4755), "no setuid for others");
+    let modes = ["theirs/file", "wished/file", "kept/file", "plain/file"].map(mode);
+    assert_eq!(modes, [0o755, 0o755, 0o4755, 0o755], "setuid is kept by root only");
+    let device = house.at("device");
+    for (client, code) in [(&client, Some("failed_precondition")), (&house.client, None)] {
+        let copied = copy(client, "/dev/null", &device, true).await;
+        assert_eq!(copied.err().map(|error| error.code), code.map(str::to_owned));
+    }
+}
+
+/// Gives a planted tree to another user, with a setuid program in it.
+fn give_to_nobody(house: &House, top: &str) {
+    let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
+    let (uid, gid) = (Some(nobody.uid.as_raw()), Some(nobody.gid.as_raw()));
+    for name in ["", "/file", "/sub", "/sub/link", "/fifo"] {
+        std::os::unix::fs::lchown(house.at(&format!("{top}{name}")), uid, gid).unwrap();
+    }
+    set_mode(house.at(&format!("{top}/file")), 0o4755);
+}
+
+async fn owners_are(house: &House, trees: &[&str], owner: &str) {
+    for tree in trees {
+        for name in ["/file", "/sub", "/sub/link", "/fifo"] {
+            let path = house.at(&format!("{tree}{name}"));
+            assert_eq!(house.stat(&path).await.unwrap().owner, owner, "{path}");
+        }
+    }
 }
 
 // SetAttributes, CreateSymlink.
@@ -916,16 +942,22 @@ async fn what_is_unpacked_belongs_to_the_caller_unless_it_is_to_be_kept() {
     let packed = archive(&house.client, &house.at("from"), Compression::Zstd).await.unwrap();
     let client = house.client.clone().with("authorization", &basic("nobody"));
     extract(&client, &house.at("theirs"), &packed).await.unwrap();
-    let kept =
-        extract_request::Start { path: house.at("kept"), preserve: true, ..Default::default() };
-    extract_as(&client, kept, &packed).await.unwrap();
-    for name in ["/sub", "/file", "/sub/link", "/fifo"] {
-        assert_eq!(house.stat(&house.at(&format!("theirs{name}"))).await.unwrap().owner, "nobody");
-        assert_eq!(house.stat(&house.at(&format!("kept{name}"))).await.unwrap().owner, "root");
-    }
+    give_to_nobody(&house, "from");
+    let packed = archive(&house.client, &house.at("from"), Compression::Zstd).await.unwrap();
+    let start = |name: &str, preserve| extract_request::Start {
+        path: house.at(name),
+        preserve,
+        ..Default::default()
+    };
+    extract_as(&client, start("wished", true), &packed).await.unwrap();
+    extract_as(&house.client, start("kept", true), &packed).await.unwrap();
+    extract_as(&house.client, start("plain", false), &packed).await.unwrap();
+    owners_are(&house, &["theirs", "wished", "kept"], "nobody").await;
+    owners_are(&house, &["plain"], "root").await;
     assert_eq!(house.stat(&house.at("theirs")).await.unwrap().owner, "nobody");
     let mode = |name: &str| fs::metadata(house.at(name)).unwrap().mode() & 0o7777;
-    assert_eq!((mode("theirs/file"), mode("kept/file")), (0o755, 0o4755), "no setuid for others");
+    let modes = ["theirs/file", "wished/file", "kept/file", "plain/file"].map(mode);
+    assert_eq!(modes, [0o755, 0o755, 0o4755, 0o755], "setuid is kept for root only");
 }
 
 #[tokio::test]

@@ -17,6 +17,8 @@ mod init;
 mod log;
 #[path = "hostile/memory.rs"]
 mod memory;
+#[path = "hostile/trees.rs"]
+mod trees;
 
 use std::{
     io::{ErrorKind, Read, Write},

@@ -37,7 +37,8 @@ pub(super) async fn search(
     let sandbox = files.sandbox();
     let slot = sandbox.searches.acquire().await;
     let users = Arc::clone(&sandbox.users);
-    let found = search::start(query, path, users, &sandbox.files, slot).await.map_err(failed)?;
+    let found = search::start(query, path, call.actor, users, &sandbox.files, slot);
+    let found = found.await.map_err(failed)?;
     call.view.announce(call.metadata.as_ref());
     let start = response(search_response::Event::Start(search_response::StartEvent {}));
     let results = Results { found, view: call.view };

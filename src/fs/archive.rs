@@ -1,23 +1,25 @@
 //! Directories as tar archives, and back ([`extract`]), while the bytes come and go: nothing is kept
 //! on the disk or as a whole in memory.
 //!
-//! Archives are made over descriptors ([`Walk`]), so nothing outside of the directory is ever read,
-//! whatever is renamed meanwhile. They hold files, directories, links, FIFOs and the attributes
+//! Archives are made over descriptors ([`tree::Walk`](super::tree::Walk)), so nothing outside of the
+//! directory is ever read, whatever is renamed meanwhile, and with the rights that the path to it
+//! allows ([`resolve`](super::resolve)). They hold files, directories, links, FIFOs and the attributes
 //! `user.*`; sockets are left out. A file that shrinks while it is read is filled up with zeros, as
 //! tar does, since its length has been told already.
 
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use flate2::write::GzEncoder;
 use nix::{
-    fcntl::{OFlag, open, openat, readlinkat},
-    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+    errno::Errno,
+    fcntl::{OFlag, readlinkat},
+    sys::stat::{FileStat, SFlag},
 };
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use tar::{Builder, EntryType, Header};
@@ -25,7 +27,8 @@ use xattr::FileExt;
 
 use super::{
     CAREFULLY, FsError, PathError,
-    path::{base_name, dir_of},
+    actor::{Actor, Rights},
+    resolve::{self, Place},
     tree::{Found, Step, Walk},
 };
 use crate::{blocking::progress, guest::users::Users};
@@ -53,13 +56,15 @@ pub enum Compression {
     Zstd,
 }
 
-/// Writes an archive of the directory at `path`, or of the one file there, to `out`.
+/// Writes an archive of the directory at `path`, or of the one file there, to `out`, on behalf of
+/// `actor`.
 ///
 /// # Errors
 /// [`FsError::TooDeep`], [`FsError::NotRegular`], [`FsError::Archive`], [`FsError::Abandoned`] once
 /// `stop` is set, or the call that failed.
 pub fn archive(
     path: &Path,
+    actor: &Actor,
     compression: Compression,
     users: &Users,
     out: impl Write,
@@ -72,8 +77,12 @@ pub fn archive(
         }
         Compression::Zstd => Coder::Zstd(Frames { out, held: Vec::new() }),
     };
-    let mut archive = Archive { path, users, stop, builder: Builder::new(out) };
-    archive.everything()?;
+    let place = resolve::Walk::new(actor)
+        .to(path)
+        .map_err(|error| error.or_busy(|error| failed_at("open", path, error.errno)))?;
+    let rights = place.rights().clone();
+    let mut archive = Archive { path, rights, users, stop, builder: Builder::new(out) };
+    archive.everything(&place)?;
     let failed = |error| archive_failed(path, &error);
     archive.builder.into_inner().and_then(Coder::finish).map_err(failed)
 }
@@ -82,53 +91,65 @@ fn archive_failed(path: &Path, error: &io::Error) -> FsError {
     FsError::Archive { path: path.to_owned(), why: error.to_string() }
 }
 
+fn failed_at(op: &'static str, path: &Path, errno: Errno) -> FsError {
+    FsError::Doing { doing: ARCHIVING, error: PathError::new(op, path, errno) }
+}
+
 struct Archive<'a, W: Write> {
     path: &'a Path,
+    /// With whose rights it is read.
+    rights: Rights,
     users: &'a Users,
     stop: &'a AtomicBool,
     builder: Builder<Coder<W>>,
 }
 
 impl<W: Write> Archive<'_, W> {
-    fn everything(&mut self) -> Result<(), FsError> {
-        let failed = |op, path: &Path, errno| {
-            let error = PathError::new(op, path, errno);
-            FsError::Doing { doing: ARCHIVING, error }
+    fn everything(&mut self, place: &Place) -> Result<(), FsError> {
+        let Some(there) = place.found() else {
+            return Err(failed_at("open", self.path, Errno::ENOENT));
         };
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        match open(self.path, flags, Mode::empty()) {
-            Ok(dir) => {
-                let mut walk = Walk::new(dir, self.path, ARCHIVING)?;
-                while let Some(step) = walk.next()? {
-                    if self.stop.load(Ordering::Relaxed) {
-                        return Err(FsError::Abandoned(self.path.to_owned()));
-                    }
-                    let Some(dir) = walk.dir() else { break };
-                    match step {
-                        Step::Enter(found) => self.entry(dir, &found, Some(dir))?,
-                        Step::Leaf(found) => self.entry(dir, &found, None)?,
-                        Step::Leave(_) => {}
-                    }
-                }
-                Ok(())
+        if !there.is_dir() {
+            if !there.is_file() {
+                return Err(FsError::NotRegular(self.path.to_owned()));
             }
-            Err(nix::errno::Errno::ENOTDIR) => {
-                let real = super::staged::follow(self.path)?;
-                let above = dir_of(&real);
-                let dir = open(&above, flags, Mode::empty())
-                    .map_err(|errno| failed("open", &above, errno))?;
-                let name = base_name(&real).to_owned();
-                let stat =
-                    fstatat(&dir, name.as_os_str(), nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)
-                        .map_err(|errno| failed("lstat", &real, errno))?;
-                let found = Found { relative: name.clone().into(), name, stat };
-                if found.kind() != SFlag::S_IFREG {
-                    return Err(FsError::NotRegular(self.path.to_owned()));
-                }
-                self.entry(dir.as_fd(), &found, None)
-            }
-            Err(errno) => Err(failed("open", self.path, errno)),
+            let name = place.name().to_owned();
+            let found = Found { relative: name.clone().into(), name, stat: there.stat };
+            let opened = place.open(OFlag::O_RDONLY | OFlag::from_bits_truncate(CAREFULLY));
+            let (file, stat, _) = opened.map_err(|errno| failed_at("open", self.path, errno))?;
+            return self.file(file, &stat, &found);
         }
+        let opened = place.open(OFlag::O_RDONLY | OFlag::O_DIRECTORY);
+        let (dir, ..) = opened.map_err(|errno| failed_at("open", self.path, errno))?;
+        let mut walk = Walk::new(OwnedFd::from(dir), self.path, self.rights.clone(), ARCHIVING)?;
+        while let Some(step) = walk.next()? {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(FsError::Abandoned(self.path.to_owned()));
+            }
+            let Some(dir) = walk.dir() else { break };
+            match step {
+                Step::Enter(found) => self.entry(dir, &found, Some(dir))?,
+                Step::Leaf(found) => self.entry(dir, &found, None)?,
+                Step::Leave(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a file that was opened, if it is a regular one, as it is told by its descriptor.
+    fn file(&mut self, file: File, stat: &FileStat, found: &Found) -> Result<(), FsError> {
+        if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+            return Ok(());
+        }
+        let path = self.path.join(&found.relative);
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        self.attributes(&file, &path)?;
+        let mut header = self.header(stat);
+        header.set_size(size);
+        header.set_entry_type(EntryType::Regular);
+        let content = Exactly { file, left: size, stop: self.stop };
+        let added = self.builder.append_data(&mut header, &found.relative, content);
+        added.map_err(|error| archive_failed(&path, &error))
     }
 
     /// Adds one entry; `itself` is the entry where it is an open directory.
@@ -139,38 +160,15 @@ impl<W: Write> Archive<'_, W> {
         itself: Option<BorrowedFd<'_>>,
     ) -> Result<(), FsError> {
         let path = self.path.join(&found.relative);
-        let failed = |op| {
-            let path = path.clone();
-            move |errno| FsError::Doing {
-                doing: ARCHIVING,
-                error: PathError::new(op, &path, errno),
-            }
-        };
         let mut header = self.header(&found.stat);
         let kind = found.kind();
         if kind == SFlag::S_IFREG {
-            let flags = OFlag::O_RDONLY
-                | OFlag::O_NOFOLLOW
-                | OFlag::O_CLOEXEC
-                | OFlag::from_bits_truncate(CAREFULLY);
-            let file = match openat(dir, found.name.as_os_str(), flags, Mode::empty()) {
-                Ok(file) => File::from(file),
-                Err(nix::errno::Errno::ENOENT) => return Ok(()),
-                Err(errno) => return Err(failed("open")(errno)),
+            let flags = OFlag::O_RDONLY | OFlag::from_bits_truncate(CAREFULLY);
+            return match self.rights.open_in(&dir, &found.name, flags) {
+                Ok((file, stat, _)) => self.file(file, &stat, found),
+                Err(Errno::ENOENT) => Ok(()),
+                Err(errno) => Err(failed_at("open", &path, errno)),
             };
-            let stat = fstat(&file).map_err(failed("stat"))?;
-            if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
-                return Ok(());
-            }
-            let size = u64::try_from(stat.st_size).unwrap_or(0);
-            self.attributes(&file, &path)?;
-            header.set_size(size);
-            header.set_entry_type(EntryType::Regular);
-            let content = Exactly { file, left: size, stop: self.stop };
-            return self
-                .builder
-                .append_data(&mut header, &found.relative, content)
-                .map_err(|error| archive_failed(&path, &error));
         }
         let added = match kind {
             SFlag::S_IFDIR => {
@@ -182,10 +180,11 @@ impl<W: Write> Archive<'_, W> {
                 self.builder.append_data(&mut header, &found.relative, io::empty())
             }
             SFlag::S_IFLNK => {
-                let target = match readlinkat(dir, found.name.as_os_str()) {
+                let read = || readlinkat(dir, found.name.as_os_str());
+                let target = match self.rights.act(read) {
                     Ok(target) => target,
-                    Err(nix::errno::Errno::ENOENT | nix::errno::Errno::EINVAL) => return Ok(()),
-                    Err(errno) => return Err(failed("readlink")(errno)),
+                    Err(Errno::ENOENT | Errno::EINVAL) => return Ok(()),
+                    Err(errno) => return Err(failed_at("readlink", &path, errno)),
                 };
                 header.set_entry_type(EntryType::Symlink);
                 self.builder.append_link(&mut header, &found.relative, target)

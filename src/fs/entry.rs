@@ -84,7 +84,9 @@ pub fn stat(path: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsError>
 /// # Errors
 /// As [`stat`].
 pub fn stat_as_daemon(path: &Path, users: &Users) -> Result<Entry, FsError> {
-    stat_at(path, path, &mut Owners::new(users))
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let user = User { name: String::new(), uid, gid, home: "/".into(), groups: vec![gid] };
+    stat(path, &Actor::new(&user, FileAccess::Compatible), users)
 }
 
 /// Describes a file that is open, under the path `shown`. Its metadata is read with `rights`.
@@ -105,16 +107,6 @@ pub fn of_file(
     };
     let itself = Behind { stat: Some(stat), target: None, metadata };
     Ok(entry_of(&stat, itself, shown, &mut Owners::new(users)))
-}
-
-/// As [`stat_as_daemon`], of the file at `at`, described as `shown`.
-pub(super) fn stat_at(at: &Path, shown: &Path, owners: &mut Owners<'_>) -> Result<Entry, FsError> {
-    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-    let user = User { name: String::new(), uid, gid, home: "/".into(), groups: vec![gid] };
-    let actor = Actor::new(&user, FileAccess::Compatible);
-    let place = Walk::new(&actor).no_follow().to(at);
-    let place = place.map_err(|error| error.or_busy(|error| lstat_failed(at, error.errno)))?;
-    stat_place(&place, shown, owners)
 }
 
 /// Describes what a walk has found, under the path `shown`.

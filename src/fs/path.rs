@@ -2,18 +2,16 @@
 //! directories above it.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     fs, io,
     os::unix::{
-        ffi::{OsStrExt, OsStringExt},
+        ffi::OsStrExt,
         fs::{DirBuilderExt, MetadataExt, lchown},
     },
     path::{Component, Path, PathBuf},
 };
 
-use nix::errno::Errno;
-
-use super::{FsError, PathError, errno};
+use super::{FsError, PathError};
 use crate::{guest::users::User, quote};
 
 /// The symbolic links that one path may lead through, Go's number.
@@ -176,59 +174,6 @@ pub(super) fn tolerate_own(
     Err(error)
 }
 
-/// Why a path could not be followed to its end.
-#[derive(Debug)]
-pub(super) enum WalkError {
-    /// More than [`MAX_LINKS`] links.
-    TooManyLinks,
-    /// A part could not be looked at.
-    #[allow(dead_code)]
-    Path(PathError),
-}
-
-/// Go's `filepath.EvalSymlinks` of an absolute path: the path without links, `.` and `..`.
-/// Unlike `realpath` it names the part that failed, and follows 255 links, not 40.
-pub(super) fn eval_symlinks(path: &Path) -> Result<PathBuf, WalkError> {
-    let mut done = PathBuf::from("/");
-    let mut todo = parts_backwards(path);
-    let mut links = 0;
-    while let Some(part) = todo.pop() {
-        if part == ".." {
-            done.pop();
-            continue;
-        }
-        let next = done.join(&part);
-        let failed = |errno| WalkError::Path(PathError::new("lstat", &next, errno));
-        let meta = fs::symlink_metadata(&next).map_err(|error| failed(errno::of(&error)))?;
-        if meta.is_symlink() {
-            links += 1;
-            if links > MAX_LINKS {
-                return Err(WalkError::TooManyLinks);
-            }
-            let target = fs::read_link(&next).map_err(|error| failed(errno::of(&error)))?;
-            if target.is_absolute() {
-                done = PathBuf::from("/");
-            }
-            todo.append(&mut parts_backwards(&target));
-            continue;
-        }
-        if !meta.is_dir() && !todo.is_empty() {
-            return Err(failed(Errno::ENOTDIR));
-        }
-        done = next;
-    }
-    Ok(done)
-}
-
-/// The names of a path, the last first, for a stack. `.` and slashes do not count.
-fn parts_backwards(path: &Path) -> Vec<OsString> {
-    let parts = path.as_os_str().as_bytes().split(|&b| b == b'/');
-    let named = parts.filter(|part| !part.is_empty() && *part != b".");
-    let mut parts: Vec<OsString> = named.map(|part| OsString::from_vec(part.to_vec())).collect();
-    parts.reverse();
-    parts
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -331,21 +276,6 @@ mod tests {
 
         let error = ensure_dirs(&tmp.path().join("new/../x"), own).unwrap_err();
         assert!(error.to_string().starts_with("failed to create directory: mkdir "), "{error}");
-    }
-
-    #[test]
-    fn follows_links_and_names_what_is_missing() {
-        let tmp = tempfile::tempdir().unwrap();
-        let root = eval_symlinks(tmp.path()).unwrap();
-        fs::create_dir_all(root.join("d/e")).unwrap();
-        symlink("../d/./e", root.join("d/l")).unwrap();
-        symlink("loop", root.join("loop")).unwrap();
-        assert_eq!(eval_symlinks(&root.join("d/l/../e")).unwrap(), root.join("d/e"));
-        assert!(matches!(eval_symlinks(&root.join("loop")), Err(WalkError::TooManyLinks)));
-        let Err(WalkError::Path(error)) = eval_symlinks(&root.join("no/where")) else {
-            panic!("it is not there")
-        };
-        assert_eq!((error.path, error.errno), (root.join("no"), Errno::ENOENT));
     }
 
     /// Clean by its definition: split, drop, join.

@@ -95,11 +95,29 @@ struct Level {
 ///
 /// # Errors
 /// The first call that failed.
-pub(super) fn remove_at(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
-    let mut moved_up = 0_u64;
+fn remove_at(parent: OwnedFd, path: &Path, name: &OsStr) -> Result<(), PathError> {
     // The first level is the directory around, of which only one name is removed.
-    let mut levels =
-        vec![Level { fd: parent, name: OsString::new(), names: vec![name.to_owned()] }];
+    remove_levels(
+        vec![Level { fd: parent, name: OsString::new(), names: vec![name.to_owned()] }],
+        path,
+    )
+}
+
+/// Removes what is in the directory `dir`, and then the empty directory `name` of `parent`, which is
+/// called `path`: whatever has the name by then, nothing else loses its content.
+pub(super) fn empty_and_remove(
+    parent: OwnedFd,
+    path: &Path,
+    name: &OsStr,
+    dir: OwnedFd,
+) -> Result<(), PathError> {
+    let around = Level { fd: parent, name: OsString::new(), names: Vec::new() };
+    let inside = Level { fd: dir, name: name.to_owned(), names: Vec::new() };
+    remove_levels(vec![around, inside], path)
+}
+
+fn remove_levels(mut levels: Vec<Level>, path: &Path) -> Result<(), PathError> {
+    let mut moved_up = 0_u64;
     loop {
         let depth = levels.len();
         let Some(level) = levels.last_mut() else {

@@ -50,6 +50,7 @@ use crate::{
 
 mod error;
 mod place;
+mod step;
 #[cfg(test)]
 mod tests;
 mod trust;
@@ -63,6 +64,8 @@ use trust::{is_dir, is_link};
 
 /// The symbolic links that one path may lead through: the kernel's number.
 pub const MAX_SYMLINKS: usize = 40;
+/// The levels that a confined walk descends, each with an open directory.
+const MAX_CONFINED_LEVELS: usize = 512;
 /// How often a name is looked up again because others changed it meanwhile.
 const MAX_TRIES: usize = 64;
 /// The permissions of a directory that is made on the way.
@@ -90,6 +93,7 @@ pub struct Walk<'a> {
     max_links: usize,
     switched: bool,
     look_only: bool,
+    confined: bool,
 }
 
 impl<'a> Walk<'a> {
@@ -104,6 +108,7 @@ impl<'a> Walk<'a> {
             max_links: MAX_SYMLINKS,
             switched,
             look_only: false,
+            confined: false,
         }
     }
 
@@ -146,6 +151,13 @@ impl<'a> Walk<'a> {
         Self { switched: self.switched || rights.switched(), ..self }
     }
 
+    /// Stays below the directory from which it starts: `..` and links that lead out of it, and absolute
+    /// paths, are `EXDEV`. `..` leads back to where the walk came from, whatever is renamed meanwhile.
+    #[must_use]
+    pub fn confined(self) -> Self {
+        Self { confined: true, ..self }
+    }
+
     /// Resolves an absolute path, verbatim.
     ///
     /// # Errors
@@ -175,6 +187,7 @@ impl<'a> Walk<'a> {
             switched: false,
             rights: None,
             at: start,
+            above: Vec::new(),
             real,
             todo: parts,
             asked: PathBuf::new(),
@@ -221,6 +234,8 @@ struct State<'a> {
     rights: Option<FsCredentials>,
     /// The directory on which the walk stands.
     at: OwnedFd,
+    /// Of a confined walk: the directories above it, the uppermost first.
+    above: Vec<OwnedFd>,
     /// Its path, without links.
     real: PathBuf,
     /// The last first.
@@ -406,7 +421,11 @@ impl State<'_> {
                 self.switch()?;
             }
         }
-        self.at = self.at_name(dots, openat(&self.at, "..", INTO, Mode::empty()))?;
+        let above = match self.walk.confined {
+            true => self.above.pop().ok_or(Errno::EXDEV),
+            false => openat(&self.at, "..", INTO, Mode::empty()),
+        };
+        self.at = self.at_name(dots, above)?;
         self.real.pop();
         self.stand()?;
         self.stay()
@@ -454,7 +473,13 @@ impl State<'_> {
     }
 
     fn enter(&mut self, dir: OwnedFd, name: &OsStr) -> Result<(), WalkError> {
-        self.at = dir;
+        let above = std::mem::replace(&mut self.at, dir);
+        if self.walk.confined {
+            if self.above.len() >= MAX_CONFINED_LEVELS {
+                return self.at_name(name, Err(Errno::ENAMETOOLONG));
+            }
+            self.above.push(above);
+        }
         self.real.push(name);
         self.stand()
     }
@@ -494,6 +519,9 @@ impl State<'_> {
             return self.at_name(name, Err(Errno::ENOENT));
         }
         if target.is_absolute() {
+            if self.walk.confined {
+                return self.at_name(name, Err(Errno::EXDEV));
+            }
             self.at = self.at_name(name, openat(AT_FDCWD, "/", INTO, Mode::empty()))?;
             self.real = PathBuf::from("/");
             self.stand()?;
@@ -504,6 +532,9 @@ impl State<'_> {
 
     /// Lets the kernel follow a link of procfs, such as /dev/stdin's /proc/self/fd/0.
     fn follow_in_proc(&mut self, name: &OsStr, target: &Path) -> Result<Next, WalkError> {
+        if self.walk.confined {
+            return self.at_name(name, Err(Errno::EXDEV));
+        }
         let last = self.todo.is_empty();
         let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
         let fd = self.at_name(name, openat(&self.at, name, flags, Mode::empty()))?;

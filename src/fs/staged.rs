@@ -375,18 +375,6 @@ pub(super) fn change_owner(file: &File, path: &Path, owner: (u32, u32)) -> Resul
         .map_err(|error| FsError::ChangeOwner(PathError::io("chown", path, &error)))
 }
 
-/// Where a path leads through links at its end, whether that exists or not.
-pub(super) fn follow(path: &Path) -> Result<PathBuf, FsError> {
-    let mut real = path.to_owned();
-    for _ in 0..=path::MAX_LINKS {
-        match std::fs::read_link(&real) {
-            Ok(target) => real = real.parent().unwrap_or_else(|| Path::new("/")).join(target),
-            Err(_) => return Ok(real),
-        }
-    }
-    Err(FsError::OpenForWriting(PathError::new("open", path, Errno::ELOOP)))
-}
-
 /// As [`change_owner`], for a file that is written with these rights. With the user's own rights a
 /// file of another's stays theirs, as for any program of the user.
 pub(super) fn give_to_user(file: &File, path: &Path, rights: &Rights) -> Result<(), FsError> {

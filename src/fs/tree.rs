@@ -2,7 +2,8 @@
 //!
 //! Every step is one name relative to a directory that is held open, and follows no link, so the
 //! walk never leaves the tree, whatever is renamed meanwhile. What vanishes is left out. Names come
-//! sorted, so that the same tree is always told in the same order.
+//! sorted, so that the same tree is always told in the same order. The walk has the rights with which
+//! its top was reached ([`Rights`]).
 
 use std::{
     ffi::OsString,
@@ -16,11 +17,11 @@ use std::{
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat},
+    fcntl::{AtFlags, OFlag},
     sys::stat::{FileStat, Mode, SFlag, fstatat},
 };
 
-use super::{FsError, PathError};
+use super::{FsError, PathError, actor::Rights};
 use crate::blocking::stand_on_child;
 
 /// The levels that one walk descends, each with an open directory.
@@ -63,6 +64,7 @@ pub(super) struct Walk {
     top: PathBuf,
     /// What messages say is being done.
     doing: &'static str,
+    rights: Rights,
     levels: Vec<Level>,
     names: usize,
 }
@@ -78,9 +80,14 @@ struct Level {
 }
 
 impl Walk {
-    /// A walk through the directory `fd`, which is called `top`.
-    pub(super) fn new(fd: OwnedFd, top: &Path, doing: &'static str) -> Result<Self, FsError> {
-        let mut walk = Self { top: top.to_owned(), doing, levels: Vec::new(), names: 0 };
+    /// A walk through the directory `fd`, which is called `top` and was opened with `rights`.
+    pub(super) fn new(
+        fd: OwnedFd,
+        top: &Path,
+        rights: Rights,
+        doing: &'static str,
+    ) -> Result<Self, FsError> {
+        let mut walk = Self { top: top.to_owned(), doing, rights, levels: Vec::new(), names: 0 };
         let names = walk.names_in(&fd, Path::new(""))?;
         walk.levels.push(Level { fd, found: None, relative: PathBuf::new(), names });
         Ok(walk)
@@ -104,12 +111,13 @@ impl Walk {
             self.names -= 1;
             stand_on_child(level.fd.as_fd(), &name)?;
             let relative = level.relative.join(&name);
-            let stat = match fstatat(&level.fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            let look = || fstatat(&level.fd, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+            let stat = match self.rights.act(look) {
                 Ok(stat) => stat,
                 Err(Errno::ENOENT) => continue,
                 Err(errno) => return Err(self.failed("lstat", &relative, errno)),
             };
-            let found = Found { name, relative, stat };
+            let mut found = Found { name, relative, stat };
             if found.kind() != SFlag::S_IFDIR {
                 return Ok(Some(Step::Leaf(found)));
             }
@@ -117,9 +125,12 @@ impl Walk {
                 let path = self.top.join(&found.relative);
                 return Err(FsError::TooDeep { path, limit: MAX_LEVELS });
             }
-            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let fd = match openat(&level.fd, found.name.as_os_str(), flags, Mode::empty()) {
-                Ok(fd) => fd,
+            let fd = match self.rights.enter(&level.fd, &found.name) {
+                Ok((fd, stat)) => {
+                    // What is told is told of the directory that was opened.
+                    found.stat = stat;
+                    fd
+                }
                 // Gone, or something else by now.
                 Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => continue,
                 Err(errno) => return Err(self.failed("open", &found.relative, errno)),
@@ -178,6 +189,16 @@ mod tests {
     use nix::fcntl::open;
 
     use super::*;
+    use crate::{
+        fs::actor::{Actor, FileAccess},
+        guest::users::User,
+    };
+
+    fn rights() -> Rights {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let user = User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] };
+        Actor::new(&user, FileAccess::Compatible).rights()
+    }
 
     #[test]
     fn a_tree_is_told_in_order_and_no_link_is_followed() {
@@ -189,7 +210,7 @@ mod tests {
         symlink("b", tmp.path().join("l")).unwrap();
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let fd = open(tmp.path(), flags, Mode::empty()).unwrap();
-        let mut walk = Walk::new(fd, tmp.path(), "testing").unwrap();
+        let mut walk = Walk::new(fd, tmp.path(), rights(), "testing").unwrap();
         let mut told = Vec::new();
         while let Some(step) = walk.next().unwrap() {
             told.push(match step {
@@ -208,7 +229,7 @@ mod tests {
         fs::create_dir_all(tmp.path().join("d/".repeat(MAX_LEVELS))).unwrap();
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let fd = open(tmp.path(), flags, Mode::empty()).unwrap();
-        let mut walk = Walk::new(fd, tmp.path(), "testing").unwrap();
+        let mut walk = Walk::new(fd, tmp.path(), rights(), "testing").unwrap();
         let error = loop {
             match walk.next() {
                 Ok(step) => assert!(matches!(step, Some(Step::Enter(_)))),

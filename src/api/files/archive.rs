@@ -43,6 +43,7 @@ pub(in crate::api) async fn archive(
     let call = files.call(request)?;
     let path = files.resolve(&call.message.path, &call.user)?;
     let compression = compression(call.message.compression()).unwrap_or(Compression::None);
+    let actor = call.actor;
     let slot = files.tree_slot().await;
     let (sender, chunks) = mpsc::channel(MESSAGES);
     let stop = Arc::new(AtomicBool::new(false));
@@ -52,9 +53,9 @@ pub(in crate::api) async fn archive(
         let done = pool.run_next_step(move || {
             slot.use_here();
             let mut out = Chunks { sender, held: BytesMut::new() };
-            let done = stand_on_path(&path)
-                .map_err(FsError::from)
-                .and_then(|()| archive::archive(&path, compression, &users, &mut out, &stop));
+            let done = stand_on_path(&path).map_err(FsError::from).and_then(|()| {
+                archive::archive(&path, &actor, compression, &users, &mut out, &stop)
+            });
             let last = match done {
                 Ok(()) => Ok(None),
                 Err(error) => Err(status::of_own_files(&error)),
@@ -165,7 +166,7 @@ pub(in crate::api) async fn extract(
     };
     let path = files.resolve(&start.path, &call.user)?;
     let compression = compression(start.compression());
-    let (user, preserve) = (call.user, start.preserve);
+    let (actor, preserve) = (call.actor, start.preserve);
     let slot = files.tree_slot().await;
     let (sender, chunks) = mpsc::channel(MESSAGES);
     let stop = Arc::new(AtomicBool::new(false));
@@ -174,7 +175,7 @@ pub(in crate::api) async fn extract(
         slot.use_here();
         stand_on_path(&path)?;
         let input = Input { chunks, now: Bytes::new(), ended: false };
-        archive::extract(&path, &user, input, compression, preserve, &stop)
+        archive::extract(&path, &actor, input, compression, preserve, &stop)
     }));
     let done = tokio::select! {
         biased;

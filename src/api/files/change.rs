@@ -27,12 +27,12 @@ pub(in crate::api) async fn copy(
     let slot = files.tree_slot().await;
     let stop = Arc::new(AtomicBool::new(false));
     let _left = SetOnDrop(Arc::clone(&stop));
-    let (user, actor) = (call.user, call.actor);
+    let actor = call.actor;
     let (copied, entry) = files
         .blocking_own(move |users| {
             slot.use_here();
             stand_on_paths(&source, &destination)?;
-            let copied = copy::copy(&source, &destination, &user, options, &stop)?;
+            let copied = copy::copy(&source, &destination, &actor, options, &stop)?;
             Ok((copied, entry::stat(&destination, &actor, users)?))
         })
         .await?;

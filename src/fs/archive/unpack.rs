@@ -1,10 +1,14 @@
 //! Unpacking an archive below a directory, and nowhere else.
 //!
-//! Every entry is made relative to a descriptor of the directory that holds it, which was resolved
-//! [beneath](Root) the target: an archive cannot get out by `..`, by an absolute name, or through a
-//! link that it made before; nor can somebody who renames directories meanwhile. Absolute names lose
-//! their slash, as tar does it. What is in the way of a file is replaced once the new one is whole, and
-//! never written through ([`content`]).
+//! Every entry is made relative to a descriptor of the directory that holds it, which a
+//! [confined](Walk::confined) walk from the target has reached: an archive cannot get out by `..`, by an
+//! absolute name, or through a link that it made before; nor can somebody who renames directories
+//! meanwhile. Absolute names lose their slash, as tar does it. What is in the way of a file is replaced
+//! once the new one is whole, and never written through ([`content`]).
+//!
+//! What is made belongs to the caller from its first moment, and owner, mode, times and attributes are
+//! set through descriptors. Owners, set-user-ID and set-group-ID bits and devices come from an archive
+//! only for a caller who acts as root and asks for it: whoever made the archive chose them.
 
 use std::{
     cell::Cell,
@@ -26,12 +30,11 @@ use std::{
 use flate2::bufread::MultiGzDecoder;
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag},
+    fcntl::{OFlag, openat},
     sys::{
-        stat::{Mode, SFlag, UtimensatFlags, makedev, mknodat, utimensat},
+        stat::{Mode, SFlag},
         time::TimeSpec,
     },
-    unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat},
 };
 use tar::{Entry, EntryType};
 use xattr::FileExt;
@@ -41,19 +44,22 @@ use crate::{
     blocking::stand_on_path,
     fs::{
         FsError, PathError,
-        beneath::{Root, is_name, own},
+        actor::{Actor, Rights},
+        beneath::is_name,
         errno,
         metadata::MAX_TOTAL_BYTES,
-        path::{PATH_MAX, ensure_dirs},
+        path::{self, PATH_MAX},
+        resolve::{Found, Place, Walk, WalkError},
         staged::change_owner,
     },
-    guest::users::{NO_ID, User},
+    guest::users::NO_ID,
     quote,
 };
 
 mod content;
 mod input;
 mod sparse;
+mod special;
 
 use content::PIECE;
 use input::{Bounded, Zstd, guess};
@@ -68,6 +74,8 @@ const EXTRACTING: &str = "extracting";
 pub const MAX_ENTRY_HEAD: u64 = 1 << 20;
 /// The most bytes behind the end of an archive that are looked at: padding and checksums.
 const MAX_REST: u64 = 1 << 20;
+/// How often a directory is looked for again that others make and remove meanwhile.
+const MAX_TRIES: usize = 16;
 
 /// What was unpacked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,8 +86,9 @@ pub struct Extracted {
     pub bytes: u64,
 }
 
-/// Unpacks an archive into the directory at `path`, made where it is missing, for `user`. With
-/// `preserve` owners and setuid bits are the archive's. Without `compression` the first bytes tell.
+/// Unpacks an archive into the directory at `path`, made where it is missing, on behalf of `actor`. With
+/// `preserve` the modes of existing directories are the archive's, and for a caller who acts as root
+/// owners, set-id bits and devices too. Without `compression` the first bytes tell.
 ///
 /// # Errors
 /// [`FsError::Escapes`], [`FsError::BadArchive`], [`FsError::Special`], [`FsError::Exists`] where a
@@ -87,25 +96,34 @@ pub struct Extracted {
 /// was unpacked before stays, whole files only.
 pub fn extract(
     path: &Path,
-    user: &User,
+    actor: &Actor,
     input: impl Read,
     compression: Option<Compression>,
     preserve: bool,
     stop: &AtomicBool,
 ) -> Result<Extracted, FsError> {
-    let owner = (user.uid, user.gid);
-    ensure_dirs(path, owner)?;
-    let root = Root::open(path).map_err(|errno| FsError::Doing {
-        doing: EXTRACTING,
-        error: PathError::new("open", path, errno),
-    })?;
+    let place = Walk::new(actor).make_all().to(path);
+    let place = place.map_err(WalkError::of_making_directories)?;
+    let (rights, real) = (place.rights().clone(), place.real().to_owned());
+    let Some(found) = place.into_found().filter(Found::is_dir) else {
+        return Err(FsError::PathIsFile(path::clean(path)));
+    };
     let mut input = BufReader::with_capacity(PIECE, input);
     let compression = match compression {
         Some(compression) => compression,
         None => guess(&mut input).map_err(|error| bad(&error))?,
     };
     let done = Extracted::default();
-    let mut unpacking = Unpacking { path, root, owner, preserve, stop, done };
+    let mut unpacking = Unpacking {
+        path,
+        root: found.fd,
+        real,
+        rights,
+        preserve,
+        keep_owner: preserve && !actor.may_switch(),
+        stop,
+        done,
+    };
     match compression {
         Compression::None => unpacking.everything(input)?,
         Compression::Gzip => unpacking.everything(MultiGzDecoder::new(input))?,
@@ -121,9 +139,14 @@ fn bad(error: &io::Error) -> FsError {
 struct Unpacking<'a> {
     /// The target, for messages.
     path: &'a Path,
-    root: Root,
-    owner: (u32, u32),
+    root: OwnedFd,
+    /// Its path without links.
+    real: PathBuf,
+    /// With whose rights it was reached.
+    rights: Rights,
     preserve: bool,
+    /// Owners, set-id bits and devices are the archive's.
+    keep_owner: bool,
     stop: &'a AtomicBool,
     done: Extracted,
 }
@@ -169,18 +192,30 @@ impl Unpacking<'_> {
         FsError::Doing { doing: EXTRACTING, error }
     }
 
-    /// Opens the directory that holds an entry, for the user where it has to be made.
-    fn parent<'p>(&self, relative: &'p Path) -> Result<(OwnedFd, &'p OsStr), FsError> {
-        let owner = self.owner;
-        let made = |dir: &OwnedFd, name: &OsStr| own(dir, name, SFlag::S_IFDIR, owner);
-        let (dir, name) = self
-            .root
-            .parent_of(relative, made)
-            .map_err(|errno| self.failed("open", relative, errno))?;
-        match is_name(name) {
-            true => Ok((dir, name)),
+    /// Finds where an entry is to be, makes the missing directories above, and gives the entry's name.
+    fn place(&self, relative: &Path) -> Result<Place, FsError> {
+        let place = self.walk().no_follow().make_parents().from(&self.root, &self.real, relative);
+        let place = place
+            .map_err(|error| error.or_busy(|error| self.failed("mkdir", relative, error.errno)))?;
+        match is_name(place.name()) {
+            true => Ok(place),
             false => Err(FsError::Escapes(relative.to_owned())),
         }
+    }
+
+    fn walk(&self) -> Walk<'_> {
+        Walk::new(self.rights.actor()).with_rights_of(&self.rights).confined()
+    }
+
+    /// Does something with the rights of a place.
+    fn apply<T>(
+        &self,
+        rights: &Rights,
+        relative: &Path,
+        work: impl FnOnce() -> Result<T, FsError>,
+    ) -> Result<T, FsError> {
+        let done = rights.perform(work);
+        done.unwrap_or_else(|| Err(self.failed("setfsuid", relative, Errno::EPERM)))
     }
 
     fn entry<R: Read>(&mut self, entry: &mut Entry<'_, R>) -> Result<(), FsError> {
@@ -202,7 +237,7 @@ impl Unpacking<'_> {
         let mode = entry.header().mode().map_err(|error| bad(&error))?;
         // Before anything of it is made.
         self.owner_of(entry)?;
-        let bits = if self.preserve { 0o7777 } else { 0o1777 };
+        let bits = if self.keep_owner { 0o7777 } else { 0o1777 };
         let mode = mode & bits;
         match kind {
             EntryType::Directory => self.directory(&relative, mode, entry)?,
@@ -216,11 +251,12 @@ impl Unpacking<'_> {
                     let shown = relative.display();
                     return Err(FsError::BadArchive(format!("link {shown} has no target")));
                 }
-                let (dir, name) = self.parent(&relative)?;
-                self.replacing(&relative, &dir, name, "symlink", || {
-                    symlinkat(OsStr::from_bytes(&target), &dir, name)
+                let place = self.place(&relative)?;
+                let rights = self.owning(&place, entry)?;
+                self.replacing(&relative, &place, "symlink", || {
+                    rights.symlink_in(OsStr::from_bytes(&target), &place.dir(), place.name())
                 })?;
-                self.dress(&dir, name, SFlag::S_IFLNK, &relative, entry)?;
+                self.finish(&rights, &place, SFlag::S_IFLNK, &relative, entry)?;
             }
             EntryType::Fifo | EntryType::Char | EntryType::Block => {
                 self.node(kind, &relative, mode, entry)?;
@@ -241,104 +277,40 @@ impl Unpacking<'_> {
         mode: u32,
         entry: &mut Entry<'_, R>,
     ) -> Result<(), FsError> {
-        let owner = self.owner;
-        let mut new = false;
-        let mut made = |dir: &OwnedFd, name: &OsStr| {
-            new = Some(name) == relative.file_name();
-            own(dir, name, SFlag::S_IFDIR, owner)
-        };
-        self.root
-            .make_dirs(relative, &mut made)
-            .map_err(|errno| self.failed("mkdir", relative, errno))?;
-        // One that was there is somebody's already: `/etc` does not become the caller's because
-        // something is unpacked below it.
-        if !new && !self.preserve {
-            return Ok(());
+        let failed = |op| move |errno| self.failed(op, relative, errno);
+        for _ in 0..MAX_TRIES {
+            let place = self.walk().make_parents().from(&self.root, &self.real, relative);
+            let place =
+                place.map_err(|error| error.or_busy(|error| failed("mkdir")(error.errno)))?;
+            let dir = match place.found() {
+                // One that was there is somebody's already: `/etc` does not become the caller's because
+                // something is unpacked below it.
+                Some(found) if found.is_dir() => {
+                    let own = found.stat.st_uid == self.rights.actor().uid();
+                    if !self.preserve || !(own || self.keep_owner) {
+                        return Ok(());
+                    }
+                    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+                    let open = || openat(&found.fd, ".", flags, Mode::empty());
+                    place.rights().act(open).map_err(failed("open"))?
+                }
+                Some(_) => return Err(failed("mkdir")(Errno::ENOTDIR)),
+                None => match place.rights().make_dir_in(&place.dir(), place.name()) {
+                    // Somebody else was faster.
+                    Err(Errno::EEXIST) => continue,
+                    made => made.map_err(failed("mkdir"))?,
+                },
+            };
+            let (dir, rights) = (File::from(dir), place.rights());
+            return self.apply(rights, relative, || {
+                change_owner(&dir, &self.path.join(relative), self.owner_of(entry)?)?;
+                self.attributes(&dir, relative, entry)?;
+                // Without root, what comes below could not be written.
+                let root = nix::unistd::geteuid().is_root() && !rights.switched();
+                self.set_mode(&dir, relative, if root { mode } else { mode | 0o700 })
+            });
         }
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
-        let dir = self.root.open_at(relative, flags, Mode::empty());
-        let dir = File::from(dir.map_err(|errno| self.failed("open", relative, errno))?);
-        change_owner(&dir, &self.path.join(relative), self.owner_of(entry)?)?;
-        self.attributes(&dir, relative, entry)?;
-        // Without root, what comes below could not be written.
-        let mode = if nix::unistd::geteuid().is_root() { mode } else { mode | 0o700 };
-        self.set_mode(&dir, relative, mode)
-    }
-
-    fn hard_link<R: Read>(&self, relative: &Path, entry: &mut Entry<'_, R>) -> Result<(), FsError> {
-        let target = inside(&entry.link_name_bytes().unwrap_or_default())?;
-        let (from, old) = self.parent(&target)?;
-        let (dir, name) = self.parent(relative)?;
-        if target == relative {
-            return Ok(());
-        }
-        self.replacing(relative, &dir, name, "link", || {
-            linkat(&from, old, &dir, name, AtFlags::empty())
-        })
-    }
-
-    fn node<R: Read>(
-        &self,
-        kind: EntryType,
-        relative: &Path,
-        mode: u32,
-        entry: &mut Entry<'_, R>,
-    ) -> Result<(), FsError> {
-        let node = match kind {
-            EntryType::Fifo => SFlag::S_IFIFO,
-            _ if !self.preserve => return Err(FsError::Special(relative.to_owned())),
-            EntryType::Char => SFlag::S_IFCHR,
-            _ => SFlag::S_IFBLK,
-        };
-        let number = |number: io::Result<Option<u32>>| {
-            number.map(|number| number.unwrap_or(0).into()).map_err(|error| bad(&error))
-        };
-        let header = entry.header();
-        let device = match node {
-            SFlag::S_IFIFO => 0,
-            _ => makedev(number(header.device_major())?, number(header.device_minor())?),
-        };
-        let (dir, name) = self.parent(relative)?;
-        let mode = Mode::from_bits_truncate(mode);
-        self.replacing(relative, &dir, name, "mknod", || mknodat(&dir, name, node, mode, device))?;
-        self.dress(&dir, name, node, relative, entry)
-    }
-
-    /// Makes something that must not exist yet, in the place of what does.
-    fn replacing<T>(
-        &self,
-        relative: &Path,
-        dir: &OwnedFd,
-        name: &OsStr,
-        op: &'static str,
-        make: impl Fn() -> nix::Result<T>,
-    ) -> Result<T, FsError> {
-        match make() {
-            Err(Errno::EEXIST) => {}
-            other => return other.map_err(|errno| self.failed(op, relative, errno)),
-        }
-        match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => {}
-            Err(Errno::EISDIR) => return Err(FsError::Exists(self.path.join(relative))),
-            Err(errno) => return Err(self.failed("unlink", relative, errno)),
-        }
-        make().map_err(|errno| self.failed(op, relative, errno))
-    }
-
-    /// Owner and time of what is no file or directory.
-    fn dress<R: Read>(
-        &self,
-        dir: &OwnedFd,
-        name: &OsStr,
-        kind: SFlag,
-        relative: &Path,
-        entry: &Entry<'_, R>,
-    ) -> Result<(), FsError> {
-        own(dir, name, kind, self.owner_of(entry)?)
-            .map_err(|errno| self.failed("chown", relative, errno))?;
-        let modified = mtime(entry);
-        utimensat(dir, name, &modified, &modified, UtimensatFlags::NoFollowSymlink)
-            .map_err(|errno| self.failed("utimes", relative, errno))
+        Err(failed("mkdir")(Errno::EBUSY))
     }
 
     /// Whose an entry shall be.
@@ -347,8 +319,9 @@ impl Unpacking<'_> {
     /// [`FsError::BadArchive`] for a number that is not an id, which chown(2) would take for "no
     /// change" or the entry would silently get another owner.
     fn owner_of<R: Read>(&self, entry: &Entry<'_, R>) -> Result<(u32, u32), FsError> {
+        let own = self.rights.actor().owner();
         if !self.preserve {
-            return Ok(self.owner);
+            return Ok(own);
         }
         let id = |field, number: io::Result<u64>, own| {
             // Some tools leave the field empty.
@@ -362,7 +335,8 @@ impl Unpacking<'_> {
             })
         };
         let header = entry.header();
-        Ok((id("uid", header.uid(), self.owner.0)?, id("gid", header.gid(), self.owner.1)?))
+        let kept = (id("uid", header.uid(), own.0)?, id("gid", header.gid(), own.1)?);
+        Ok(if self.keep_owner { kept } else { own })
     }
 
     fn set_mode(&self, file: &File, relative: &Path, mode: u32) -> Result<(), FsError> {

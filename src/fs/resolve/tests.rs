@@ -316,3 +316,90 @@ fn nothing_of_roots_is_reached_in_a_race() {
     assert!(!root.join("etc/new").exists());
     assert_eq!(fs::metadata(root.join("etc")).unwrap().uid(), 0);
 }
+
+fn text_of(place: &Place) -> nix::Result<String> {
+    place.found().ok_or(Errno::ENOENT)?;
+    content(place)
+}
+
+#[test]
+fn a_confined_walk_is_led_out_by_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    fs::create_dir_all(tmp.path().join("root/a/b")).unwrap();
+    fs::write(tmp.path().join("secret"), "secret").unwrap();
+    fs::write(tmp.path().join("root/a/b/f"), "inside").unwrap();
+    let at = |name: &str| tmp.path().join("root").join(name);
+    symlink("a/b", at("link")).unwrap();
+    symlink("../secret", at("up")).unwrap();
+    symlink(tmp.path(), at("absolute")).unwrap();
+    symlink("/proc/self/root", at("magic")).unwrap();
+    symlink("..", at("a/dots")).unwrap();
+    let actor = own_actor();
+    let root = fs::File::open(at("")).unwrap();
+    let walk = |path: &str| Walk::new(&actor).confined().from(&root, &at(""), Path::new(path));
+    for path in ["a/b/f", "a/./b/f", "link/f", "a/dots/a/b/f", "link/../b/f"] {
+        assert_eq!(text_of(&walk(path).unwrap()).unwrap(), "inside", "{path}");
+    }
+    for path in
+        ["../secret", "up", "absolute/secret", "a/dots/../secret", "magic/etc", "link/../../.."]
+    {
+        assert_eq!(walk(path).unwrap_err().errno, Errno::EXDEV, "{path}");
+    }
+    let make =
+        |path: &str| Walk::new(&actor).confined().make_all().from(&root, &at(""), Path::new(path));
+    assert_eq!(make("x/y/z").unwrap().made(), 3);
+    for path in ["a/dots/../x", "absolute/x", "x/../../y"] {
+        make(path).unwrap_err();
+    }
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 2);
+    assert_eq!(make(&"d/".repeat(MAX_CONFINED_LEVELS + 2)).unwrap_err().errno, Errno::ENAMETOOLONG);
+}
+
+/// Checked, then swapped for a link, then used; and moved out while the walk is in it.
+#[test]
+fn a_confined_walk_is_led_out_by_nobody_in_a_race() {
+    use nix::fcntl::{RenameFlags, renameat2};
+    let tmp = tempfile::tempdir().unwrap();
+    let at = |name: &str| tmp.path().join(name);
+    for dir in ["root/d/e", "outside/e"] {
+        fs::create_dir_all(at(dir)).unwrap();
+    }
+    fs::write(at("root/d/e/f"), "inside").unwrap();
+    fs::write(at("root/f"), "inside").unwrap();
+    for name in ["outside/e/f", "outside/f", "f"] {
+        fs::write(at(name), "secret").unwrap();
+    }
+    symlink(at("outside"), at("root/l")).unwrap();
+    symlink("..", at("root/d/e/up")).unwrap();
+    let (actor, root) = (own_actor(), fs::File::open(at("root")).unwrap());
+    // The very directory, whatever its name is.
+    let held = fs::File::open(at("root/d")).unwrap();
+    let deep = crate::sys::path_fd::proc_path(&held).join("e");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let flags = RenameFlags::RENAME_EXCHANGE;
+                let _ = renameat2(AT_FDCWD, &at("root/d"), AT_FDCWD, &at("root/l"), flags);
+                let _ = fs::rename(&deep, at("outside/moved"));
+                let _ = fs::rename(at("outside/moved"), &deep);
+            }
+        });
+        let mut inside = 0;
+        for _ in 0..5000 {
+            for path in ["d/e/f", "d/e/up/../f"] {
+                let walk = Walk::new(&actor).confined();
+                let place = walk.from(&root, &at("root"), Path::new(path));
+                if let Ok(Ok(text)) = place.as_ref().map(text_of) {
+                    assert_eq!(text, "inside");
+                    inside += 1;
+                }
+            }
+            let walk = Walk::new(&actor).confined().make_all();
+            let _ = walk.from(&root, &at("root"), Path::new("d/new/x"));
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(inside > 0);
+    });
+    assert!(!at("outside/new").exists());
+}

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsFd,
 };
 
 use grep_matcher::Matcher;
@@ -11,11 +11,7 @@ use grep_regex::RegexMatcher;
 use grep_searcher::{
     BinaryDetection, MmapChoice, Searcher, SearcherBuilder, Sink, SinkContext, SinkMatch,
 };
-use nix::{
-    errno::Errno,
-    fcntl::{OFlag, openat},
-    sys::stat::Mode,
-};
+use nix::{errno::Errno, fcntl::OFlag};
 
 use super::{
     Line, Match, Skip,
@@ -68,14 +64,9 @@ pub(super) fn search_file(
         return search.fail(busy);
     }
     // O_NONBLOCK: what was a file a moment ago can be a FIFO.
-    let flags = OFlag::O_RDONLY
-        | OFlag::O_NOFOLLOW
-        | OFlag::O_NONBLOCK
-        | OFlag::O_NOCTTY
-        | OFlag::O_CLOEXEC;
-    let opened = openat(candidate.dir.as_fd(), candidate.name.as_os_str(), flags, Mode::empty());
-    let file = match opened {
-        Ok(fd) => File::from(fd),
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    let file = match search.rights.open_in(&candidate.dir, &candidate.name, flags) {
+        Ok((file, ..)) => file,
         // Gone, or replaced by a link.
         Err(Errno::ENOENT | Errno::ELOOP) => return,
         Err(errno) => return search.skip(reason(errno), 1),
@@ -162,7 +153,7 @@ impl Lines<'_> {
         }
         let (search, candidate) = (self.search, self.candidate);
         let entry = self.entry.get_or_insert_with(|| {
-            search.entry(candidate.dir.as_raw_fd(), &candidate.name, &candidate.rel)
+            search.entry(candidate.dir.as_fd(), &candidate.name, &candidate.rel)
         });
         let line = Line {
             number: number.unwrap_or(0),

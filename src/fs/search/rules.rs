@@ -1,7 +1,7 @@
 //! What `.gitignore` and `.ignore` files say.
 
 use std::{
-    fs::File,
+    ffi::OsStr,
     io::{self, Read},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -13,9 +13,11 @@ use ignore::{
 };
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat},
-    sys::stat::{Mode, fstatat},
+    fcntl::{AtFlags, OFlag},
+    sys::stat::fstatat,
 };
+
+use crate::fs::actor::Rights;
 
 /// The longest file of rules that is obeyed.
 pub const MAX_IGNORE_FILE_BYTES: u64 = 256 << 10;
@@ -37,9 +39,9 @@ pub(super) struct Unusable;
 
 impl Rules {
     /// The rules of a directory that is open, and how many files of them are not usable.
-    pub(super) fn read(fd: &OwnedFd, dir: &Path) -> (Self, u64) {
+    pub(super) fn read(rights: &Rights, fd: &OwnedFd, dir: &Path) -> (Self, u64) {
         let mut unusable = 0;
-        let mut of = |name: &str| match rules_in(fd, name) {
+        let mut of = |name: &str| match rules_in(rights, fd, name) {
             Ok(rules) => rules,
             Err(Unusable) => {
                 unusable += 1;
@@ -47,7 +49,8 @@ impl Rules {
             }
         };
         let (git, own) = (of(".gitignore"), of(".ignore"));
-        let is_repository = fstatat(fd, ".git", AtFlags::AT_SYMLINK_NOFOLLOW).is_ok();
+        let is_repository =
+            rights.act(|| fstatat(fd, ".git", AtFlags::AT_SYMLINK_NOFOLLOW)).is_ok();
         (Self { dir: dir.to_owned(), git, own, is_repository }, unusable)
     }
 }
@@ -81,10 +84,10 @@ pub(super) fn leave_out<'a>(
     false
 }
 
-fn rules_in(dir: &OwnedFd, name: &str) -> Result<Option<Gitignore>, Unusable> {
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let file = match openat(dir, name, flags, Mode::empty()) {
-        Ok(fd) => File::from(fd),
+fn rules_in(rights: &Rights, dir: &OwnedFd, name: &str) -> Result<Option<Gitignore>, Unusable> {
+    // What others may have linked there is read with the user's rights, as any content.
+    let file = match rights.open_in(dir, OsStr::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
+        Ok((file, ..)) => file,
         Err(Errno::ENOENT) => return Ok(None),
         Err(_) => return Err(Unusable),
     };

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     ffi::{OsStr, OsString},
     fmt,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -13,11 +13,7 @@ use std::{
     time::Instant,
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{OFlag, open},
-    sys::stat::Mode,
-};
+use nix::{errno::Errno, fcntl::OFlag};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::mpsc::{self, error::TrySendError};
 
@@ -32,8 +28,10 @@ use crate::{
     },
     fs::{
         FsError, PathError,
-        entry::{Entry, EntryKind, Owners, stat_at},
-        path::{self, base_name, dir_of},
+        actor::{Actor, Rights},
+        entry::{Entry, EntryKind, Named, Owners},
+        path,
+        resolve::Walk,
     },
     guest::users::Users,
 };
@@ -56,9 +54,13 @@ pub struct Search {
     pub(super) query: Query,
     /// As it is shown.
     root: PathBuf,
+    /// The path of the directory that it is, or that it lies in, without links.
+    real: PathBuf,
     /// The root is a file.
     is_file: bool,
     users: Arc<Users>,
+    /// With whose rights the tree is read.
+    pub(super) rights: Rights,
     deadline: Instant,
     out: mpsc::Sender<Found>,
     matches: AtomicU64,
@@ -99,7 +101,7 @@ impl fmt::Debug for Search {
     }
 }
 
-/// Starts a search on a pool's threads; what it finds comes out of the channel, last a summary. It
+/// Starts a search on a pool's threads, on behalf of `actor`; what it finds comes out of the channel, last a summary. It
 /// stops when the channel is dropped. `slot` is held while it runs.
 ///
 /// # Errors
@@ -107,6 +109,7 @@ impl fmt::Debug for Search {
 pub async fn start(
     query: Query,
     path: PathBuf,
+    actor: Actor,
     users: Arc<Users>,
     files: &Arc<Pool>,
     slot: JobSlot,
@@ -114,16 +117,18 @@ pub async fn start(
     let at = path.clone();
     let begin = files.run(move || {
         stand_on_path(&at).map_err(FsError::from)?;
-        Ok::<_, SearchError>((open_root(&at)?, MountId::current()))
+        Ok::<_, SearchError>((open_root(&at, &actor)?, MountId::current()))
     });
-    let (begin, mount) = begin.await.map_err(FsError::from)??;
+    let ((begin, real, rights), mount) = begin.await.map_err(FsError::from)??;
     let (out, found) = mpsc::channel(MAX_WAITING_MATCHES);
     let search = Arc::new(Search {
         deadline: Instant::now() + query.timeout,
         query,
         root: path::clean(&path),
+        real,
         is_file: matches!(begin, Start::File(_)),
         users,
+        rights,
         out,
         matches: AtomicU64::new(0),
         searched: AtomicU64::new(0),
@@ -170,26 +175,31 @@ pub async fn start(
     Ok(found)
 }
 
-fn open_root(at: &Path) -> Result<Start, SearchError> {
-    let failed = |path: &Path, errno| match errno {
-        Errno::ENOENT => SearchError::NotFound(PathError::new("open", path, errno)),
-        _ => SearchError::Open(PathError::new("open", path, errno)),
+fn open_root(at: &Path, actor: &Actor) -> Result<(Start, PathBuf, Rights), SearchError> {
+    let failed = |errno| match errno {
+        Errno::ENOENT => SearchError::NotFound(PathError::new("open", at, errno)),
+        _ => SearchError::Open(PathError::new("open", at, errno)),
     };
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    match open(at, flags, Mode::empty()) {
-        Ok(fd) => return Ok(Start::Dir(fd)),
-        Err(Errno::ENOTDIR) => {}
-        Err(errno) => return Err(failed(at, errno)),
+    let place = Walk::new(actor).to(at).map_err(|error| match error.busy.clone() {
+        Some(busy) => SearchError::from(FsError::from(busy)),
+        None => failed(error.errno),
+    })?;
+    let rights = place.rights().clone();
+    let found = place.found().ok_or_else(|| failed(Errno::ENOENT))?;
+    if found.is_dir() {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK;
+        let (dir, ..) = place.open(flags).map_err(failed)?;
+        return Ok((Start::Dir(dir.into()), place.real().to_owned(), rights));
     }
-    let meta = std::fs::metadata(at).map_err(|error| failed(at, crate::fs::errno::of(&error)))?;
-    if !meta.is_file() {
+    if !found.is_file() {
         return Err(SearchError::Special(at.to_owned()));
     }
-    let real = path::eval_symlinks(at).unwrap_or_else(|_| at.to_owned());
-    let (parent, name) = (dir_of(&real), base_name(&real).to_owned());
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let dir = open(&parent, flags, Mode::empty()).map_err(|errno| failed(&parent, errno))?;
-    Ok(Start::File(Candidate { dir: Arc::new(dir), rel: PathBuf::from(&name), name }))
+    let dir = place.dir().try_clone_to_owned();
+    let dir = dir.map_err(|error| failed(crate::fs::errno::of(&error)))?;
+    let name = place.name().to_owned();
+    let file = Candidate { dir: Arc::new(dir), rel: PathBuf::from(&name), name };
+    let real = place.real().parent().unwrap_or_else(|| Path::new("/")).to_owned();
+    Ok((Start::File(file), real, rights))
 }
 
 impl Search {
@@ -295,7 +305,7 @@ impl Search {
     /// A name that matches.
     pub(super) fn found_name(&self, dir: &OwnedFd, name: &OsStr, rel: &Path, kind: EntryKind) {
         self.searched(1);
-        let entry = self.entry(dir.as_raw_fd(), name, rel);
+        let entry = self.entry(dir.as_fd(), name, rel);
         self.tell(Match { path: self.shown(rel), kind, line: None, entry });
     }
 
@@ -367,13 +377,20 @@ impl Search {
     }
 
     /// The entry, if it was asked for, read through the directory that is held open.
-    pub(super) fn entry(&self, dir: RawFd, name: &OsStr, rel: &Path) -> Option<Box<Entry>> {
+    pub(super) fn entry(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        rel: &Path,
+    ) -> Option<Box<Entry>> {
         if !self.query.options.include_entry {
             return None;
         }
-        let at = Path::new("/proc/self/fd").join(dir.to_string()).join(name);
+        let above = rel.parent().unwrap_or_else(|| Path::new(""));
+        let real = if self.is_file { self.real.clone() } else { self.real.join(above) };
         let shown = if self.is_file { self.root.clone() } else { self.root.join(rel) };
-        stat_at(&at, &shown, &mut Owners::new(&self.users)).ok().map(Box::new)
+        let named = Named::open(dir, &real, name, &self.rights).ok()?;
+        Some(Box::new(named.entry(&shown, &mut Owners::new(&self.users))))
     }
 
     fn summary(&self) -> Summary {

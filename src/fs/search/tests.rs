@@ -11,9 +11,19 @@ use std::{
 use super::*;
 use crate::{
     blocking::{JobSlots, Pool},
-    fs::Kind,
-    guest::users::Users,
+    fs::{
+        Kind,
+        actor::{Actor, FileAccess},
+    },
+    guest::users::{User, Users},
 };
+
+/// Whoever runs the tests.
+fn me() -> Actor {
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let user = User { name: "me".into(), uid, gid, home: "/".into(), groups: vec![gid] };
+    Actor::new(&user, FileAccess::Compatible)
+}
 
 struct Fixture {
     tmp: tempfile::TempDir,
@@ -47,7 +57,7 @@ impl Fixture {
         let slot = JobSlots::new(1).try_acquire().unwrap();
         let users = Arc::new(Users::system());
         let query = Query::new(options)?;
-        let mut found = start(query, path.to_owned(), users, &self.files, slot).await?;
+        let mut found = start(query, path.to_owned(), me(), users, &self.files, slot).await?;
         let mut matches = Vec::new();
         loop {
             match found.recv().await.expect("a summary comes") {
@@ -343,7 +353,7 @@ async fn a_search_that_nobody_listens_to_ends() {
     let slot = slots.try_acquire().unwrap();
     let query = Query::new(pattern("match")).unwrap();
     let users = Arc::new(Users::system());
-    let mut found = start(query, f.root(), users, &f.files, slot).await.unwrap();
+    let mut found = start(query, f.root(), me(), users, &f.files, slot).await.unwrap();
     found.recv().await.unwrap();
     drop(found);
     let again = tokio::time::timeout(Duration::from_secs(60), slots.acquire()).await;

@@ -13,9 +13,9 @@ use std::{
 use nix::{
     dir::{Dir, OwningIter, Type},
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat},
+    fcntl::AtFlags,
     sys::{
-        stat::{Mode, SFlag, fstat, fstatat},
+        stat::{SFlag, fstat, fstatat},
         statfs::fstatfs,
     },
 };
@@ -66,12 +66,11 @@ struct Level {
 }
 
 impl Level {
-    fn open(search: &Search, fd: OwnedFd, rel: PathBuf) -> Result<Self, Errno> {
-        let device = fstat(fd.as_fd())?.st_dev;
+    fn open(search: &Search, fd: OwnedFd, rel: PathBuf, device: u64) -> Result<Self, Errno> {
         // Its position is shared, but nothing else reads through the first one.
         let reading = fd.try_clone().map_err(|error| crate::fs::errno::of(&error))?;
         let rules = search.query.options.gitignore.then(|| {
-            let (rules, unusable) = Rules::read(&fd, &rel);
+            let (rules, unusable) = Rules::read(&search.rights, &fd, &rel);
             search.skip(Skip::IgnoreFile, unusable);
             rules
         });
@@ -82,7 +81,9 @@ impl Level {
 
 /// Walks the tree below a directory and hands what it finds to the search.
 pub(super) fn walk(search: &Search, root: OwnedFd) {
-    let mut levels = match Level::open(search, root, PathBuf::new()) {
+    let device = fstat(root.as_fd()).map(|stat| stat.st_dev);
+    let top = device.and_then(|device| Level::open(search, root, PathBuf::new(), device));
+    let mut levels = match top {
         Ok(level) => vec![level],
         Err(errno) => return search.skip(reason(errno), 1),
     };
@@ -127,7 +128,7 @@ fn look_at(search: &Search, levels: &[Level], name: &OsStr, kind: Option<Type>) 
         return None;
     }
     // Without a type it has just gone.
-    let kind = kind.or_else(|| type_of(&level.fd, name))?;
+    let kind = kind.or_else(|| search.rights.perform(|| type_of(&level.fd, name))?)?;
     let is_dir = kind == Type::Directory;
     let rel = level.rel.join(name);
     if search.query.excludes(&rel, is_dir)
@@ -170,17 +171,14 @@ fn descend(
         search.skip(Skip::TooDeep, 1);
         return None;
     }
-    let flags = OFlag::O_RDONLY
-        | OFlag::O_DIRECTORY
-        | OFlag::O_NOFOLLOW
-        | OFlag::O_NONBLOCK
-        | OFlag::O_CLOEXEC;
     if let Err(busy) = stand_on_child(above.fd.as_fd(), name) {
         search.fail(busy);
         return None;
     }
-    let opened = openat(above.fd.as_fd(), name, flags, Mode::empty())
-        .and_then(|fd| Level::open(search, fd, rel));
+    let opened = search
+        .rights
+        .enter(&above.fd, name)
+        .and_then(|(fd, stat)| Level::open(search, fd, rel, stat.st_dev));
     match opened {
         Ok(level) if level.device != above.device && is_virtual(&level.fd) => {
             search.skip(Skip::Virtual, 1);

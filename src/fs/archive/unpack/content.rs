@@ -8,23 +8,20 @@ use std::{
     ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat, renameat},
-    sys::stat::{Mode, SFlag, fstatat, futimens},
+    fcntl::{AtFlags, OFlag, renameat},
+    sys::stat::{FileStat, SFlag, fstatat, futimens},
     unistd::{UnlinkatFlags, unlinkat},
 };
 use tar::{Entry, EntryType};
 
 use super::{Unpacking, bad, mtime, sparse::Sparse};
-use crate::fs::{FsError, errno, staged::change_owner, unnamed::with_new_name};
+use crate::fs::{FsError, errno, resolve::Place, staged::change_owner, unnamed::with_new_name};
 
 /// The bytes of content that are written at a time.
 pub(super) const PIECE: usize = 64 << 10;
@@ -33,41 +30,46 @@ pub(super) const PIECE: usize = 64 << 10;
 /// it is unlinked.
 struct NewFile<'a> {
     file: File,
-    dir: &'a OwnedFd,
-    /// The name that it is to have.
-    name: &'a OsStr,
+    /// Where it is to be.
+    place: &'a Place,
     /// The one that it has, where something else has the right one.
     beside: Option<OsString>,
     done: bool,
 }
 
 impl<'a> NewFile<'a> {
-    fn create(dir: &'a OwnedFd, name: &'a OsStr) -> nix::Result<Self> {
-        let flags =
-            OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-        let private = Mode::S_IRUSR | Mode::S_IWUSR;
-        match openat(dir, name, flags, private) {
-            Ok(fd) => return Ok(Self { file: fd.into(), dir, name, beside: None, done: false }),
+    fn create(place: &'a Place) -> nix::Result<Self> {
+        let create = |name: &OsStr| {
+            let private = 0o600;
+            place.rights().create_in(&place.dir(), name, OFlag::O_WRONLY, private)
+        };
+        match create(place.name()) {
+            Ok(file) => return Ok(Self { file, place, beside: None, done: false }),
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }
         // Told now, and not once all of the content has come.
-        let there = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW);
-        if there.is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits()) {
+        if stat_at(place, place.name())
+            .is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits())
+        {
             return Err(Errno::EISDIR);
         }
-        let (fd, name_beside) = with_new_name(|name| openat(dir, name, flags, private))?;
-        let beside = Some(name_beside);
-        Ok(Self { file: fd.into(), dir, name, beside, done: false })
+        let (file, beside) = with_new_name(create)?;
+        Ok(Self { file, place, beside: Some(beside), done: false })
     }
 
     fn publish(mut self) -> nix::Result<()> {
         if let Some(beside) = &self.beside {
-            renameat(self.dir, beside.as_os_str(), self.dir, self.name)?;
+            let (dir, name) = (self.place.dir(), self.place.name());
+            self.place.rights().act(|| renameat(dir, beside.as_os_str(), dir, name))?;
         }
         self.done = true;
         Ok(())
     }
+}
+
+fn stat_at(place: &Place, name: &OsStr) -> nix::Result<FileStat> {
+    place.rights().act(|| fstatat(place.dir(), name, AtFlags::AT_SYMLINK_NOFOLLOW))
 }
 
 impl Drop for NewFile<'_> {
@@ -75,14 +77,15 @@ impl Drop for NewFile<'_> {
         if self.done {
             return;
         }
-        let name = self.beside.as_deref().unwrap_or(self.name);
+        let name = self.beside.as_deref().unwrap_or_else(|| self.place.name());
         // Only what is still ours.
         let ours = self.file.metadata().is_ok_and(|own| {
-            fstatat(self.dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+            stat_at(self.place, name)
                 .is_ok_and(|there| (there.st_dev, there.st_ino) == (own.dev(), own.ino()))
         });
-        if ours && let Err(error) = unlinkat(self.dir.as_fd(), name, UnlinkatFlags::NoRemoveDir) {
-            tracing::warn!(?name, %error, "half an unpacked file stays");
+        let unlink = || unlinkat(self.place.dir(), name, UnlinkatFlags::NoRemoveDir);
+        if ours && let Err(error) = self.place.rights().act(unlink) {
+            tracing::warn!(?name, %error, "could not remove an incomplete file");
         }
     }
 }
@@ -95,8 +98,8 @@ impl Unpacking<'_> {
         sparse: Option<Sparse>,
         entry: &mut Entry<'_, R>,
     ) -> Result<(), FsError> {
-        let (dir, name) = self.parent(relative)?;
-        let new = NewFile::create(&dir, name).map_err(|errno| match errno {
+        let place = self.place(relative)?;
+        let new = NewFile::create(&place).map_err(|errno| match errno {
             Errno::EISDIR => FsError::Exists(self.path.join(relative)),
             errno => self.failed("create", relative, errno),
         })?;
@@ -114,13 +117,15 @@ impl Unpacking<'_> {
                 }
             }
         };
-        change_owner(file, &self.path.join(relative), self.owner_of(entry)?)?;
-        // Before the mode, which may forbid it to all but root.
-        self.attributes(file, relative, entry)?;
-        self.set_mode(file, relative, mode)?;
-        let modified = mtime(entry);
-        futimens(file, &modified, &modified)
-            .map_err(|errno| self.failed("utimes", relative, errno))?;
+        self.apply(place.rights(), relative, || {
+            change_owner(file, &self.path.join(relative), self.owner_of(entry)?)?;
+            // Before the mode, which may forbid it to all but root.
+            self.attributes(file, relative, entry)?;
+            self.set_mode(file, relative, mode)?;
+            let modified = mtime(entry);
+            futimens(file, &modified, &modified)
+                .map_err(|errno| self.failed("utimes", relative, errno))
+        })?;
         new.publish().map_err(|errno| match errno {
             Errno::EISDIR => FsError::Exists(self.path.join(relative)),
             errno => self.failed("rename", relative, errno),

@@ -301,7 +301,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         files,
         uploads: Slots::new(MAX_UPLOADS),
         listings: JobSlots::new(MAX_LISTINGS),
-        searches: JobSlots::new(MAX_SEARCHES),
+        searches: Slots::new(MAX_SEARCHES),
         access: Arc::new(access),
         template: Arc::new(template),
         limits: wire.clone(),

@@ -40,6 +40,7 @@ mod sync;
 pub mod sys;
 pub mod telemetry;
 pub mod template;
+pub mod to_client;
 pub mod version;
 pub mod wait;
 pub mod wire;

@@ -34,7 +34,8 @@ pub const MAX_UPLOADS: usize = 64;
 /// [`MAX_LIST_ENTRIES`](crate::fs::dir::MAX_LIST_ENTRIES) entries.
 pub const MAX_LISTINGS: usize = 4;
 
-/// The searches at a time; others wait. Each may hold two threads, and in each a line of 8 MiB.
+/// The searches at a time; others wait, and one whose client drips makes room for them. Each may hold two
+/// threads, and in each a line of 8 MiB.
 pub const MAX_SEARCHES: usize = 4;
 
 /// The sandbox that this daemon serves.
@@ -57,7 +58,7 @@ pub struct Sandbox {
     /// Who may list directories: [`MAX_LISTINGS`] at a time.
     pub listings: JobSlots,
     /// Who may search: [`MAX_SEARCHES`] at a time.
-    pub searches: JobSlots,
+    pub searches: Arc<Slots>,
     /// Who may call.
     pub access: Arc<Access>,
     /// Its template, and whether that is ready.

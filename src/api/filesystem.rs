@@ -17,7 +17,7 @@ use super::{
     search, status, watch,
 };
 use crate::{
-    blocking::{JobSlot, JobSlots, Pool},
+    blocking::Pool,
     fs::{
         FsError,
         actor::Actor,
@@ -30,10 +30,12 @@ use crate::{
     guest::users::{User, Users},
     proto::filesystem::{self as pb, filesystem_server::Filesystem},
     sandbox::Sandbox,
+    slots::{Slot, Slots},
     wire::metadata::ResponseMetadata,
 };
 
-/// The copies, archives and extractions at a time; others wait. Each holds a thread and up to
+/// The copies, archives and extractions at a time; others wait, and an archive or extraction whose client
+/// drips makes room for them. Each holds a thread and up to
 /// [`MAX_LEVELS`](crate::fs::MAX_LEVELS) directories, a copy two of each.
 pub const MAX_TREES: usize = 4;
 
@@ -42,7 +44,7 @@ pub const MAX_TREES: usize = 4;
 pub struct Files {
     sandbox: Arc<Sandbox>,
     uploads: Arc<Uploads>,
-    trees: JobSlots,
+    trees: Arc<Slots>,
 }
 
 /// What a call needs besides its message.
@@ -58,7 +60,8 @@ pub(super) struct Call<T> {
 impl Files {
     /// Serves a sandbox's files.
     pub fn new(sandbox: Arc<Sandbox>) -> Self {
-        let (uploads, trees) = (Uploads::new(), JobSlots::new(MAX_TREES));
+        let uploads = Uploads::new();
+        let trees = Slots::with_pieces(MAX_TREES, archive::CHUNK as u64);
         let kept = Arc::downgrade(&uploads);
         let evict = move || kept.upgrade().is_some_and(|kept| kept.evict_oldest());
         sandbox.processes.on_exhaustion(evict);
@@ -82,8 +85,8 @@ impl Files {
     }
 
     /// Waits until work on a whole tree may begin.
-    pub(super) async fn tree_slot(&self) -> JobSlot {
-        self.trees.acquire().await
+    pub(super) async fn tree_slot(&self) -> Arc<Slot> {
+        self.trees.wait().await
     }
 
     pub(super) fn sandbox(&self) -> &Sandbox {

@@ -3,7 +3,6 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::Stream;
-use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -20,6 +19,7 @@ use crate::{
         },
     },
     proto::filesystem::{self as pb, search_response, search_summary},
+    to_client::FromThread,
 };
 
 pub(super) type SearchStream =
@@ -35,7 +35,7 @@ pub(super) async fn search(
     let failed = |error: SearchError| status::of_search(&error);
     let query = options(call.message).and_then(Query::new).map_err(failed)?;
     let sandbox = files.sandbox();
-    let slot = sandbox.searches.acquire().await;
+    let slot = sandbox.searches.wait().await;
     let users = Arc::clone(&sandbox.users);
     let found = search::start(query, path, call.actor, users, &sandbox.files, slot);
     let found = found.await.map_err(failed)?;
@@ -78,7 +78,7 @@ fn options(request: pb::SearchRequest) -> Result<SearchOptions, SearchError> {
 
 /// What a search finds, as it comes.
 struct Results {
-    found: mpsc::Receiver<Found>,
+    found: FromThread<Found>,
     view: View,
 }
 
@@ -95,6 +95,7 @@ impl Source for Results {
                 Step::Last(response(search_response::Event::Summary(summarized(summary))))
             }
             Some(Found::Failed(busy)) => Step::Error(status::of_own_files(&busy.into())),
+            None if self.found.is_evicted() => Step::Error(status::of_eviction()),
             None => {
                 Step::Error(Status::internal("the search broke down; the daemon's log says why"))
             }

@@ -28,6 +28,12 @@ pub(super) fn of_search(error: &SearchError) -> Status {
     Status::new(code_of(error.kind()), error.to_string())
 }
 
+/// The status of a call whose client was too slow while others waited.
+pub(super) fn of_eviction() -> Status {
+    let text = "too many calls of this kind: the client of this one was the slowest while another waited; try again";
+    Status::unavailable(text)
+}
+
 fn code_of(kind: Kind) -> Code {
     match kind {
         Kind::InvalidArgument => Code::InvalidArgument,

@@ -4,6 +4,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     os::unix::net::UnixStream,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -133,4 +134,138 @@ fn uploads_that_drip_make_room_for_newcomers() {
     eventually("it is gone", || {
         (std::fs::read_dir(dir.path()).unwrap().count() < 64 + 8).then_some(())
     });
+}
+
+/// The head of a call whose messages are framed as Connect has it, and its first message.
+fn framed(method: &str, length: usize, message: &str) -> Vec<u8> {
+    let frame = frame(message);
+    let head = format!(
+        "POST /filesystem.Filesystem/{method} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
+        frame.len() + length
+    );
+    [head.into_bytes(), frame].concat()
+}
+
+fn frame(message: &str) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap();
+    [&[0][..], &length.to_be_bytes(), message.as_bytes()].concat()
+}
+
+/// Whether a call that needs a slot ends well, while the calls that hold all slots drip.
+fn served_beside(
+    dripping: &mut [TcpStream],
+    mut drip: impl FnMut(&mut TcpStream),
+    call: &[u8],
+    daemon: &Daemon,
+    ending: &str,
+) {
+    std::thread::scope(|scope| {
+        let newcomer = scope.spawn(|| {
+            for number in 0..2 {
+                let mut stream = open(daemon);
+                stream.write_all(call).unwrap();
+                let (mut answer, mut some) = (Vec::new(), [0; 4096]);
+                while !String::from_utf8_lossy(&answer).contains(ending) {
+                    let read = stream.read(&mut some).expect("it is answered");
+                    answer.extend(&some[..read]);
+                    assert!(read > 0, "{number}: {}", String::from_utf8_lossy(&answer));
+                }
+            }
+        });
+        while !newcomer.is_finished() {
+            dripping.iter_mut().for_each(&mut drip);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        newcomer.join().unwrap();
+    });
+}
+
+/// Takes a byte of what there is.
+fn sip(stream: &mut TcpStream) {
+    stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+    let _ = stream.read(&mut [0]);
+}
+
+/// What the first of these calls says that was given up.
+fn told_why(dripping: Vec<TcpStream>) -> bool {
+    dripping.into_iter().any(|mut stream| {
+        stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        String::from_utf8_lossy(&rest).contains("the slowest while another waited")
+    })
+}
+
+fn copy_call(dir: &Path) -> Vec<u8> {
+    std::fs::write(dir.join("small"), "small").unwrap();
+    let body = format!(r#"{{"source":"{0}/small","destination":"{0}/copy"}}"#, dir.display());
+    let head = format!(
+        "POST /filesystem.Filesystem/Copy HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head, body].concat().into_bytes()
+}
+
+#[test]
+fn archives_that_nobody_takes_make_room() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    // Sparse, and more than lies between the two ends of a connection.
+    std::fs::File::create(dir.path().join("large")).unwrap().set_len(256 << 20).unwrap();
+    let call = framed("Archive", 0, &format!(r#"{{"path":"{}/large"}}"#, dir.path().display()));
+    let mut dripping: Vec<_> = (0..6)
+        .map(|_| {
+            let mut stream = open(&daemon);
+            stream.write_all(&call).unwrap();
+            stream
+        })
+        .collect();
+    served_beside(&mut dripping, sip, &copy_call(dir.path()), &daemon, r#""entries":"1""#);
+    assert!(told_why(dripping));
+}
+
+#[test]
+fn extractions_that_drip_make_room() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let start = format!(r#"{{"start":{{"path":"{}/out"}}}}"#, dir.path().display());
+    let call = framed("Extract", 1 << 20, &start);
+    let mut dripping: Vec<_> = (0..6)
+        .map(|_| {
+            let mut stream = open(&daemon);
+            stream.write_all(&call).unwrap();
+            stream
+        })
+        .collect();
+    let drip = |stream: &mut TcpStream| {
+        let _ = stream.write_all(&frame(r#"{"data":"AA=="}"#));
+    };
+    served_beside(&mut dripping, drip, &copy_call(dir.path()), &daemon, r#""entries":"1""#);
+    assert!(told_why(dripping));
+}
+
+#[test]
+fn searches_that_nobody_takes_make_room() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let line = [vec![b'x'; 60_000], b"\n".to_vec()].concat();
+    std::fs::write(dir.path().join("large"), line.repeat(500)).unwrap();
+    std::fs::write(dir.path().join("small"), "y\n").unwrap();
+    let search = |pattern: &str| {
+        let message = format!(
+            r#"{{"path":"{}","pattern":"{pattern}","maxLineBytes":65536,"maxBytesReturned":"268435456","timeout":"3000s"}}"#,
+            dir.path().display()
+        );
+        framed("Search", 0, &message)
+    };
+    let call = search("x");
+    let mut dripping: Vec<_> = (0..6)
+        .map(|_| {
+            let mut stream = open(&daemon);
+            stream.write_all(&call).unwrap();
+            stream
+        })
+        .collect();
+    served_beside(&mut dripping, sip, &search("y"), &daemon, r#""summary""#);
+    assert!(told_why(dripping));
 }

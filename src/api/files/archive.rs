@@ -11,7 +11,7 @@ use std::{
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{Stream, future::BoxFuture, stream};
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{next_message, no_start, second_start};
@@ -26,10 +26,12 @@ use crate::{
         archive::{self, Compression},
     },
     proto::filesystem::{self as pb, extract_request::Event},
+    slots::Slot,
+    to_client::{self, FromThread, ToClient},
 };
 
 /// The bytes of one message of an archive.
-const CHUNK: usize = 128 << 10;
+pub(in crate::api) const CHUNK: usize = 128 << 10;
 /// The messages between a thread and its client.
 const MESSAGES: usize = 4;
 
@@ -45,7 +47,7 @@ pub(in crate::api) async fn archive(
     let compression = compression(call.message.compression()).unwrap_or(Compression::None);
     let actor = call.actor;
     let slot = files.tree_slot().await;
-    let (sender, chunks) = mpsc::channel(MESSAGES);
+    let (sender, chunks) = to_client::channel(MESSAGES, Arc::clone(&slot));
     let stop = Arc::new(AtomicBool::new(false));
     let left = SetOnDrop(Arc::clone(&stop));
     let (users, pool) = (files.users(), Arc::clone(files.pool()));
@@ -62,23 +64,26 @@ pub(in crate::api) async fn archive(
             };
             leave_mount();
             // Nobody is there who would miss it.
-            let _ = out.sender.blocking_send(last);
+            let _ = out.sender.send_slowly(last, 0);
         });
         done.await.map_err(|busy| status::of_own_files(&busy.into()))
     };
     let mut content = Content { chunks, work: Some(Box::pin(work)), _left: left };
     let first = content.next().await?;
-    let rest = stream::try_unfold((content, first), async |(mut content, now)| {
-        let Some(data) = now else { return Ok(None) };
-        let next = content.next().await?;
-        Ok(Some((pb::ArchiveResponse { data }, (content, next))))
+    // Its first part comes, or its error, before there is an answer; then nothing is held here.
+    let rest = stream::try_unfold((content, Some(first)), async |(mut content, first)| {
+        let now = match first {
+            Some(first) => first,
+            None => content.next().await?,
+        };
+        Ok(now.map(|data| (pb::ArchiveResponse { data }, (content, None))))
     });
     Ok(Response::new(Box::pin(rest)))
 }
 
 /// An archive as it comes from its thread.
 struct Content {
-    chunks: mpsc::Receiver<Result<Option<Bytes>, Status>>,
+    chunks: FromThread<Result<Option<Bytes>, Status>>,
     /// None once the thread is done.
     work: Option<BoxFuture<'static, Result<(), Status>>>,
     _left: SetOnDrop,
@@ -97,7 +102,11 @@ impl Content {
                 }
             }
         }
-        self.chunks.recv().await.unwrap_or_else(broken)
+        match self.chunks.recv().await {
+            Some(chunk) => chunk,
+            None if self.chunks.is_evicted() => Err(status::of_eviction()),
+            None => broken(),
+        }
     }
 }
 
@@ -118,22 +127,19 @@ fn compression(compression: pb::Compression) -> Option<Compression> {
 
 /// What a thread writes, for the client: data, then none at the end, or an error.
 struct Chunks {
-    sender: mpsc::Sender<Result<Option<Bytes>, Status>>,
+    sender: ToClient<Result<Option<Bytes>, Status>>,
     held: BytesMut,
 }
 
 impl Chunks {
     fn send(&mut self) -> io::Result<()> {
         let chunk = self.held.split().freeze();
-        let chunk = match self.sender.try_send(Ok(Some(chunk))) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Full(chunk) | TrySendError::Closed(chunk)) => chunk,
-        };
+        let length = chunk.len();
+        let Err(chunk) = self.sender.try_send(Ok(Some(chunk)), length) else { return Ok(()) };
         // A slow client does not make a mount one that hangs.
         let mount = MountId::current();
         leave_mount();
-        let sent = self.sender.blocking_send(chunk);
-        sent.map_err(|_| io::Error::other("the caller has left"))?;
+        self.sender.send_slowly(chunk, length).map_err(io::Error::other)?;
         Ok(stand_on_again(mount)?)
     }
 }
@@ -171,16 +177,19 @@ pub(in crate::api) async fn extract(
     let (sender, chunks) = mpsc::channel(MESSAGES);
     let stop = Arc::new(AtomicBool::new(false));
     let _left = SetOnDrop(Arc::clone(&stop));
+    let used = Arc::clone(&slot);
     let mut work = pin!(files.pool().run(move || {
-        slot.use_here();
+        used.use_here();
         stand_on_path(&path)?;
-        let input = Input { chunks, now: Bytes::new(), ended: false };
+        let input = Input { chunks, now: Bytes::new(), ended: false, slot: used };
         archive::extract(&path, &actor, input, compression, preserve, &stop)
     }));
     let done = tokio::select! {
         biased;
+        // The thread sees that its input breaks off.
+        () = slot.evicted() => return Err(status::of_eviction()),
         done = &mut work => done,
-        fed = feed(&mut requests, &sender) => match fed {
+        fed = feed(&mut requests, &sender, &slot) => match fed {
             // The thread sees that its input breaks off.
             Err(status) => return Err(status),
             Ok(()) => work.await,
@@ -195,11 +204,15 @@ pub(in crate::api) async fn extract(
 async fn feed(
     requests: &mut Streaming<pb::ExtractRequest>,
     sender: &mpsc::Sender<Option<Bytes>>,
+    slot: &Slot,
 ) -> Result<(), Status> {
     loop {
         let chunk = match next_message(requests).await? {
             None => None,
-            Some(pb::ExtractRequest { event: Some(Event::Data(data)) }) => Some(data),
+            Some(pb::ExtractRequest { event: Some(Event::Data(data)) }) => {
+                slot.progress(data.len());
+                Some(data)
+            }
             Some(pb::ExtractRequest { event: Some(Event::Start(_)) }) => {
                 return Err(second_start());
             }
@@ -221,6 +234,7 @@ struct Input {
     chunks: mpsc::Receiver<Option<Bytes>>,
     now: Bytes,
     ended: bool,
+    slot: Arc<Slot>,
 }
 
 impl Read for Input {
@@ -232,7 +246,7 @@ impl Read for Input {
                     // As above.
                     let mount = MountId::current();
                     leave_mount();
-                    let chunk = self.chunks.blocking_recv();
+                    let chunk = self.slot.wait_for_client(self.chunks.recv()).flatten();
                     stand_on_again(mount)?;
                     chunk
                 }

@@ -43,6 +43,18 @@ pub enum Found {
     Failed(MountBusy),
 }
 
+impl Found {
+    /// The bytes of its path and line.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Match(found) => {
+                found.path.len() + found.line.as_ref().map_or(0, |line| line.bytes.len())
+            }
+            Self::Summary(_) | Self::Failed(_) => 0,
+        }
+    }
+}
+
 /// A line that matches, a line around it, or a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Match {

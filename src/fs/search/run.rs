@@ -15,7 +15,6 @@ use std::{
 
 use nix::{errno::Errno, fcntl::OFlag};
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{
     Found, Match, Query, SearchError, Skip, Summary, Truncation,
@@ -23,9 +22,7 @@ use super::{
     walk::walk,
 };
 use crate::{
-    blocking::{
-        Busy, JobSlot, MountBusy, MountId, Pool, leave_mount, stand_on_again, stand_on_path,
-    },
+    blocking::{Busy, MountBusy, MountId, Pool, leave_mount, stand_on_again, stand_on_path},
     fs::{
         FsError, PathError,
         actor::{Actor, Rights},
@@ -34,12 +31,17 @@ use crate::{
         resolve::Walk,
     },
     guest::users::Users,
+    slots::Slot,
+    to_client::{self, FromThread, ToClient},
 };
 
 /// The matches that wait for the client; the search waits with them.
 pub const MAX_WAITING_MATCHES: usize = 64;
 /// The files that wait for the second thread; beyond it the first one searches them.
 pub const MAX_QUEUED_FILES: usize = 64;
+
+/// What a match takes besides its path and line.
+const MATCH_BYTES: usize = 64;
 
 /// A file to be searched: its name in a directory that is held open.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ pub struct Search {
     /// With whose rights the tree is read.
     pub(super) rights: Rights,
     deadline: Instant,
-    out: mpsc::Sender<Found>,
+    out: ToClient<Found>,
     matches: AtomicU64,
     searched: AtomicU64,
     bytes_read: AtomicU64,
@@ -112,15 +114,15 @@ pub async fn start(
     actor: Actor,
     users: Arc<Users>,
     files: &Arc<Pool>,
-    slot: JobSlot,
-) -> Result<mpsc::Receiver<Found>, SearchError> {
+    slot: Arc<Slot>,
+) -> Result<FromThread<Found>, SearchError> {
     let at = path.clone();
     let begin = files.run(move || {
         stand_on_path(&at).map_err(FsError::from)?;
         Ok::<_, SearchError>((open_root(&at, &actor)?, MountId::current()))
     });
     let ((begin, real, rights), mount) = begin.await.map_err(FsError::from)??;
-    let (out, found) = mpsc::channel(MAX_WAITING_MATCHES);
+    let (out, found) = to_client::channel(MAX_WAITING_MATCHES, Arc::clone(&slot));
     let search = Arc::new(Search {
         deadline: Instant::now() + query.timeout,
         query,
@@ -350,14 +352,12 @@ impl Search {
 
     /// Sends to the client; whether it is there.
     fn send(&self, found: Found) -> bool {
-        let found = match self.out.try_send(found) {
-            Ok(()) => return true,
-            Err(TrySendError::Full(found) | TrySendError::Closed(found)) => found,
-        };
+        let bytes = MATCH_BYTES + found.bytes();
+        let Err(found) = self.out.try_send(found, bytes) else { return true };
         // A slow client does not make a mount one that hangs.
         let mount = MountId::current();
         leave_mount();
-        let sent = self.out.blocking_send(found).is_ok();
+        let sent = self.out.send_slowly(found, bytes).is_ok();
         if let Err(busy) = stand_on_again(mount) {
             self.fail(busy);
         }

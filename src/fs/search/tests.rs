@@ -10,12 +10,13 @@ use std::{
 
 use super::*;
 use crate::{
-    blocking::{JobSlots, Pool},
+    blocking::Pool,
     fs::{
         Kind,
         actor::{Actor, FileAccess},
     },
     guest::users::{User, Users},
+    slots::Slots,
 };
 
 /// Whoever runs the tests.
@@ -54,7 +55,7 @@ impl Fixture {
         path: &Path,
         options: SearchOptions,
     ) -> Result<(Vec<Match>, Summary), SearchError> {
-        let slot = JobSlots::new(1).try_acquire().unwrap();
+        let slot = Slots::new(1).wait().await;
         let users = Arc::new(Users::system());
         let query = Query::new(options)?;
         let mut found = start(query, path.to_owned(), me(), users, &self.files, slot).await?;
@@ -349,14 +350,14 @@ async fn file_systems_of_the_kernel_are_searched_only_by_their_own_path() {
 #[tokio::test]
 async fn a_search_that_nobody_listens_to_ends() {
     let f = Fixture::new(&[("f", &"match\n".repeat(100_000))]);
-    let slots = JobSlots::new(1);
-    let slot = slots.try_acquire().unwrap();
+    let slots = Slots::new(1);
+    let slot = slots.wait().await;
     let query = Query::new(pattern("match")).unwrap();
     let users = Arc::new(Users::system());
     let mut found = start(query, f.root(), me(), users, &f.files, slot).await.unwrap();
     found.recv().await.unwrap();
     drop(found);
-    let again = tokio::time::timeout(Duration::from_secs(60), slots.acquire()).await;
+    let again = tokio::time::timeout(Duration::from_secs(60), slots.wait()).await;
     assert!(again.is_ok(), "its slot comes back");
 }
 

@@ -35,7 +35,7 @@ pub(super) async fn watch_dir(
         cursors: call.message.cursors || from.is_some(),
     };
     let watches = &files.sandbox().watches;
-    let follower = watches.follow(&path, options, from).await;
+    let follower = watches.follow(&path, &call.actor, options, from).await;
     let follower = follower.map_err(|error| status::of_files(&error))?;
     call.view.announce(call.metadata.as_ref());
     let start = watch_dir_response::StartEvent { cursor: follower.start() };
@@ -56,7 +56,7 @@ pub(super) async fn create_watcher(
         allow_network_mounts: call.message.allow_network_mounts,
         cursors: call.message.cursors,
     };
-    let created = files.sandbox().watches.create_polled(&path, options).await;
+    let created = files.sandbox().watches.create_polled(&path, &call.actor, options).await;
     let watcher_id = created.map_err(|error| status::of_files(&error))?;
     call.view.announce(call.metadata.as_ref());
     Ok(Response::new(pb::CreateWatcherResponse { watcher_id }))

@@ -1,4 +1,4 @@
-//! Copy, Archive, Extract and Search: a program of a user plants links, hard links, set-id
+//! Copy, Archive, Extract, Search and watches: a program of a user plants links, hard links, set-id
 //! bits and archives, and exchanges directories for links, in order to have the daemon reach with root's
 //! rights what it may not reach itself.
 
@@ -13,12 +13,15 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use envd::proto::filesystem::{
-    ArchiveRequest, ArchiveResponse, CopyRequest, CopyResponse, ExtractRequest, ExtractResponse,
-    SearchRequest, SearchResponse, extract_request, search_response,
+    ArchiveRequest, ArchiveResponse, CopyRequest, CopyResponse, CreateWatcherRequest,
+    CreateWatcherResponse, ExtractRequest, ExtractResponse, GetWatcherEventsRequest,
+    GetWatcherEventsResponse, RemoveWatcherRequest, RemoveWatcherResponse, SearchRequest,
+    SearchResponse, extract_request, search_response,
 };
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
@@ -125,7 +128,17 @@ impl World {
 
     /// Exchanges two names all the time while `round` is called again and again; how often that
     /// succeeded.
-    async fn race(&self, (a, b): (&str, &str), mut round: impl AsyncFnMut(usize) -> bool) -> usize {
+    async fn race(&self, names: (&str, &str), round: impl AsyncFnMut(usize) -> bool) -> usize {
+        self.race_with_pauses(names, Duration::ZERO, round).await
+    }
+
+    /// As [`Self::race`], with a pause after each exchange.
+    async fn race_with_pauses(
+        &self,
+        (a, b): (&str, &str),
+        pause: Duration,
+        mut round: impl AsyncFnMut(usize) -> bool,
+    ) -> usize {
         let before = self.outside();
         let stop = Arc::new(AtomicBool::new(false));
         let swapping = std::thread::spawn({
@@ -134,6 +147,9 @@ impl World {
                 while !stop.load(Ordering::Relaxed) {
                     let flags = RenameFlags::RENAME_EXCHANGE;
                     let _ = renameat2(AT_FDCWD, a.as_str(), AT_FDCWD, b.as_str(), flags);
+                    if !pause.is_zero() {
+                        std::thread::sleep(pause);
+                    }
                 }
             }
         });
@@ -201,6 +217,31 @@ async fn search(client: &Client, path: &str, pattern: &str) -> Result<String, Fa
     Ok(told)
 }
 
+async fn watch(client: &Client, path: &str) -> Result<String, Failure> {
+    let request = CreateWatcherRequest {
+        path: path.to_owned(),
+        recursive: true,
+        ..CreateWatcherRequest::default()
+    };
+    let made: CreateWatcherResponse =
+        client.unary("/filesystem.Filesystem/CreateWatcher", &request).await?;
+    Ok(made.watcher_id)
+}
+
+async fn told(client: &Client, watcher_id: &str) -> Vec<String> {
+    let request =
+        GetWatcherEventsRequest { watcher_id: watcher_id.to_owned(), ..Default::default() };
+    let events: GetWatcherEventsResponse =
+        client.unary("/filesystem.Filesystem/GetWatcherEvents", &request).await.unwrap();
+    events.events.into_iter().map(|event| event.name).collect()
+}
+
+async fn unwatch(client: &Client, watcher_id: String) {
+    let request = RemoveWatcherRequest { watcher_id };
+    let _: RemoveWatcherResponse =
+        client.unary("/filesystem.Filesystem/RemoveWatcher", &request).await.unwrap();
+}
+
 /// An entry of an archive: type, name, mode, owner, and content or target.
 type Entry<'a> = (tar::EntryType, &'a str, u32, u32, &'a str);
 
@@ -255,8 +296,15 @@ async fn trees_behind_planted_links_are_read_and_written_with_the_users_rights()
     refused(search(&user, &world.at("home/data"), "secret").await);
     let found = search(&user, &world.at("home/etc"), "secret").await.unwrap();
     assert_eq!(found, "");
+    refused(watch(&user, &world.at("home/data")).await);
     assert_eq!(world.outside(), before);
 
+    // A link to what the user may read is as good as the path.
+    let id = watch(&user, &world.at("home/etc")).await.unwrap();
+    fs::write(world.path("etc/new"), "").unwrap();
+    assert!(told(&user, &id).await.contains(&"new".to_owned()));
+    fs::remove_file(world.path("etc/new")).unwrap();
+    unwatch(&user, id).await;
     // What the client names itself is root's business, and so is what a caller does who acts as root.
     copy(&user, &world.at("root/secret"), &world.at("home/named"), false).await.unwrap();
     assert_eq!(fs::metadata(world.path("home/named")).unwrap().uid(), UID);
@@ -265,6 +313,8 @@ async fn trees_behind_planted_links_are_read_and_written_with_the_users_rights()
         .unwrap();
     archive(&user, &world.at("root")).await.unwrap();
     assert!(!search(&user, &world.at("root"), "secret").await.unwrap().is_empty());
+    let id = watch(&user, &world.at("root")).await.unwrap();
+    unwatch(&user, id).await;
 }
 
 #[tokio::test]
@@ -277,6 +327,7 @@ async fn a_strict_daemon_reads_no_tree_that_the_user_may_not() {
     refused(copy(&user, &world.at("home/own"), &world.at("etc/own"), false).await);
     refused(archive(&user, &world.at("root")).await);
     refused(search(&user, &world.at("root"), "secret").await);
+    refused(watch(&user, &world.at("root")).await);
     let packed = tar_of(&[(tar::EntryType::Regular, "new", 0o755, 0, "x")]);
     refused(extract(&user, &world.at("etc"), &packed, false).await);
     assert_eq!(world.outside(), before);
@@ -533,4 +584,65 @@ async fn nothing_of_roots_is_found_in_a_race() {
         })
         .await;
     assert!(done > 0);
+}
+
+#[tokio::test]
+async fn no_name_of_roots_is_told_to_a_watcher_in_a_race() {
+    let Some(world) = World::new(&[]) else { return };
+    for name in ["home/src", "home/src/a"] {
+        world.dir(name);
+    }
+    world.file("home/src/a/f", 0o644);
+    world.plant("root", "home/l");
+    let user = world.user();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writing = std::thread::spawn({
+        let (stop, path) = (Arc::clone(&stop), world.path("root/secret"));
+        move || {
+            let file = fs::File::options().write(true).open(path).unwrap();
+            while !stop.load(Ordering::Relaxed) {
+                // A change of its times, of which a watcher is told.
+                file.set_modified(std::time::SystemTime::now()).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    let done = world
+        // Each exchange is an event to be looked at, and a watcher waits for those before its call.
+        .race_with_pauses(("home/src/a", "home/l"), Duration::from_millis(3), async |round| {
+            let path = world.at(["home/src", "home/src/a"][round % 2]);
+            let Ok(id) = watch(&user, &path).await else { return false };
+            for name in told(&user, &id).await {
+                assert!(!name.contains("secret"), "{name}");
+            }
+            unwatch(&user, id).await;
+            true
+        })
+        .await;
+    stop.store(true, Ordering::Relaxed);
+    writing.join().unwrap();
+    assert!(done > 0);
+}
+
+/// One thread serves all watchers: the rights of one are not those of another.
+#[tokio::test]
+async fn watchers_of_several_users_have_the_rights_of_each() {
+    let Some(world) = World::new(&[]) else { return };
+    world.plant("root", "home/data");
+    let (user, root) = (world.user(), world.client("root"));
+    let id = watch(&root, &world.at("home/data")).await.unwrap();
+    for _ in 0..100 {
+        refused(watch(&user, &world.at("home/data")).await);
+        fs::write(world.path("root/new"), "").unwrap();
+        fs::create_dir(world.path("root/dir")).unwrap();
+        fs::write(world.path("root/dir/deep"), "").unwrap();
+        assert!(told(&root, &id).await.contains(&"dir/deep".to_owned()));
+        fs::remove_dir_all(world.path("root/dir")).unwrap();
+    }
+    let path = Path::new("/proc").join(world.daemon.pid().to_string()).join("task");
+    for thread in fs::read_dir(path).unwrap().flatten() {
+        let status = fs::read_to_string(thread.path().join("status")).unwrap();
+        let uids = status.lines().find(|line| line.starts_with("Uid:")).unwrap();
+        assert_eq!(uids, "Uid:\t0\t0\t0\t0", "{status}");
+    }
 }

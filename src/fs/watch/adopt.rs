@@ -7,6 +7,7 @@
 //! all others are handled.
 
 use std::{
+    ffi::OsStr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,12 +17,12 @@ use tokio::sync::oneshot;
 
 use super::{
     WatchKind, WatchOptions,
-    known::{MAX_KNOWN_NAMES, has_content, scan},
+    known::MAX_KNOWN_NAMES,
     place::Place,
     queue::Queue,
     tree::{Dir, Sub, Tree, Wd},
 };
-use crate::fs::FsError;
+use crate::fs::{FsError, actor::Actor};
 
 /// The directories that are watched at once, for all watchers. Each costs about 1 KiB of kernel
 /// memory. A request beyond it fails; directories that appear later are looked at instead
@@ -48,12 +49,12 @@ impl Tree {
     pub(super) fn add(
         &mut self,
         id: u64,
-        path: PathBuf,
+        (path, actor): (PathBuf, Actor),
         options: WatchOptions,
         queue: Arc<Queue>,
         done: oneshot::Sender<Result<(), FsError>>,
     ) {
-        self.insert(id, path, options, queue);
+        self.insert(id, (path, actor), options, queue);
         self.begin(id, vec![PathBuf::new()], false, Some(done));
     }
 
@@ -138,20 +139,33 @@ impl Tree {
             return Ok(Adopted::default());
         }
         let full = self.dirs.len() >= MAX_WATCHED_DIRS;
-        let place = self.place_of(id, rel);
-        let watched = place.as_ref().map_err(|errno| *errno);
-        let watched = watched.and_then(|place| self.watch_anew(id, rel, place));
-        let at = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());
-        let found = match watched {
+        let failed = |errno| match errno {
+            // Gone again already, or not readable: nothing to watch, and no reason to fail.
+            Errno::ENOENT | Errno::ENOTDIR | Errno::EACCES | Errno::ELOOP
+                if !rel.as_os_str().is_empty() =>
+            {
+                Ok(Adopted::default())
+            }
+            errno => Err(FsError::WatchAdd { path: path.clone(), errno }),
+        };
+        let place = match self.place_of(id, rel) {
+            Ok(place) => place,
+            Err(Errno::ETIMEDOUT) if !rel.as_os_str().is_empty() => {
+                self.leave_unwatched(id, rel, None);
+                return Ok(Adopted::default());
+            }
+            Err(errno) => return failed(errno),
+        };
+        let found = match self.watch_anew(id, rel, &place) {
             Ok(wd) if full && !self.dirs.contains_key(&wd) => {
                 let _ = self.inotify.rm_watch(wd);
                 if !announce {
                     return Err(FsError::TooManyDirectories { path, limit: MAX_WATCHED_DIRS });
                 }
-                self.leave_unwatched(id, rel, &at)
+                self.leave_unwatched(id, rel, Some(&place))
             }
             Ok(wd) => {
-                if !self.subscribe(id, rel, wd, &at, announce) {
+                if !self.subscribe(id, rel, wd, &place, announce) {
                     let dirs = if self.has_dir(id, rel) {
                         self.missing_below(id, rel)
                     } else {
@@ -162,29 +176,23 @@ impl Tree {
                 let known = self.dirs.get(&wd).and_then(|dir| dir.known.as_ref());
                 match known {
                     Some(known) => known.iter().map(|(name, dir)| (name.clone(), *dir)).collect(),
-                    None if announce || self.is_recursive(id) => scan(&at),
+                    None if announce || self.is_recursive(id) => place.scan(),
                     None => Vec::new(),
                 }
             }
-            // Gone again already, or not readable: nothing to watch, and no reason to fail.
-            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::EACCES | Errno::ELOOP)
-                if !rel.as_os_str().is_empty() =>
-            {
-                return Ok(Adopted::default());
-            }
             // Its file system does not answer; others go on.
             Err(Errno::ETIMEDOUT) if !rel.as_os_str().is_empty() => {
-                self.leave_unwatched(id, rel, &at)
+                self.leave_unwatched(id, rel, Some(&place))
             }
-            Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, &at),
-            Err(errno) => return Err(FsError::WatchAdd { path, errno }),
+            Err(Errno::ENOSPC) if announce => self.leave_unwatched(id, rel, Some(&place)),
+            Err(errno) => return failed(errno),
         };
         let recursive = self.is_recursive(id);
         let mut adopted = Adopted { names: found.len(), dirs: Vec::new() };
         for (name, is_dir) in found {
             let child = rel.join(&name);
             if announce {
-                self.announce(id, &child, &at.join(&name), is_dir);
+                self.announce(id, &child, (&place, &name), is_dir);
             }
             if is_dir && recursive {
                 adopted.dirs.push(child);
@@ -210,17 +218,16 @@ impl Tree {
 
     /// Opens a directory of a watcher: through the one above it, which another can have replaced.
     fn place_of(&self, id: u64, rel: &Path) -> Result<Place, Errno> {
-        let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
         let (Some(above), Some(name)) = (rel.parent(), rel.file_name()) else {
-            return Place::open(&root, rel);
+            return self.open(id, rel);
         };
         let wanted = self.watchers.get(&id).and_then(|root| root.rels.get(above).copied());
         let Some(wanted) = wanted else {
-            return Place::open(&root, rel);
+            return self.open(id, rel);
         };
-        let up = Place::open(&root, above)?;
+        let up = self.open(id, above)?;
         match self.found_at(&up, above)? == wanted {
-            true => Place::open(&up.at, Path::new(name)),
+            true => up.below(name),
             false => Err(Errno::ENOENT),
         }
     }
@@ -252,10 +259,10 @@ impl Tree {
     }
 
     /// Tells what a scan has found.
-    pub(super) fn announce(&self, id: u64, rel: &Path, path: &Path, is_dir: bool) {
+    pub(super) fn announce(&self, id: u64, rel: &Path, (at, name): (&Place, &OsStr), is_dir: bool) {
         self.emit(id, WatchKind::Create, rel);
         // Written before it was watched: whoever waits for content must hear of it.
-        if !is_dir && has_content(path) {
+        if !is_dir && at.has_content(name) {
             self.emit(id, WatchKind::Write, rel);
         }
     }
@@ -266,7 +273,7 @@ impl Tree {
         id: u64,
         rel: &Path,
         wd: Wd,
-        path: &Path,
+        place: &Place,
         announce: bool,
     ) -> bool {
         match self.watchers.get(&id).and_then(|root| root.rels.get(rel)) {
@@ -276,7 +283,7 @@ impl Tree {
             None => {}
         }
         if !self.dirs.contains_key(&wd) {
-            let found = scan(path);
+            let found = place.scan();
             if announce && self.fresh.len() < MAX_KNOWN_NAMES {
                 self.fresh.extend(found.iter().map(|(name, _)| (wd, name.clone())));
             }

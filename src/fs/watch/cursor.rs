@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{Hub, Told, WatchOptions, Watcher};
-use crate::fs::FsError;
+use crate::fs::{FsError, actor::Actor};
 
 /// The watches with cursors, with a stream or without. Beyond it the one whose stream ended first is
 /// given up.
@@ -45,6 +45,8 @@ pub(super) struct Cursors {
 struct Kept {
     watcher: Watcher,
     path: PathBuf,
+    /// Of the user on whose behalf it is: what was told to one is not told to another.
+    uid: u32,
     options: WatchOptions,
     /// Which stream has it, counted.
     turn: watch::Sender<u64>,
@@ -138,7 +140,7 @@ impl Drop for Turn {
 }
 
 impl Hub {
-    /// Watches a directory for a stream: anew, or going on from a cursor.
+    /// Watches a directory on behalf of `actor` for a stream: anew, or going on from a cursor.
     ///
     /// # Errors
     /// As [`Self::watch`]; with cursors [`FsError::BadCursor`], [`FsError::OtherCursor`] and
@@ -146,18 +148,19 @@ impl Hub {
     pub async fn follow(
         self: &Arc<Self>,
         path: &Path,
+        actor: &Actor,
         options: WatchOptions,
         from: Option<&str>,
     ) -> Result<Follower, FsError> {
         if !options.cursors {
-            return Ok(Follower(Following::Plain(self.watch(path, options).await?)));
+            return Ok(Follower(Following::Plain(self.watch(path, actor, options).await?)));
         }
         if let Some(cursor) = from {
             let (daemon, id, position) =
                 parse(cursor).ok_or_else(|| FsError::BadCursor(cursor.to_owned()))?;
             let kept = self.cursors.watches.lock().get(&id).filter(|_| daemon == *DAEMON).cloned();
             if let Some(kept) = kept {
-                if (kept.path.as_path(), kept.options) != (path, options) {
+                if (kept.path.as_path(), kept.uid, kept.options) != (path, actor.uid(), options) {
                     return Err(FsError::OtherCursor {
                         cursor: cursor.to_owned(),
                         path: kept.path.clone(),
@@ -168,7 +171,7 @@ impl Hub {
                 }
             }
         }
-        let watcher = self.watch(path, options).await?;
+        let watcher = self.watch(path, actor, options).await?;
         if from.is_some() {
             // Nothing is known of what happened since.
             watcher.queue.seek(u64::MAX);
@@ -178,6 +181,7 @@ impl Hub {
         let kept = Arc::new(Kept {
             watcher,
             path: path.to_owned(),
+            uid: actor.uid(),
             options,
             turn,
             alone_since: Mutex::default(),

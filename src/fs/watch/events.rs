@@ -11,7 +11,6 @@ use nix::{
 
 use super::{
     WatchKind,
-    known::metadata,
     tree::{Moving, Sub, Tree, Wd},
 };
 
@@ -37,6 +36,7 @@ impl Tree {
                 Ok(events) => {
                     handled += events.len();
                     events.into_iter().for_each(|event| self.handle(event));
+                    self.forget_resolved();
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
@@ -219,8 +219,9 @@ impl Tree {
             self.doubtful.clear();
             self.overflowed = true;
         }
-        let path = self.path_of(sub.watcher, &sub.rel.join(name))?;
-        Some(metadata(&path).map(|meta| meta.is_dir()))
+        let place = self.open(sub.watcher, &sub.rel).ok();
+        let meta = place.and_then(|place| place.metadata(name));
+        Some(meta.map(|meta| meta.is_dir()))
     }
 
     /// Tells the end of a directory that was not told by the one above.

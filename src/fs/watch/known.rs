@@ -9,10 +9,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::{
-    bounded,
-    tree::{Tree, Wd},
-};
+use super::tree::{Tree, Wd};
 
 /// How far the time of a change may lie behind the clock: the kernel takes it from its last tick,
 /// and there are 100 in a second at the least.
@@ -69,11 +66,6 @@ impl Tree {
 
 /// The sorted names in a directory, with whether each is a directory; empty when it is gone.
 pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
-    let dir = path.to_owned();
-    bounded::call(path, move || scan_now(&dir)).unwrap_or_default()
-}
-
-fn scan_now(path: &Path) -> Vec<(OsString, bool)> {
     let Ok(entries) = fs::read_dir(path) else {
         return Vec::new();
     };
@@ -85,22 +77,8 @@ fn scan_now(path: &Path) -> Vec<(OsString, bool)> {
     found
 }
 
-/// What is at a path, links not followed; none when that cannot be found out.
-pub(super) fn metadata(path: &Path) -> Option<fs::Metadata> {
-    let file = path.to_owned();
-    bounded::call(path, move || fs::symlink_metadata(file).ok()).ok()?
-}
-
-/// Whether a regular file has something in it.
-pub(super) fn has_content(path: &Path) -> bool {
-    metadata(path).is_some_and(|meta| meta.is_file() && meta.len() > 0)
-}
-
 /// Whether a file may have changed since then, by the one time that no program can set.
-pub(super) fn has_changed(path: &Path, since: SystemTime) -> bool {
-    let Some(meta) = metadata(path) else {
-        return false;
-    };
+pub(super) fn has_changed(meta: &fs::Metadata, since: SystemTime) -> bool {
     let seconds = Duration::from_secs(meta.ctime().try_into().unwrap_or(0));
     let nanos = Duration::from_nanos(meta.ctime_nsec().try_into().unwrap_or(0));
     UNIX_EPOCH + seconds + nanos + TICK >= since

@@ -36,13 +36,12 @@ mod unwatched;
 
 use std::{
     collections::HashMap,
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use nix::{errno::Errno, sys::statfs::statfs};
+use nix::errno::Errno;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
@@ -66,11 +65,8 @@ use self::{
     queue::{Next, Queue},
     thread::{Command, Shared},
 };
-use super::{FsError, PathError, entry::Entry};
-use crate::{
-    blocking::{Pool, stand_on_path},
-    guest::users::Users,
-};
+use super::{FsError, PathError, actor::Actor, entry::Entry, resolve::Walk};
+use crate::{blocking::Pool, guest::users::Users, sys::path_fd};
 
 /// The file systems on which others make changes that inotify does not tell: statfs(2) types of
 /// NFS, CIFS, SMB, SMB2 and FUSE.
@@ -257,23 +253,28 @@ impl Hub {
         self.covered.has(dir)
     }
 
-    /// Watches a directory. When this returns, the watch is set.
+    /// Watches a directory on behalf of `actor`. When this returns, the watch is set.
     ///
     /// # Errors
     /// The `Watch*` errors of [`FsError`], [`FsError::TooManyDirectories`] and
     /// [`FsError::TooManyNetworkWatchers`].
-    pub async fn watch(&self, path: &Path, options: WatchOptions) -> Result<Watcher, FsError> {
-        let path = path.to_owned();
+    pub async fn watch(
+        &self,
+        path: &Path,
+        actor: &Actor,
+        options: WatchOptions,
+    ) -> Result<Watcher, FsError> {
+        let (path, actor) = (path.to_owned(), actor.clone());
         // A network mount can take its time to answer; neither an async worker nor the watching
         // thread, which serves everyone, shall wait for it.
-        let check = move || check(&path, options).map(|network| (path, network));
-        let (path, network) = self.files.run(check).await??;
+        let check = move || check(&path, &actor, options).map(|network| (path, actor, network));
+        let (path, actor, network) = self.files.run(check).await??;
         let queue = Arc::new(Queue::new(options));
         let files = Arc::clone(&self.files);
         if network {
             let (users, theirs) = (Arc::clone(&self.users), Arc::clone(&queue));
             let polling =
-                Poller::start(path, options, users, theirs, &files, &self.network).await?;
+                Poller::start((path, actor), options, users, theirs, &files, &self.network).await?;
             return Ok(Watcher { source: Source::Network(polling), queue, files, _cover: None });
         }
         // Before the command is sent: if this future is dropped, the watch goes with it.
@@ -282,7 +283,7 @@ impl Hub {
         let source = Source::Kernel { id, shared };
         let watcher = Watcher { source, queue: Arc::clone(&queue), files, _cover: cover };
         let (done, added) = oneshot::channel();
-        self.shared.send_or_start(Command::Add { id, path, options, queue, done })?;
+        self.shared.send_or_start(Command::Add { id, path, actor, options, queue, done })?;
         match added.await {
             Ok(result) => result.map(|()| watcher),
             Err(_) => Err(FsError::WatchStart("the watching thread has ended".to_owned())),
@@ -291,24 +292,26 @@ impl Hub {
 }
 
 /// Whether the path can be watched, and is on a network file system.
-fn check(path: &Path, options: WatchOptions) -> Result<bool, FsError> {
-    stand_on_path(path)?;
-    let meta = fs::metadata(path).map_err(|error| {
-        let error = PathError::io("stat", path, &error);
-        match error.errno {
+fn check(path: &Path, actor: &Actor, options: WatchOptions) -> Result<bool, FsError> {
+    let failed = |errno| {
+        let error = PathError::new("stat", path, errno);
+        match errno {
             Errno::ENOENT => FsError::WatchNotFound { error },
             _ => FsError::WatchStat { error },
         }
-    })?;
-    if !meta.is_dir() {
+    };
+    let place = Walk::new(actor).to(path);
+    let place = place.map_err(|error| error.or_busy(|error| failed(error.errno)))?;
+    let found = place.found().ok_or_else(|| failed(Errno::ENOENT))?;
+    if !found.is_dir() {
         return Err(FsError::WatchNotDirectory(path.to_owned()));
     }
-    let mount = match statfs(path) {
-        Ok(mount) => mount,
+    let kind = match path_fd::fs_type(&found.fd) {
+        Ok(kind) => kind,
         Err(_) if options.allow_network_mounts => return Ok(false),
         Err(errno) => return Err(FsError::WatchMount(PathError::new("statfs", path, errno))),
     };
-    let network = NETWORK.contains(&i128::from(mount.filesystem_type().0));
+    let network = NETWORK.contains(&i128::from(kind.0));
     if network && !options.allow_network_mounts {
         return Err(FsError::WatchNetwork(path.to_owned()));
     }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs::{self, Metadata},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -21,11 +22,11 @@ use tokio::{
 
 use super::{
     Rescan, RescanReason, WatchEvent, WatchKind, WatchOptions, below, known::MAX_KNOWN_NAMES,
-    queue::Queue, shown,
+    place::Root, queue::Queue, shown,
 };
 use crate::{
     blocking::{Pool, stand_on_path},
-    fs::{FsError, entry},
+    fs::{FsError, actor::Actor, entry},
     guest::users::Users,
 };
 
@@ -42,6 +43,7 @@ const _: () = assert!(MAX_NETWORK_NAMES <= MAX_KNOWN_NAMES);
 #[derive(Debug)]
 pub(super) struct Poller {
     path: PathBuf,
+    actor: Actor,
     options: WatchOptions,
     users: Arc<Users>,
     queue: Arc<Queue>,
@@ -96,7 +98,7 @@ impl Stamp {
 impl Poller {
     /// Looks for the first time.
     pub(super) async fn start(
-        path: PathBuf,
+        (path, actor): (PathBuf, Actor),
         options: WatchOptions,
         users: Arc<Users>,
         queue: Arc<Queue>,
@@ -106,7 +108,7 @@ impl Poller {
         let slot = Arc::clone(slots).try_acquire_owned();
         let slot = slot.map_err(|_| FsError::TooManyNetworkWatchers(MAX_NETWORK_WATCHERS))?;
         let known = Mutex::new(Some(Seen::default()));
-        let poller = Arc::new(Self { path, options, users, queue, known });
+        let poller = Arc::new(Self { path, actor, options, users, queue, known });
         let first = Arc::clone(&poller);
         files
             .run(move || {
@@ -180,7 +182,7 @@ impl Poller {
     fn event(&self, rel: &Path, kind: WatchKind) -> WatchEvent {
         let leaves = matches!(kind, WatchKind::Remove | WatchKind::Rename);
         let entry = if self.options.include_entry && !leaves {
-            entry::stat_as_daemon(&self.at(rel), &self.users).ok().map(Box::new)
+            entry::stat(&self.at(rel), &self.actor, &self.users).ok().map(Box::new)
         } else {
             None
         };
@@ -193,23 +195,23 @@ impl Poller {
 
     /// What is there; none when the root is no directory any more.
     fn see(&self) -> Option<Seen> {
-        let root = fs::metadata(&self.path).ok().filter(Metadata::is_dir)?;
+        let resolved = Root::resolve(&self.path, &self.actor).ok()?;
+        let root = resolved.open(Path::new("")).ok()?;
+        let root = root.look(|at| fs::metadata(at).ok())?.filter(Metadata::is_dir)?;
         let mut seen = Seen::default();
         seen.names.insert(PathBuf::new(), Stamp::of(&root));
         let mut todo = vec![PathBuf::new()];
         while let Some(dir) = todo.pop() {
-            let Ok(entries) = fs::read_dir(self.at(&dir)) else {
+            let Ok(place) = resolved.open(&dir) else {
                 continue;
             };
-            for entry in entries.filter_map(Result::ok) {
+            let room = MAX_NETWORK_NAMES - seen.names.len();
+            for (name, meta) in place.look(|at| entries_in(at, room + 1)).unwrap_or_default() {
                 if seen.names.len() >= MAX_NETWORK_NAMES {
                     seen.cut = true;
                     return Some(seen);
                 }
-                let Ok(meta) = entry.metadata() else {
-                    continue;
-                };
-                let rel = dir.join(entry.file_name());
+                let rel = dir.join(name);
                 if meta.is_dir() && self.options.recursive {
                     todo.push(rel.clone());
                 }
@@ -218,6 +220,18 @@ impl Poller {
         }
         Some(seen)
     }
+}
+
+/// Up to `limit` names in a directory, with what each is.
+fn entries_in(dir: &Path, limit: usize) -> Vec<(OsString, Metadata)> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let entries = entries.filter_map(Result::ok);
+    entries
+        .filter_map(|entry| Some((entry.file_name(), entry.metadata().ok()?)))
+        .take(limit)
+        .collect()
 }
 
 impl Polling {
@@ -283,6 +297,7 @@ mod tests {
         let options = WatchOptions { recursive: true, ..WatchOptions::default() };
         let poller = Poller {
             path: root.clone(),
+            actor: super::super::tests::actor(),
             options,
             users: Arc::new(Users::system()),
             queue: Arc::new(Queue::new(options)),

@@ -2,80 +2,196 @@
 //!
 //! Its path can lead to another one, or nowhere, between two system calls; what was watched and what
 //! was read have to be the same directory. Through `/proc/self/fd` they are. Without it, the path has
-//! to do.
+//! to do, with no more rights than the watcher's user has.
+//!
+//! The root of a watcher is [resolved](Walk) with the rights of whoever asked for it, and everything in
+//! its tree is looked at with those ([`Rights`]): one thread serves all watchers, so the rights are taken
+//! on for each call and given up again, on the thread that makes the call ([`bounded`]).
 
 use std::{
-    os::fd::{AsRawFd, OwnedFd},
-    path::{Path, PathBuf},
+    ffi::{OsStr, OsString},
+    fs::Metadata,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2},
-    sys::stat::Mode,
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2},
+    sys::{
+        inotify::{AddWatchFlags, Inotify, WatchDescriptor},
+        stat::Mode,
+    },
 };
 
-use super::{below, bounded};
+use super::{below, bounded, known};
+use crate::fs::{
+    actor::{Actor, Rights},
+    resolve::{self, Walk},
+};
+
+const READ: OFlag =
+    OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NONBLOCK).union(OFlag::O_CLOEXEC);
 
 /// The directory that had a name once.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Place {
     /// A path to it.
-    pub(super) at: PathBuf,
-    fd: Option<OwnedFd>,
+    at: PathBuf,
+    fd: Option<Arc<OwnedFd>>,
+    rights: Rights,
 }
 
-impl Place {
-    /// Opens a directory by its path below another one, following no link below that.
+/// Where the path of a watcher's root leads: the way to it is long, and events come in batches.
+#[derive(Debug)]
+pub(super) struct Root {
+    path: PathBuf,
+    place: resolve::Place,
+}
+
+impl Root {
+    /// Resolves the path.
+    ///
+    /// # Errors
+    /// When it leads nowhere.
+    pub(super) fn resolve(path: &Path, actor: &Actor) -> Result<Self, Errno> {
+        let place = Walk::new(actor).to(path).map_err(|error| match error.busy {
+            Some(_) => Errno::ETIMEDOUT,
+            None => error.errno,
+        })?;
+        Ok(Self { path: path.to_owned(), place })
+    }
+
+    /// Opens a directory by its path below the root, following no link below that.
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
-    /// `ETIMEDOUT` when its file system does not answer.
-    pub(super) fn open(root: &Path, rel: &Path) -> Result<Self, Errno> {
-        let (top, inside) = (root.to_owned(), rel.to_owned());
-        bounded::call(&below(root, rel), move || Self::open_now(&top, &inside))?
+    pub(super) fn open(&self, rel: &Path) -> Result<Place, Errno> {
+        let place = &self.place;
+        if rel.as_os_str().is_empty() {
+            return match place.open(READ) {
+                Ok((dir, _, rights)) => Ok(Place::of(dir.into(), &self.path, rights)),
+                Err(errno) => Place::by_path(&self.path, place.actor(), errno),
+            };
+        }
+        let found = place.found().ok_or(Errno::ENOENT)?;
+        let path = below(&self.path, rel);
+        match open_below(&found.fd, rel, place.rights()) {
+            Ok(dir) => Ok(Place::of(dir, &path, place.rights().clone())),
+            Err(errno) => Place::by_path(&path, place.actor(), errno),
+        }
+    }
+}
+
+impl Place {
+    /// Opens a directory in this one.
+    ///
+    /// # Errors
+    /// As [`Root::open`].
+    pub(super) fn below(&self, name: &OsStr) -> Result<Self, Errno> {
+        let (path, name, rights) = (self.at.join(name), name.to_owned(), self.rights.clone());
+        let fd = self.fd.as_ref().map(Arc::clone);
+        bounded::call(&self.at.join(&name), move || {
+            let Some(fd) = fd else {
+                let flags = READ | OFlag::O_NOFOLLOW;
+                let fd = rights.act(|| nix::fcntl::open(&path, flags, Mode::empty()))?;
+                return Ok(Self::of(fd, &path, rights));
+            };
+            match open_below(&fd, Path::new(&name), &rights) {
+                Ok(dir) => Ok(Self::of(dir, &path, rights)),
+                Err(errno) => Self::by_path(&path, rights.actor(), errno),
+            }
+        })?
     }
 
-    fn open_now(root: &Path, rel: &Path) -> Result<Self, Errno> {
-        let path = &below(root, rel);
-        let inside = !rel.as_os_str().is_empty();
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let opened = match inside {
-            true => {
-                open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-                    .and_then(|root| {
-                        let resolve =
-                            ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH;
-                        openat2(root, rel, OpenHow::new().flags(flags).resolve(resolve))
-                    })
-            }
-            false => open(path, flags, Mode::empty()),
-        };
-        let opened = match opened {
-            // Linux before 5.6, and sandboxes that know only older calls.
-            Err(Errno::ENOSYS | Errno::EPERM) => {
-                open(path, flags | OFlag::O_NOFOLLOW, Mode::empty())
-            }
-            opened => opened,
-        };
-        match opened {
-            Ok(fd) => {
-                let at = Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
-                match at.exists() {
-                    true => Ok(Self { at, fd: Some(fd) }),
-                    false => Ok(Self { at: path.to_owned(), fd: None }),
-                }
-            }
-            Err(errno @ (Errno::ENOENT | Errno::ENOTDIR | Errno::EACCES | Errno::ELOOP)) => {
-                Err(errno)
-            }
-            // Too many open files are no reason to miss a directory.
-            Err(_) => Ok(Self { at: path.to_owned(), fd: None }),
+    fn of(fd: OwnedFd, path: &Path, rights: Rights) -> Self {
+        let at = Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
+        match at.exists() {
+            true => Self { at, fd: Some(Arc::new(fd)), rights },
+            false => Self { at: path.to_owned(), fd: None, rights: rights.actor().own_rights() },
         }
     }
 
-    /// Whether `at` is a link that has to be followed.
-    pub(super) fn is_open(&self) -> bool {
-        self.fd.is_some()
+    /// Too many open files are no reason to miss a directory, where the kernel may follow its path.
+    fn by_path(path: &Path, actor: &Actor, errno: Errno) -> Result<Self, Errno> {
+        match errno {
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM if !actor.may_switch() => {
+                Ok(Self { at: path.to_owned(), fd: None, rights: actor.own_rights() })
+            }
+            errno => Err(errno),
+        }
     }
+
+    /// Has the kernel watch it.
+    pub(super) fn watch(
+        &self,
+        inotify: &Arc<Inotify>,
+        events: AddWatchFlags,
+        is_root: bool,
+    ) -> Result<WatchDescriptor, Errno> {
+        // A link of /proc has to be followed, and the root may be a link; others lead out of the tree.
+        let follow = match self.fd.is_some() || is_root {
+            true => AddWatchFlags::empty(),
+            false => AddWatchFlags::IN_DONT_FOLLOW,
+        };
+        let (inotify, place) = (Arc::clone(inotify), self.clone());
+        bounded::call(&self.at, move || {
+            place.rights.act(|| inotify.add_watch(&place.at, events | follow))
+        })?
+    }
+
+    /// The sorted names in it, with whether each is a directory; empty when it is gone.
+    pub(super) fn scan(&self) -> Vec<(OsString, bool)> {
+        let place = self.clone();
+        bounded::call(&self.at, move || place.look(known::scan)).ok().flatten().unwrap_or_default()
+    }
+
+    /// What a name in it is, a link itself; none when that cannot be found out.
+    pub(super) fn metadata(&self, name: &OsStr) -> Option<Metadata> {
+        let (place, path) = (self.clone(), self.at.join(name));
+        let found = bounded::call(&self.at.join(name), move || {
+            place.look(|_| path.symlink_metadata().ok())
+        });
+        found.ok()??
+    }
+
+    /// Whether a name in it is that of a regular file with something in it.
+    pub(super) fn has_content(&self, name: &OsStr) -> bool {
+        self.metadata(name).is_some_and(|meta| meta.is_file() && meta.len() > 0)
+    }
+
+    /// Whether a file in it may have changed since then.
+    pub(super) fn has_changed(&self, name: &OsStr, since: SystemTime) -> bool {
+        self.metadata(name).is_some_and(|meta| known::has_changed(&meta, since))
+    }
+
+    /// Looks at it by its path, with the rights with which it was reached, for as long as that takes.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Path) -> T) -> Option<T> {
+        self.rights.perform(|| look(&self.at))
+    }
+}
+
+/// Opens a directory by a path of several names that follows no link.
+fn open_below(root: &OwnedFd, rel: &Path, rights: &Rights) -> Result<OwnedFd, Errno> {
+    let open = || {
+        let resolve = ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_BENEATH;
+        match openat2(root, rel, OpenHow::new().flags(READ).resolve(resolve)) {
+            // Linux before 5.6, and sandboxes that know only older calls.
+            Err(Errno::ENOSYS | Errno::EPERM) => {}
+            opened => return opened,
+        }
+        let step = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut at: Option<OwnedFd> = None;
+        for component in rel.components() {
+            let Component::Normal(name) = component else { return Err(Errno::EXDEV) };
+            let from = at.as_ref().unwrap_or(root).as_fd();
+            at = Some(openat(from, name, step, Mode::empty())?);
+        }
+        openat(at.as_ref().unwrap_or(root), ".", READ, Mode::empty())
+    };
+    let dir = rights.act(open)?;
+    rights.refuse_proc(&dir)?;
+    Ok(dir)
 }

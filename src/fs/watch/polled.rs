@@ -15,7 +15,7 @@ use std::{
 use tokio::{task::AbortHandle, time::Instant};
 
 use super::{Hub, Told, WatchOptions, Watcher};
-use crate::fs::{FsError, PathError};
+use crate::fs::{FsError, PathError, actor::Actor};
 
 /// The watchers that clients poll.
 pub const MAX_POLLED_WATCHERS: usize = 1024;
@@ -37,13 +37,14 @@ impl Drop for Polled {
 }
 
 impl Hub {
-    /// Watches a directory for a client who will ask for the events; returns the watcher's id.
+    /// Watches a directory on behalf of `actor` for a client who will ask for the events; returns the watcher's id.
     ///
     /// # Errors
     /// As [`Self::watch`], and [`FsError::TooManyWatchers`].
     pub async fn create_polled(
         self: &Arc<Self>,
         path: &Path,
+        actor: &Actor,
         options: WatchOptions,
     ) -> Result<String, FsError> {
         let full = || FsError::TooManyWatchers(MAX_POLLED_WATCHERS);
@@ -51,7 +52,7 @@ impl Hub {
             return Err(full());
         }
         let id = new_id()?;
-        let watcher = Arc::new(self.watch(path, options).await?);
+        let watcher = Arc::new(self.watch(path, actor, options).await?);
         let mut polled = self.polled.lock();
         if polled.len() >= MAX_POLLED_WATCHERS {
             return Err(full());

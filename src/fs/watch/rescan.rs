@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     Rescan, RescanReason, WatchKind,
-    known::{MAX_KNOWN_NAMES, has_changed, scan},
+    known::MAX_KNOWN_NAMES,
     place::Place,
     tree::{Names, Sub, Tree, Wd},
 };
@@ -40,7 +40,7 @@ impl Tree {
             self.verify(*wd);
         }
         for wd in all {
-            if !self.compare(wd, |_, at| has_changed(at, since)) {
+            if !self.compare(wd, |name, at| at.has_changed(name, since)) {
                 // It has just moved; wherever it is, it is still to be compared.
                 self.overflowed = true;
             }
@@ -122,24 +122,24 @@ impl Tree {
 
     /// Tells what is in a directory against what was known of it, and a WRITE for the files that
     /// may have changed. False when it is not where it was.
-    fn compare(&mut self, wd: Wd, changed: impl Fn(&OsStr, &Path) -> bool) -> bool {
+    fn compare(&mut self, wd: Wd, changed: impl Fn(&OsStr, &Place) -> bool) -> bool {
         let Some(dir) = self.dirs.get(&wd) else {
             return true;
         };
         let (Some(known), Some(sub)) = (dir.known.as_ref(), dir.subs.first()) else {
             return true;
         };
-        let Some(root) = self.path_of(sub.watcher, Path::new("")) else {
+        if !self.watchers.contains_key(&sub.watcher) {
             return true;
-        };
+        }
         let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
-        let place = Place::open(&root, &rel);
+        let place = self.open(sub.watcher, &rel);
         let Some(place) = place.ok().filter(|place| self.found_at(place, &rel) == Ok(wd)) else {
             return false;
         };
-        let found = scan(&place.at);
+        let found = place.scan();
         self.set_known(wd, found.clone());
-        self.tell_difference(Some(wd), &subs, &place.at, (&known, found), changed);
+        self.tell_difference(Some(wd), &subs, &place, (&known, found), changed);
         true
     }
 
@@ -148,9 +148,9 @@ impl Tree {
         &mut self,
         wd: Option<Wd>,
         subs: &[Sub],
-        path: &Path,
+        place: &Place,
         (known, found): (&Names, Vec<(OsString, bool)>),
-        changed: impl Fn(&OsStr, &Path) -> bool,
+        changed: impl Fn(&OsStr, &Place) -> bool,
     ) {
         let now: Names = found.into_iter().collect();
         // A directory that is not watched any more: its end was told by itself alone, and what has
@@ -183,9 +183,8 @@ impl Tree {
             }
         }
         for (name, is_dir) in now {
-            let at = path.join(&name);
             if same.contains(&name) {
-                if !is_dir && changed(&name, &at) {
+                if !is_dir && changed(&name, place) {
                     for sub in subs {
                         self.emit(sub.watcher, WatchKind::Write, &sub.rel.join(&name));
                     }
@@ -194,7 +193,7 @@ impl Tree {
             }
             for sub in subs {
                 let rel = sub.rel.join(&name);
-                self.announce(sub.watcher, &rel, &at, is_dir);
+                self.announce(sub.watcher, &rel, (place, &name), is_dir);
                 if is_dir && self.is_recursive(sub.watcher) {
                     self.adopt_later(sub.watcher, rel);
                 }

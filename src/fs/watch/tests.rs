@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::OsStr,
+    fs,
     os::unix::{ffi::OsStrExt, fs::symlink},
     time::Duration,
 };
@@ -31,6 +32,11 @@ fn events(told: Vec<Told>) -> Vec<WatchEvent> {
         Item::Rescan(_) => None,
     });
     events.collect()
+}
+
+/// Whoever runs the tests.
+pub(super) fn actor() -> Actor {
+    own_actor()
 }
 
 fn hub() -> Arc<Hub> {
@@ -64,7 +70,7 @@ impl Fixture {
     }
 
     async fn watch(&mut self, name: &str, options: WatchOptions) {
-        self.ids.push(self.hub.create_polled(&self.path(name), options).await.unwrap());
+        self.ids.push(self.hub.create_polled(&self.path(name), &actor(), options).await.unwrap());
     }
 
     async fn events_of(&self, watcher: usize) -> Vec<(WatchKind, String)> {
@@ -294,7 +300,7 @@ async fn names_that_are_not_utf_8_are_told() {
 async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     let tmp = tempfile::tempdir_in(".").unwrap();
     let hub = hub();
-    let watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
+    let watcher = hub.watch(tmp.path(), &actor(), WatchOptions::default()).await.unwrap();
     let late = tmp.path().join("late");
     let writer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
@@ -313,7 +319,7 @@ async fn a_stream_waits_and_the_thread_ends_with_the_last_watcher() {
     }
     assert!(!hub.shared.is_running());
     // And another starts with the next.
-    let watcher = hub.watch(tmp.path(), WatchOptions::default()).await.unwrap();
+    let watcher = hub.watch(tmp.path(), &actor(), WatchOptions::default()).await.unwrap();
     fs::remove_file(tmp.path().join("late")).unwrap();
     assert_eq!(events(vec![watcher.next().await.unwrap()])[0].kind, Remove);
 }
@@ -327,7 +333,7 @@ async fn watchers_that_come_and_go_at_once_start_and_end_the_thread_without_loss
             let (hub, root) = (Arc::clone(&hub), tmp.path().to_owned());
             tokio::spawn(async move {
                 for round in 0..50 {
-                    let id = hub.create_polled(&root, RECURSIVE).await.unwrap();
+                    let id = hub.create_polled(&root, &actor(), RECURSIVE).await.unwrap();
                     let name = format!("{i}-{round}");
                     fs::create_dir(root.join(&name)).unwrap();
                     let events = events(hub.take_events(&id, None).await.unwrap().0);
@@ -354,19 +360,19 @@ async fn errors_are_upstreams() {
         ("f/x", format!("error statting path {shown}/f/x: stat {shown}/f/x: not a directory")),
     ];
     for (name, wanted) in cases {
-        let error = hub.watch(&tmp.path().join(name), RECURSIVE).await.unwrap_err();
+        let error = hub.watch(&tmp.path().join(name), &actor(), RECURSIVE).await.unwrap_err();
         assert_eq!(error.to_string(), wanted);
     }
     let error = hub.take_events("w1", None).await.unwrap_err();
     assert_eq!(error.to_string(), "watcher with id w1 not found");
     hub.remove_polled("w1").unwrap_err();
-    let id = hub.create_polled(tmp.path(), RECURSIVE).await.unwrap();
+    let id = hub.create_polled(tmp.path(), &actor(), RECURSIVE).await.unwrap();
     let rest = id.strip_prefix('w').unwrap();
     assert!(rest.len() == 20 && rest.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit()));
     for _ in 1..MAX_POLLED_WATCHERS {
-        hub.create_polled(tmp.path(), WatchOptions::default()).await.unwrap();
+        hub.create_polled(tmp.path(), &actor(), WatchOptions::default()).await.unwrap();
     }
-    let error = hub.create_polled(tmp.path(), RECURSIVE).await.unwrap_err();
+    let error = hub.create_polled(tmp.path(), &actor(), RECURSIVE).await.unwrap_err();
     assert_eq!(error.kind(), crate::fs::Kind::ResourceExhausted);
 }
 
@@ -384,7 +390,7 @@ fn after_an_overflow_all_that_differs_is_told() {
     let mut tree = Tree::new(inotify, Arc::new(Users::system()));
     let queue = Arc::new(Queue::new(RECURSIVE));
     let (done, _added) = oneshot::channel();
-    tree.add(1, tmp.path().join("root"), RECURSIVE, Arc::clone(&queue), done);
+    tree.add(1, (tmp.path().join("root"), actor()), RECURSIVE, Arc::clone(&queue), done);
     assert_eq!(tree.dirs.len(), 8);
 
     fs::remove_dir_all(path("gone")).unwrap();

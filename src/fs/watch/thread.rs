@@ -21,8 +21,9 @@ use tokio::sync::oneshot;
 
 use super::{WatchOptions, queue::Queue, tree::Tree};
 use crate::{
-    fs::{FsError, errno},
+    fs::{FsError, actor::Actor, errno},
     guest::users::Users,
+    sys::fs_credentials,
 };
 
 /// What the thread is asked for.
@@ -31,6 +32,7 @@ pub(super) enum Command {
     Add {
         id: u64,
         path: PathBuf,
+        actor: Actor,
         options: WatchOptions,
         queue: Arc<Queue>,
         done: oneshot::Sender<Result<(), FsError>>,
@@ -157,7 +159,16 @@ impl Drop for Ending<'_> {
 fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
     let _ending = Ending(shared, wake);
     let mut waiting: Vec<Waiting> = Vec::new();
+    // A thread inherits the credentials of the one that starts it.
+    let _ = fs_credentials::begin_thread();
     loop {
+        // It acts for all watchers, and so must not keep the rights of one.
+        if fs_credentials::thread_is_broken() {
+            tracing::error!(
+                "the watching thread could not restore its credentials; all watchers end"
+            );
+            return;
+        }
         // In this order: what happened before a command was sent is told before it is answered.
         let commands = shared.take_commands();
         if let Err(errno) = tree.drain() {
@@ -174,8 +185,8 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
         }
         for command in commands {
             match command {
-                Command::Add { id, path, options, queue, done } => {
-                    tree.add(id, path, options, queue, done);
+                Command::Add { id, path, actor, options, queue, done } => {
+                    tree.add(id, (path, actor), options, queue, done);
                 }
                 Command::Remove(id) => tree.remove(id),
                 Command::Refill(id) => tree.refill(id),
@@ -198,6 +209,7 @@ fn run(mut tree: Tree, shared: &Shared, wake: &Arc<EventFd>) {
             }
             continue;
         }
+        tree.forget_resolved();
         let timeout = pause(&tree);
         let mut fds = [
             PollFd::new(tree.inotify.as_fd(), PollFlags::POLLIN),

@@ -4,6 +4,7 @@
 //! goes from a descriptor to everyone who wants it. Directories come into it in [`super::adopt`].
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     ffi::OsString,
     ops::Bound,
@@ -21,12 +22,15 @@ use super::{
     Rescan, WatchEvent, WatchKind, WatchOptions,
     adopt::Job,
     below, bounded,
-    place::Place,
+    place::{self, Place},
     queue::{Pushed, Queue},
     shown,
 };
 use crate::{
-    fs::entry::{self, Entry, EntryKind},
+    fs::{
+        actor::Actor,
+        entry::{self, Entry, EntryKind},
+    },
     guest::users::Users,
 };
 
@@ -44,7 +48,13 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MOVED_FROM)
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ATTRIB)
-    .union(AddWatchFlags::IN_ONLYDIR);
+    .union(AddWatchFlags::IN_ONLYDIR)
+    // Of a directory that is watched already, the mask would be replaced, and what happens in that moment
+    // would be lost (race).
+    .union(AddWatchFlags::from_bits_retain(libc::IN_MASK_ADD));
+
+/// The roots whose directories are held open in one batch of events.
+const MAX_RESOLVED_ROOTS: usize = 64;
 
 /// Everything that is watched. It lives on the watching thread alone, hence no locks.
 #[derive(Debug)]
@@ -52,6 +62,8 @@ pub(super) struct Tree {
     pub(super) inotify: Arc<Inotify>,
     users: Arc<Users>,
     pub(super) dirs: HashMap<Wd, Dir>,
+    /// Where the paths of roots have led in this batch of events.
+    resolved: RefCell<HashMap<u64, Arc<place::Root>>>,
     pub(super) watchers: HashMap<u64, Root>,
     /// Directories that are still to be watched.
     pub(super) jobs: VecDeque<Job>,
@@ -89,6 +101,8 @@ pub(super) struct Tree {
 #[derive(Debug)]
 pub(super) struct Root {
     path: PathBuf,
+    /// On whose behalf it is watched.
+    actor: Actor,
     pub(super) options: WatchOptions,
     queue: Feed,
     /// Its directories, by their path below the root, which itself is the empty path.
@@ -137,6 +151,7 @@ impl Tree {
             inotify: Arc::new(inotify),
             users,
             dirs: HashMap::new(),
+            resolved: RefCell::default(),
             watchers: HashMap::new(),
             jobs: VecDeque::new(),
             last_job: 0,
@@ -160,11 +175,11 @@ impl Tree {
     pub(super) fn insert(
         &mut self,
         id: u64,
-        path: PathBuf,
+        (path, actor): (PathBuf, Actor),
         options: WatchOptions,
         queue: Arc<Queue>,
     ) {
-        let root = Root { path, options, queue: Feed(queue), rels: BTreeMap::new() };
+        let root = Root { path, actor, options, queue: Feed(queue), rels: BTreeMap::new() };
         self.watchers.insert(id, root);
     }
 
@@ -173,6 +188,7 @@ impl Tree {
         let Some(root) = self.watchers.remove(&id) else {
             return;
         };
+        self.forget_resolved();
         for wd in root.rels.into_values() {
             self.unsubscribe(id, wd);
         }
@@ -198,6 +214,40 @@ impl Tree {
         Some(below(&self.watchers.get(&id)?.path, rel))
     }
 
+    /// Opens a directory of a watcher.
+    pub(super) fn open(&self, id: u64, rel: &Path) -> Result<Place, Errno> {
+        let root = self.watchers.get(&id).ok_or(Errno::ENOENT)?;
+        if rel.as_os_str().is_empty() {
+            // Whether the path still leads to the root is what is asked.
+            let (top, actor) = (root.path.clone(), root.actor.clone());
+            return bounded::call(&root.path, move || {
+                place::Root::resolve(&top, &actor)?.open(Path::new(""))
+            })?;
+        }
+        let (top, actor, inside) = (root.path.clone(), root.actor.clone(), rel.to_owned());
+        let known = self.resolved.borrow().get(&id).map(Arc::clone);
+        let opened = bounded::call(&below(&root.path, rel), move || {
+            let root = match known {
+                Some(known) => known,
+                None => Arc::new(place::Root::resolve(&top, &actor)?),
+            };
+            root.open(&inside).map(|place| (root, place))
+        });
+        let (root, place) = opened??;
+        let mut resolved = self.resolved.borrow_mut();
+        if resolved.len() >= MAX_RESOLVED_ROOTS {
+            resolved.clear();
+        }
+        resolved.insert(id, root);
+        Ok(place)
+    }
+
+    /// Forgets where the paths of roots have led. An open directory keeps its file system mounted, so
+    /// that this is done after each batch of events.
+    pub(super) fn forget_resolved(&self) {
+        self.resolved.borrow_mut().clear();
+    }
+
     pub(super) fn is_recursive(&self, id: u64) -> bool {
         self.watchers.get(&id).is_some_and(|root| root.options.recursive)
     }
@@ -215,8 +265,7 @@ impl Tree {
 
     /// The watch of the directory that has a name now, if there is one; nothing is watched by this.
     pub(super) fn look_up(&self, id: u64, rel: &Path) -> Result<Wd, Errno> {
-        let root = self.path_of(id, Path::new("")).ok_or(Errno::ENOENT)?;
-        self.found_at(&Place::open(&root, rel)?, rel)
+        self.found_at(&self.open(id, rel)?, rel)
     }
 
     /// The same of a directory that is open.
@@ -236,24 +285,8 @@ impl Tree {
     }
 
     /// Asks the kernel to watch, which also tells which directory is there now.
-    pub(super) fn watch_at(&self, path: &Path, rel: &Path) -> Result<Wd, Errno> {
-        // The root may be a link; links inside lead out of the tree.
-        let inside = !rel.as_os_str().is_empty();
-        let follow = if inside { AddWatchFlags::IN_DONT_FOLLOW } else { AddWatchFlags::empty() };
-        self.add_watch(path, EVENTS | follow)
-    }
-
-    /// As [`Self::watch_at`], of a directory that is open.
     pub(super) fn watch_place(&self, place: &Place, rel: &Path) -> Result<Wd, Errno> {
-        match place.is_open() {
-            true => self.add_watch(&place.at, EVENTS),
-            false => self.watch_at(&place.at, rel),
-        }
-    }
-
-    fn add_watch(&self, path: &Path, events: AddWatchFlags) -> Result<Wd, Errno> {
-        let (inotify, at) = (Arc::clone(&self.inotify), path.to_owned());
-        bounded::call(path, move || inotify.add_watch(&at, events))?
+        place.watch(&self.inotify, EVENTS, rel.as_os_str().is_empty())
     }
 
     pub(super) fn unsubscribe(&mut self, id: u64, wd: Wd) {
@@ -389,10 +422,10 @@ impl Tree {
         if !root.options.include_entry || matches!(kind, WatchKind::Remove | WatchKind::Rename) {
             return None;
         }
-        let (path, users) = (self.path_of(id, rel)?, Arc::clone(&self.users));
-        let at = path.clone();
-        let entry =
-            bounded::call(&path, move || entry::stat_as_daemon(&at, &users).ok()).ok()??;
+        let (path, actor) = (self.path_of(id, rel)?, root.actor.clone());
+        let (at, users) = (path.clone(), Arc::clone(&self.users));
+        let look = move || entry::stat(&at, &actor, &users).ok();
+        let entry = bounded::call(&path, look).ok()??;
         // Something else can have the name by now, and the event that says so may be lost.
         let is_dir = entry.kind == EntryKind::Directory && !entry.is_symlink;
         self.sort_of(root, rel).is_none_or(|known| known == is_dir).then(|| Box::new(entry))

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use super::{
     Rescan, RescanReason,
     adopt::MAX_WATCHED_DIRS,
-    known::{MAX_KNOWN_NAMES, has_changed, scan},
+    known::MAX_KNOWN_NAMES,
     place::Place,
     tree::{Names, Sub, Tree},
 };
@@ -31,13 +31,14 @@ impl Tree {
         &mut self,
         id: u64,
         rel: &Path,
-        path: &Path,
+        place: Option<&Place>,
     ) -> Vec<(OsString, bool)> {
-        let found = scan(path);
+        let found = place.map(Place::scan).unwrap_or_default();
         let first = self.unwatched_below(id, Path::new("")).is_empty();
         let fits = self.unwatched.len() < MAX_UNWATCHED_DIRS
             && self.names + found.len() <= MAX_KNOWN_NAMES;
         if first || !fits {
+            let path = self.path_of(id, rel).unwrap_or_default();
             tracing::warn!(path = %path.display(), looked_at = fits, "no watch left for a directory");
             self.miss(id, Rescan { reason: RescanReason::WatchLimit, complete: fits });
         }
@@ -106,7 +107,7 @@ impl Tree {
     /// Tells what has changed in them, and watches those that can be.
     pub(super) fn look_at_unwatched(&mut self) {
         let (since, now, start) = (self.looked, SystemTime::now(), Instant::now());
-        let changed = |_: &OsStr, at: &Path| has_changed(at, since);
+        let changed = |name: &OsStr, at: &Place| at.has_changed(name, since);
         let all: Vec<(u64, PathBuf)> = self.unwatched.keys().cloned().collect();
         for key in all {
             // A difference above can have taken it away.
@@ -114,37 +115,42 @@ impl Tree {
                 continue;
             }
             let (id, rel) = &key;
-            let Some(path) = self.path_of(*id, rel) else {
+            if !self.watchers.contains_key(id) {
                 self.drop_one(&key);
                 continue;
-            };
+            }
             let subs = [Sub { watcher: *id, rel: rel.clone() }];
-            let root = self.path_of(*id, Path::new("")).unwrap_or_default();
-            let place = Place::open(&root, rel);
-            let watched = place.as_ref().map_err(|errno| *errno);
-            let watched = watched.and_then(|place| self.watch_anew(*id, rel, place));
-            let path = place.as_ref().map_or_else(|_| path.clone(), |place| place.at.clone());
-            match watched {
+            let place = match self.open(*id, rel) {
+                Ok(place) => place,
+                // Its file system does not answer.
+                Err(Errno::ETIMEDOUT) => continue,
+                Err(_) => {
+                    // The directory above tells it.
+                    self.drop_unwatched(*id, rel);
+                    continue;
+                }
+            };
+            match self.watch_anew(*id, rel, &place) {
                 Ok(wd) if self.dirs.len() < MAX_WATCHED_DIRS || self.dirs.contains_key(&wd) => {
                     let Some(known) = self.drop_one(&key) else {
                         continue;
                     };
-                    if !self.subscribe(*id, rel, wd, &path, true) {
+                    if !self.subscribe(*id, rel, wd, &place, true) {
                         continue;
                     }
                     let found = self.dirs.get(&wd).and_then(|dir| dir.known.clone());
                     let found =
-                        found.map_or_else(|| scan(&path), |known| known.into_iter().collect());
-                    self.tell_difference(Some(wd), &subs, &path, (&known, found), changed);
+                        found.map_or_else(|| place.scan(), |known| known.into_iter().collect());
+                    self.tell_difference(Some(wd), &subs, &place, (&known, found), changed);
                 }
                 Ok(_) | Err(Errno::ENOSPC) => {
                     let Some(known) = self.drop_one(&key) else {
                         continue;
                     };
-                    let found = scan(&path);
+                    let found = place.scan();
                     self.names += found.len();
                     self.unwatched.insert(key.clone(), found.iter().cloned().collect());
-                    self.tell_difference(None, &subs, &path, (&known, found), changed);
+                    self.tell_difference(None, &subs, &place, (&known, found), changed);
                 }
                 // Its file system does not answer.
                 Err(Errno::ETIMEDOUT) => {}

@@ -126,6 +126,12 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     sandbox
         .processes
         .on_exhaustion(move || idle.upgrade().is_some_and(|server| server.evict_idle()));
+    let retaining = Arc::downgrade(&sandbox.processes);
+    sandbox.files.before_each_job(move || {
+        if let Some(retaining) = retaining.upgrade() {
+            retaining.spare_descriptors();
+        }
+    });
     let mut addresses = Vec::new();
     let mut open = false;
     let mut accepting = JoinSet::new();

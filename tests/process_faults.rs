@@ -8,6 +8,8 @@ mod common;
 use std::{
     ffi::OsStr,
     fs,
+    io::{Read, Write},
+    net::TcpStream,
     os::unix::{
         ffi::OsStrExt,
         fs::{MetadataExt, PermissionsExt},
@@ -19,7 +21,7 @@ use std::{
 };
 
 use common::{
-    Daemon, able, able_as_root, basic, eventually,
+    Daemon, PATIENCE, able, able_as_root, basic, eventually,
     house::{House, Mounted, written},
     is_root, noise, offered,
     process::{
@@ -674,6 +676,51 @@ async fn a_full_disk_takes_new_output_in_place_of_what_is_retained() {
     }
     let (there, gone) = output_of(&client, "p0").await;
     assert!(there < LENGTH && gone == (LENGTH - there) as u64, "{there} {gone}");
+}
+
+/// Sends a request on a connection that stays open; the status line of the answer, which is read whole.
+fn ask(stream: &mut TcpStream, request: &str) -> String {
+    stream.write_all(request.as_bytes()).unwrap();
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head).unwrap().to_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).unwrap();
+    head.lines().next().unwrap().to_owned()
+}
+
+#[test]
+fn a_call_for_files_without_descriptors_closes_idle_connections() {
+    const DESCRIPTORS: usize = 64;
+    let daemon = daemon_of_few(DESCRIPTORS, &[]);
+    let tmp = tempfile::tempdir().unwrap();
+    let open = || {
+        let mut stream = TcpStream::connect(daemon.tcp()).unwrap();
+        stream.set_read_timeout(Some(*PATIENCE)).unwrap();
+        let answer = ask(&mut stream, "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        assert!(answer.contains(" 204 "), "{answer}");
+        stream
+    };
+    let mut idle = Vec::new();
+    while daemon.descriptors() < DESCRIPTORS - 1 {
+        idle.push(open());
+    }
+    // The last one is the youngest, and the last to be closed.
+    let mut last = open();
+    assert_eq!(daemon.descriptors(), DESCRIPTORS);
+    for number in 0..40 {
+        let upload = format!(
+            "POST /files?path={}/{number} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\ncontent-length: 1\r\n\r\nx",
+            tmp.path().display()
+        );
+        let answer = ask(&mut last, &upload);
+        assert!(answer.contains(" 200 "), "{answer}");
+    }
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 40);
 }
 
 #[tokio::test]

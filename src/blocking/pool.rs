@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -46,6 +46,8 @@ struct Shared {
     /// The most threads whose jobs are not overdue.
     max: usize,
     idle_time: Duration,
+    /// See [`Pool::before_each_job`].
+    before: OnceLock<Box<dyn Fn() + Send + Sync>>,
     state: Mutex<State>,
     news: Condvar,
 }
@@ -95,7 +97,8 @@ impl Pool {
         idle_time: Duration,
     ) -> Arc<Self> {
         let (state, news) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { name, min, max: max.max(1), idle_time, state, news });
+        let (max, before) = (max.max(1), OnceLock::new());
+        let shared = Arc::new(Shared { name, min, max, idle_time, before, state, news });
         for _ in 0..min {
             shared.state.lock().threads += 1;
             if !shared.start_thread() {
@@ -103,6 +106,11 @@ impl Pool {
             }
         }
         Arc::new(Self { shared })
+    }
+
+    /// Calls `hook` before each job, on its thread. Only the first hook counts.
+    pub fn before_each_job(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let _ = self.shared.before.set(Box::new(hook));
     }
 
     /// What the threads do.
@@ -376,7 +384,12 @@ impl Shared {
     fn run(&self, queued: Queued) {
         let running = Running::begin(queued.job);
         // A job owns what it works on, and what it breaks goes with it.
-        let panic = catch_unwind(AssertUnwindSafe(queued.work));
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(before) = self.before.get() {
+                before();
+            }
+            (queued.work)();
+        }));
         drop(running);
         if let Err(panic) = panic {
             let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());

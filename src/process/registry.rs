@@ -4,6 +4,8 @@ use std::{
     collections::{HashMap, VecDeque},
     fmt,
     hash::{BuildHasher, Hasher, RandomState},
+    io,
+    os::fd::AsFd,
     sync::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -38,6 +40,8 @@ pub const MAX_SPILL_THREADS: usize = 4;
 /// The most threads that look for matches in output: an expression may take its time.
 pub const MAX_MATCH_THREADS: usize = 2;
 
+/// The descriptors that a call for files needs, with some to spare.
+const DESCRIPTORS_OF_A_CALL: usize = 8;
 /// The descriptors that a start takes, for a moment or longer.
 const DESCRIPTORS_OF_A_START: usize = 16;
 /// How often and when it is looked whether there are so many.
@@ -368,6 +372,21 @@ impl Manager {
     /// block for a moment, it gives some up and says whether it could.
     pub fn on_exhaustion(&self, relief: impl Fn() -> bool + Send + Sync + 'static) {
         self.relief.0.lock().push(Box::new(relief));
+    }
+
+    /// Blocks for a moment: gives up retained state if there are hardly any descriptors left, before work
+    /// that needs a few. Costs some microseconds where there are enough.
+    pub fn spare_descriptors(&self) {
+        // One at a time: what is tried with is missing meanwhile.
+        static TRYING: Mutex<()> = Mutex::new(());
+        let trying = TRYING.lock();
+        let tried: io::Result<Vec<_>> =
+            (0..DESCRIPTORS_OF_A_CALL).map(|_| io::stderr().as_fd().try_clone_to_owned()).collect();
+        let errno = tried.err().and_then(|error| error.raw_os_error());
+        drop(trying);
+        if matches!(errno, Some(libc::EMFILE | libc::ENFILE)) {
+            self.relieve(errno);
+        }
     }
 
     /// Blocks for a moment: gives up retained state for new work that was refused with this error;

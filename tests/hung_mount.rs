@@ -132,6 +132,33 @@ async fn listings_that_meet_a_hung_mount_fail_by_name_and_hold_up_no_others() {
     env.is_usable_again().await;
 }
 
+/// The attributes of a mount's root are its server's to tell, and not those of the directory above.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_path_that_ends_at_a_hung_mount_fails_by_name() {
+    let Some(env) = Env::new() else { return };
+    let (files, mount) = (&env.files, env.hung.path().to_owned());
+    std::os::unix::fs::symlink(&mount, files.at("plain/link")).unwrap();
+    let calls = async {
+        env.check(&files.stat(&mount).await.unwrap_err(), "internal");
+        env.check(&files.list(&mount, 1).await.unwrap_err(), "internal");
+        env.check(&files.make_dir(&mount).await.unwrap_err(), "internal");
+        env.check(&files.remove(&mount).await.unwrap_err(), "internal");
+        env.check(&files.rename(&mount, &files.at("moved")).await.unwrap_err(), "internal");
+        for failed in [files.download(&mount).await, files.upload(&mount, &[], "x").await] {
+            let message = rest_error(failed, 503).await;
+            assert!(message.contains(&env.named()), "{message}");
+        }
+        // A link to it is told, without what is behind it.
+        assert!(files.stat(&files.at("plain/link")).await.unwrap().symlink_target.is_some());
+        assert_eq!(files.list(&files.at("plain"), 1).await.unwrap().len(), 2);
+    };
+    soon("calls for the mount's root", calls).await;
+    fs::remove_file(files.at("plain/link")).unwrap();
+    env.is_well_elsewhere().await;
+    env.hung.answer();
+    env.is_usable_again().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn file_calls_and_uploads_that_are_left_hold_up_no_others() {
     let Some(mut env) = Env::new() else { return };

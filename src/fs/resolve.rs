@@ -364,14 +364,18 @@ impl State<'_> {
 
     /// Looks at the directory on which the walk stands now, before anything is looked up in it.
     fn stand(&mut self) -> Result<(), WalkError> {
-        if let Err(busy) = blocking::stand_on(self.at.as_fd()) {
-            return Err(self.busy(busy));
-        }
+        self.stand_on(&self.at)?;
         if self.switched {
             let stat = self.here(fstat(&self.at))?;
             self.refuse_proc(None, &stat, OsStr::new(""))?;
         }
         Ok(())
+    }
+
+    /// Declares the mount of what is looked at next. What the path ends at may be the root of a mount,
+    /// and its attributes are already its server's to tell.
+    fn stand_on(&self, fd: &OwnedFd) -> Result<(), WalkError> {
+        blocking::stand_on(fd.as_fd()).map_err(|busy| self.busy(busy))
     }
 
     fn busy(&self, busy: MountBusy) -> WalkError {
@@ -456,6 +460,7 @@ impl State<'_> {
                 },
                 Err(errno) => return self.at_name(name, Err(errno)),
             };
+            self.stand_on(&fd)?;
             let stat = self.at_name(name, fstat(&fd))?;
             if is_link(&stat) && (!last || self.walk.follow_last) {
                 return self.follow(&part, &fd, &stat);
@@ -538,6 +543,7 @@ impl State<'_> {
         let last = self.todo.is_empty();
         let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
         let fd = self.at_name(name, openat(&self.at, name, flags, Mode::empty()))?;
+        self.stand_on(&fd)?;
         let stat = self.at_name(name, fstat(&fd))?;
         if last {
             return Ok(Next::Magic(name.to_owned(), Found { fd, stat }));

@@ -13,7 +13,7 @@
 //! * (a) follows a symlink that is not owned by root,
 //! * (b) takes `..` out of a directory that is not owned by root, or
 //! * (c) ends at a file with several hard links that is not the user's, in a directory that is not
-//!   owned by root,
+//!   owned by root, or that all may write (`/tmp`),
 //!
 //! the walk, and everything that is done at its end, has the user's own file-system credentials
 //! ([`Rights`]): the kernel decides. Directories alone switch nothing. A root-owned link with several
@@ -500,7 +500,7 @@ impl State<'_> {
         if self.watches() {
             let mut roots = self.at_name(name, trust::is_roots(fd, stat))?;
             if roots && stat.st_nlink > 1 {
-                roots = self.at_name(name, trust::is_roots(&self.at, &directory))?;
+                roots = self.at_name(name, trust::is_only_roots(&self.at, &directory))?;
             }
             if !roots {
                 self.switch()?;
@@ -626,7 +626,7 @@ pub(super) fn is_others(dir: &impl AsFd, stat: &FileStat, actor: &Actor) -> nix:
         return Ok(false);
     }
     let directory = fstat(dir)?;
-    Ok(!trust::is_roots(dir, &directory)?)
+    Ok(!trust::is_only_roots(dir, &directory)?)
 }
 
 /// Gives a directory that was just made its group, and whoever watches it a change of attributes.

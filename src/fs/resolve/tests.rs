@@ -223,6 +223,14 @@ fn a_file_with_several_names_is_the_users_or_lies_with_root() {
     chown(home.join("mine"), Some(UID), None).unwrap();
     fs::hard_link(home.join("mine"), home.join("mine2")).unwrap();
     assert!(!Walk::new(&user).to(&home.join("mine")).unwrap().switched());
+    // Where anybody may have linked it, it does not matter whose the directory is.
+    let sticky = root.join("sticky");
+    fs::create_dir(&sticky).unwrap();
+    fs::set_permissions(&sticky, fs::Permissions::from_mode(0o1777)).unwrap();
+    fs::hard_link(root.join("etc/shadow"), sticky.join("hard")).unwrap();
+    let place = Walk::new(&user).to(&sticky.join("hard")).unwrap();
+    assert!(place.switched());
+    assert_eq!(content(&place).unwrap_err(), Errno::EACCES);
     // Put there after the walk: what counts is what was opened.
     fs::write(home.join("x"), "x").unwrap();
     let place = Walk::new(&user).to(&home.join("x")).unwrap();

@@ -35,6 +35,12 @@ pub(super) fn is_roots(fd: &impl AsFd, stat: &FileStat) -> nix::Result<bool> {
     Ok(is_mounted_by_root(stat.st_dev))
 }
 
+/// Whether a directory is root's and nobody else may put names in it. In one that all may write, such
+/// as /tmp, anybody makes hard links where fs.protected_hardlinks is off.
+pub(super) fn is_only_roots(fd: &impl AsFd, stat: &FileStat) -> nix::Result<bool> {
+    Ok(stat.st_mode & libc::S_IWOTH == 0 && is_roots(fd, stat)?)
+}
+
 /// Whether it lies in procfs.
 pub(super) fn is_proc(fd: &impl AsFd) -> nix::Result<bool> {
     Ok(path_fd::fs_type(fd)? == PROC_SUPER_MAGIC)

@@ -34,7 +34,7 @@ use super::{
     job::{self, Job, millis, now},
     mount_table,
 };
-use crate::sys::mounts;
+use crate::sys::{fs_credentials, mounts};
 
 /// A job of a mount without progress for this long is the reason to probe the mount.
 pub const QUIET: Duration = Duration::from_millis(500);
@@ -200,6 +200,8 @@ enum Target {
 
 /// The life of a probe's thread. Whatever the file system says is an answer.
 fn run_probe(id: u64, target: &Target) {
+    // A job that acts as a user may have started it, and a refusal to that user is no answer.
+    let _ = fs_credentials::begin_thread();
     let _ = match target {
         Target::Fd(fd) => mounts::ask(fd.as_fd()),
         Target::Path(path) => open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())

@@ -25,7 +25,7 @@ use crate::{
         entry::{self, Entry, EntryKind},
         path,
         transfer::Writers,
-        uploads::Uploads,
+        uploads::{MAX_KEPT_UPLOADS, Uploads},
     },
     guest::users::{User, Users},
     proto::filesystem::{self as pb, filesystem_server::Filesystem},
@@ -45,6 +45,8 @@ pub struct Files {
     sandbox: Arc<Sandbox>,
     uploads: Arc<Uploads>,
     trees: Arc<Slots>,
+    /// For the uploads with a name that are being written.
+    named: Arc<Slots>,
 }
 
 /// What a call needs besides its message.
@@ -65,7 +67,8 @@ impl Files {
         let kept = Arc::downgrade(&uploads);
         let evict = move || kept.upgrade().is_some_and(|kept| kept.evict_oldest());
         sandbox.processes.on_exhaustion(evict);
-        Self { sandbox, uploads, trees }
+        let named = Slots::new(MAX_KEPT_UPLOADS);
+        Self { sandbox, uploads, trees, named }
     }
 
     pub(super) fn pool(&self) -> &Arc<Pool> {
@@ -82,6 +85,12 @@ impl Files {
 
     pub(super) fn users(&self) -> Arc<Users> {
         Arc::clone(&self.sandbox.users)
+    }
+
+    /// A place to write an upload with a name; none where all that there are go fast.
+    pub(super) async fn named_slot(&self) -> Result<Slot, Status> {
+        let too_many = || status::of_own_files(&FsError::TooManyUploads(MAX_KEPT_UPLOADS));
+        self.named.take().await.ok_or_else(too_many)
     }
 
     /// Waits until work on a whole tree may begin.

@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 
 use super::{FsError, staged::Staged};
 
-/// The uploads with a name at a time, in use or kept. Each has one open file.
+/// The uploads with a name at a time, in use or kept; a new one takes the place of the one that is kept for
+/// longest. Each has an open file and directory.
 pub const MAX_KEPT_UPLOADS: usize = 32;
 /// How long an upload that nobody writes is kept.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(600);
@@ -55,6 +56,30 @@ pub struct Kept {
     pub owner: u32,
 }
 
+/// What [`Uploads::take`] gives.
+#[derive(Debug)]
+pub struct Taken {
+    /// What has come before; none of an upload that begins.
+    pub kept: Option<Kept>,
+    /// The upload that made room. To drop it may block.
+    pub evicted: Option<Kept>,
+}
+
+impl State {
+    /// Takes away the upload that has waited longest for its client.
+    fn remove_oldest(&mut self) -> Option<(String, Kept)> {
+        let kept = self.slots.iter().filter_map(|(id, slot)| match slot {
+            Slot::Kept(_, number) => Some((*number, id.clone())),
+            Slot::InUse => None,
+        });
+        let (_, oldest) = kept.min()?;
+        match self.slots.remove(&oldest)? {
+            Slot::Kept(kept, _) => Some((oldest, kept)),
+            Slot::InUse => None,
+        }
+    }
+}
+
 impl Uploads {
     /// Nothing is kept yet.
     pub fn new() -> Arc<Self> {
@@ -67,7 +92,7 @@ impl Uploads {
     /// # Errors
     /// [`FsError::BadField`], [`FsError::UploadInUse`], [`FsError::UploadOfAnother`],
     /// [`FsError::TooManyUploads`].
-    pub fn take(&self, id: &str, path: &Path, owner: u32) -> Result<Option<Kept>, FsError> {
+    pub fn take(&self, id: &str, path: &Path, owner: u32) -> Result<Taken, FsError> {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if id.is_empty() || id.len() > MAX_UPLOAD_ID || !id.bytes().all(allowed) {
             return Err(FsError::BadField {
@@ -76,9 +101,14 @@ impl Uploads {
             });
         }
         let mut state = self.state.lock();
+        let mut evicted = None;
         let kept = match state.slots.get(id) {
             None if state.slots.len() >= MAX_KEPT_UPLOADS => {
-                return Err(FsError::TooManyUploads(MAX_KEPT_UPLOADS));
+                evicted = state.remove_oldest();
+                if evicted.is_none() {
+                    return Err(FsError::TooManyUploads(MAX_KEPT_UPLOADS));
+                }
+                None
             }
             None => None,
             Some(Slot::InUse) => return Err(FsError::UploadInUse(id.to_owned())),
@@ -88,7 +118,11 @@ impl Uploads {
             Some(Slot::Kept(..)) => return Err(FsError::UploadOfAnother(id.to_owned())),
         };
         state.slots.insert(id.to_owned(), Slot::InUse);
-        Ok(kept)
+        let evicted = evicted.map(|(evicted, kept)| {
+            tracing::info!(upload = evicted, "gave up an unfinished upload for a new one");
+            kept
+        });
+        Ok(Taken { kept, evicted })
     }
 
     /// Gives an upload back unfinished; the number is for [`Self::expire`].
@@ -107,14 +141,7 @@ impl Uploads {
 
     /// Gives up the upload that has waited longest, for its descriptor; whether there was one.
     pub fn evict_oldest(&self) -> bool {
-        let mut state = self.state.lock();
-        let kept = state.slots.iter().filter_map(|(id, slot)| match slot {
-            Slot::Kept(_, number) => Some((*number, id.clone())),
-            Slot::InUse => None,
-        });
-        let Some((_, oldest)) = kept.min() else { return false };
-        let evicted = state.slots.remove(&oldest);
-        drop(state);
+        let Some((oldest, evicted)) = self.state.lock().remove_oldest() else { return false };
         drop(evicted);
         tracing::warn!(
             upload = oldest,
@@ -146,16 +173,16 @@ mod tests {
         let uploads = Uploads::new();
         let path = Path::new("/p");
         let kept = || Kept { staged: Arc::default(), path: path.to_owned(), owner: 1 };
-        assert!(uploads.take("a", path, 1).unwrap().is_none());
+        assert!(uploads.take("a", path, 1).unwrap().kept.is_none());
         assert!(matches!(uploads.take("a", path, 1), Err(FsError::UploadInUse(_))));
         let first = uploads.keep("a", kept());
         assert!(matches!(uploads.take("a", path, 2), Err(FsError::UploadOfAnother(_))));
         assert!(matches!(uploads.take("a", Path::new("/q"), 1), Err(FsError::UploadOfAnother(_))));
-        assert!(uploads.take("a", path, 1).unwrap().is_some());
+        assert!(uploads.take("a", path, 1).unwrap().kept.is_some());
         let second = uploads.keep("a", kept());
         assert!(uploads.expire("a", first).is_none());
         assert!(uploads.expire("a", second).is_some());
-        assert!(uploads.take("a", path, 1).unwrap().is_none());
+        assert!(uploads.take("a", path, 1).unwrap().kept.is_none());
         uploads.forget("a");
         assert!(uploads.state.lock().slots.is_empty());
         for bad in ["", "a b", "ä", &"x".repeat(MAX_UPLOAD_ID + 1)] {
@@ -165,5 +192,10 @@ mod tests {
             uploads.take(&number.to_string(), path, 1).unwrap();
         }
         assert!(matches!(uploads.take("more", path, 1), Err(FsError::TooManyUploads(_))));
+        uploads.keep("7", kept());
+        uploads.keep("3", kept());
+        let taken = uploads.take("more", path, 1).unwrap();
+        assert!(taken.kept.is_none() && taken.evicted.is_some());
+        assert!(uploads.take("3", path, 1).unwrap().kept.is_some(), "the oldest had to go");
     }
 }

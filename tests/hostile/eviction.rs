@@ -269,3 +269,47 @@ fn searches_that_nobody_takes_make_room() {
     served_beside(&mut dripping, sip, &search("y"), &daemon, r#""summary""#);
     assert!(told_why(dripping));
 }
+
+#[test]
+fn uploads_with_a_name_make_room() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let begin = |name: &str| {
+        let start = format!(
+            r#"{{"start":{{"path":"{}/{name}","uploadId":"{name}"}}}}"#,
+            dir.path().display()
+        );
+        frame(&start)
+    };
+    let head = |length: usize| {
+        format!(
+            "POST /filesystem.Filesystem/Write HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/connect+json\r\ncontent-length: {length}\r\n\r\n"
+        )
+        .into_bytes()
+    };
+    let whole = |name: &str| {
+        let body = [begin(name), frame(r#"{"chunk":{"data":"eA=="}}"#)].concat();
+        [head(body.len()), body].concat()
+    };
+    // Given up by their clients, and more than are kept.
+    for number in 0..40 {
+        let mut stream = open(&daemon);
+        stream.write_all(&whole(&format!("kept-{number}"))).unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"HTTP/1.1 200");
+    }
+    let mut dripping: Vec<_> = (0..32)
+        .map(|number| {
+            let begun = begin(&format!("drips-{number}"));
+            let mut stream = open(&daemon);
+            stream.write_all(&[head(begun.len() + (1 << 20)), begun].concat()).unwrap();
+            stream
+        })
+        .collect();
+    let drip = |stream: &mut TcpStream| {
+        let _ = stream.write_all(&frame(r#"{"chunk":{"data":"eA=="}}"#));
+    };
+    served_beside(&mut dripping, drip, &whole("new"), &daemon, r#""received":"#);
+    assert!(told_why(dripping));
+}

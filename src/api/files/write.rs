@@ -23,6 +23,7 @@ use crate::{
         uploads::{Kept, SharedStaged, UPLOAD_KEPT, Uploads},
     },
     proto::filesystem::{self as pb, write_request::Event},
+    slots::Slot,
 };
 
 pub(in crate::api) async fn write(
@@ -38,8 +39,17 @@ pub(in crate::api) async fn write(
     let options = options(&start)?;
     let upload = Upload::begin(files, &start.upload_id, path, call.actor, &options).await?;
     loop {
-        match event(&mut requests).await? {
+        let next = tokio::select! {
+            biased;
+            // What has come is kept, and may make room in its turn.
+            () = upload.evicted() => return Err(status::of_eviction()),
+            next = event(&mut requests) => next?,
+        };
+        match next {
             Some(Event::Chunk(chunk)) => {
+                if let Some(slot) = &upload.slot {
+                    slot.progress(chunk.data.len());
+                }
                 upload.step(move |staged| staged.write(chunk.offset, &chunk.data)).await?;
             }
             Some(Event::Commit(commit)) => return upload.commit(files, commit, options).await,
@@ -93,6 +103,8 @@ struct Upload {
     staged: SharedStaged,
     /// That of the file.
     mount: Option<MountId>,
+    /// Held by an upload with a name.
+    slot: Option<Slot>,
 }
 
 impl Upload {
@@ -105,16 +117,22 @@ impl Upload {
     ) -> Result<Self, Status> {
         let uploads = Arc::clone(files.uploads());
         let id = (!id.is_empty()).then(|| id.to_owned());
-        let kept = match &id {
+        let pool = Arc::clone(files.pool());
+        let (kept, slot) = match &id {
             Some(id) => {
-                uploads.take(id, &path, actor.uid()).map_err(|e| status::of_own_files(&e))?
+                let slot = files.named_slot().await?;
+                let taken = uploads.take(id, &path, actor.uid());
+                let taken = taken.map_err(|error| status::of_own_files(&error))?;
+                if let Some(evicted) = taken.evicted {
+                    let_go(&pool, evicted.staged);
+                }
+                (taken.kept, Some(slot))
             }
-            None => None,
+            None => (None, None),
         };
         let begun = kept.is_some();
         let staged = kept.map_or_else(SharedStaged::default, |kept| kept.staged);
-        let pool = Arc::clone(files.pool());
-        let mut upload = Self { pool, uploads, id, path, actor, staged, mount: None };
+        let mut upload = Self { pool, uploads, id, path, actor, staged, mount: None, slot };
         let (staged, options) = (Arc::clone(&upload.staged), options.clone());
         let (path, actor) = (upload.path.clone(), upload.actor.clone());
         let created = files
@@ -137,6 +155,14 @@ impl Upload {
             }
         }
         Ok(upload)
+    }
+
+    /// Completes when the upload has to end to make room for another.
+    async fn evicted(&self) {
+        match &self.slot {
+            Some(slot) => slot.evicted().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Does one step of the work where it may block.

@@ -30,12 +30,13 @@ use envd::proto::{
 const MANY: usize = 70;
 /// How long an impatient client waits.
 const GIVES_UP: Duration = Duration::from_millis(300);
-/// By far less than it takes to find out that a mount does not answer.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// Less than a caller's patience; more than a busy machine needs.
+const AT_ONCE: Duration = Duration::from_secs(15);
 
 struct Env {
-    files: House,
+    /// First, so that it is unmounted before the directory around it is removed: that would hang.
     hung: HungMount,
+    files: House,
 }
 
 impl Env {
@@ -50,7 +51,7 @@ impl Env {
         if !able("root and /dev/fuse", hung.is_some()) {
             return None;
         }
-        Some(Self { files, hung: hung? })
+        Some(Self { hung: hung?, files })
     }
 
     /// What every error has to begin with.

@@ -36,7 +36,6 @@ impl Tree {
                 Ok(events) => {
                     handled += events.len();
                     events.into_iter().for_each(|event| self.handle(event));
-                    self.forget_resolved();
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {

@@ -53,7 +53,7 @@ const EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     // would be lost (race).
     .union(AddWatchFlags::from_bits_retain(libc::IN_MASK_ADD));
 
-/// The roots whose directories are held open in one batch of events.
+/// The roots whose directories are held open while the thread works.
 const MAX_RESOLVED_ROOTS: usize = 64;
 
 /// Everything that is watched. It lives on the watching thread alone, hence no locks.
@@ -62,7 +62,7 @@ pub(super) struct Tree {
     pub(super) inotify: Arc<Inotify>,
     users: Arc<Users>,
     pub(super) dirs: HashMap<Wd, Dir>,
-    /// Where the paths of roots have led in this batch of events.
+    /// Where the paths of roots have led since the thread waited last.
     resolved: RefCell<HashMap<u64, Arc<place::Root>>>,
     pub(super) watchers: HashMap<u64, Root>,
     /// Directories that are still to be watched.
@@ -243,7 +243,7 @@ impl Tree {
     }
 
     /// Forgets where the paths of roots have led. An open directory keeps its file system mounted, so
-    /// that this is done after each batch of events.
+    /// that this is done before the thread waits.
     pub(super) fn forget_resolved(&self) {
         self.resolved.borrow_mut().clear();
     }

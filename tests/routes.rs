@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{basic, house::House, me};
+use common::{Daemon, basic, house::House, me};
 use reqwest::{Method, Response, StatusCode};
 
 #[tokio::test]
@@ -119,9 +119,18 @@ fn header<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
     response.headers().get(name).map(|value| value.to_str().unwrap())
 }
 
+const TOKEN: &str = "token-of-the-sandbox";
+
+/// Pages from elsewhere are served on loopback only where there is a token: tests/gate.rs has the rest.
+fn with_token() -> House {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), TOKEN).unwrap();
+    House::with(Daemon::start(&[&format!("--access-token-file={}", file.path().display())]))
+}
+
 #[tokio::test]
 async fn preflights_of_browsers() {
-    let house = House::new();
+    let house = with_token();
     let vary = "Origin, Access-Control-Request-Method, Access-Control-Request-Headers";
     let names = "x-access-token,Content-Type, X-Odd";
     for path in ["/health", "/files", "/filesystem.Filesystem/Stat", "/nothing"] {
@@ -167,17 +176,19 @@ async fn preflights_of_browsers() {
 
 #[tokio::test]
 async fn answers_that_a_page_may_read() {
-    let house = House::new();
+    let house = with_token();
     let exposed = "Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin, Location, Cache-Control, \
                    X-Content-Type-Options";
     let page = ("origin", "https://example.com");
     let unknown = ("authorization", "Basic bm9ib2R5LWF0LWFsbDo=");
+    let token = ("x-access-token", TOKEN);
     for (method, path, headers, status) in [
         (Method::GET, "/health", &[page][..], 204),
-        (Method::GET, "/nothing", &[page], 404),
-        (Method::DELETE, "/files", &[page], 405),
-        (Method::GET, "/health", &[page, unknown], 401),
-        (Method::GET, "/files?path=/no/such", &[page], 404),
+        (Method::GET, "/files?path=/no/such", &[page], 401),
+        (Method::GET, "/nothing", &[page, token], 404),
+        (Method::DELETE, "/files", &[page, token], 405),
+        (Method::GET, "/health", &[page, token, unknown], 401),
+        (Method::GET, "/files?path=/no/such", &[page, token], 404),
     ] {
         let response = house.call(method, path, headers).await;
         assert_eq!(response.status(), status, "{path}");

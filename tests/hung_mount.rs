@@ -305,8 +305,15 @@ async fn starts_that_need_a_hung_mount_hold_up_no_others() {
         all.is_empty().then_some(())
     })
     .await;
-    let request = sh("pwd").cwd(Some(env.hung.path()));
-    assert_eq!(stdout(&client, &request).await.trim_end(), env.hung.path());
+    // It is refused while calls from before still wait.
+    let said = in_time("commands start there", async || {
+        let request = sh("pwd").cwd(Some(env.hung.path()));
+        let stream = client.stream(START, &request).await.ok()?;
+        let running: Running<StartResponse> = Running::of(stream).await.ok()?;
+        Some(running.end().await.0)
+    })
+    .await;
+    assert_eq!(said.stdout, format!("{}\n", env.hung.path()).into_bytes());
 }
 
 /// The next file event of a watch.

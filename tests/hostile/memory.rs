@@ -210,14 +210,19 @@ fn bodies_of_init_before_it_is_authorised_share_what_there_is_for_them() {
     let long = format!(r#"{{"accessToken":"wrong","caBundle":"{}"}}"#, "x".repeat(3 << 20));
     for body in [many, long] {
         let request = post("/init", "application/json", body.as_bytes(), false);
-        for answer in at_once(&guarded, &request, 32) {
+        let answers = at_once(&guarded, &request, 32);
+        for answer in &answers {
             let refused = ["HTTP/1.1 401", "HTTP/1.1 503", "HTTP/1.1 400"];
+            // The kernel drops an answer when the daemon closes before the whole body has come, which
+            // it does 5 s after a refusal.
             assert!(
-                refused.iter().any(|status| answer.starts_with(status.as_bytes())),
+                answer.is_empty()
+                    || refused.iter().any(|status| answer.starts_with(status.as_bytes())),
                 "{}",
-                String::from_utf8_lossy(&answer)
+                String::from_utf8_lossy(answer)
             );
         }
+        assert!(answers.iter().any(|answer| answer.starts_with(b"HTTP/1.1 401")), "one is read");
     }
     let most = u64::try_from(MAX_UNPROVEN_BYTES >> 10).unwrap();
     guarded.is_within(guarded.before + 2 * most + (32 << 10));

@@ -310,7 +310,7 @@ async fn starts_that_need_a_hung_mount_hold_up_no_others() {
         let request = sh("pwd").cwd(Some(env.hung.path()));
         let stream = client.stream(START, &request).await.ok()?;
         let running: Running<StartResponse> = Running::of(stream).await.ok()?;
-        Some(running.end().await.0)
+        Some(running.try_end().await.ok()?.0)
     })
     .await;
     assert_eq!(said.stdout, format!("{}\n", env.hung.path()).into_bytes());

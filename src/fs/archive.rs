@@ -3,7 +3,7 @@
 //!
 //! Archives are made over descriptors ([`tree::Walk`](super::tree::Walk)), so nothing outside of the
 //! directory is ever read, whatever is renamed meanwhile, and with the rights that the path to it
-//! allows ([`resolve`](super::resolve)). They hold files, directories, links, FIFOs and the attributes
+//! allows ([`resolve`]). They hold files, directories, links, FIFOs and the attributes
 //! `user.*`; sockets are left out. A file that shrinks while it is read is filled up with zeros, as
 //! tar does, since its length has been told already.
 

@@ -6,7 +6,7 @@
 //! descriptors ([`tree::Walk`](super::tree::Walk)), so nothing outside of it is ever read, whatever is
 //! renamed meanwhile.
 //!
-//! Source and destination are resolved with the caller's rights ([`resolve`](super::resolve)). What is
+//! Source and destination are resolved with the caller's rights ([`resolve`]). What is
 //! made belongs to the caller from its first moment; owner, mode, times and attributes are set through
 //! descriptors only. Set-user-ID and set-group-ID bits, capabilities, owners and devices are kept only
 //! for a caller who acts as root and asks for it ([`CopyOptions::preserve`]): whoever owns a file can

@@ -63,7 +63,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let service = wire::stack(router, methods, &limits, &memory, access, trust, phases);
 
     let (_stop, stopped) = watch::channel(false);
-    let server = Server::new(service, limits, stopped);
+    let server = Server::new(service, limits, memory, stopped);
     let mut port = 0;
     for listener in listen::bind(&"tcp://127.0.0.1:0".parse()?, false).await? {
         if let Some(bound) = listener.local().rsplit(':').next() {

@@ -35,8 +35,9 @@ use crate::sys::{
     procfs::{self, Children, Group, Stat},
 };
 
-/// How often the list is read for what was forked meanwhile.
-const MAX_ROUNDS: usize = 64;
+/// How often the list is read for what was forked meanwhile. Many: each kill below a limit of processes
+/// lets another fork, and on one slow processor 64 looks were too few for a fork bomb.
+const MAX_ROUNDS: usize = 4096;
 /// How often in a row it may hold nothing new while somebody forks, who may be of the tree or not.
 const MAX_QUIET_ROUNDS: usize = 8;
 /// How long in all to wait for processes to stop that were told to: one that a file system holds

@@ -336,7 +336,7 @@ async fn a_hung_mount_that_moves_into_a_watched_tree_ends_no_watch() {
     if !able("root and /dev/fuse", hung.is_some()) {
         return;
     }
-    let hung = hung.unwrap();
+    let mut hung = hung.unwrap();
     let watch = async |dir: &str, recursive| {
         let request =
             WatchDirRequest { path: files.at(dir), recursive, ..WatchDirRequest::default() };
@@ -348,6 +348,7 @@ async fn a_hung_mount_that_moves_into_a_watched_tree_ends_no_watch() {
     };
     let (mut tree, mut plain) = (watch("tree", true).await, watch("plain", false).await);
     fs::rename(files.at("outside/inner"), files.at("tree/inner")).unwrap();
+    hung.moved_to(files.at("tree/inner/hung").as_ref());
     assert_eq!(soon("an event", next_name(&mut tree)).await, "inner");
     assert_eq!(soon("an event", next_name(&mut tree)).await, "inner/hung");
     // Those of others, and of the rest of the tree.

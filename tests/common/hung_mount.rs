@@ -39,6 +39,11 @@ impl HungMount {
         self.at.to_str().unwrap()
     }
 
+    /// Says where it is now, after a directory above it was renamed.
+    pub fn moved_to(&mut self, path: &Path) {
+        self.at = path.to_owned();
+    }
+
     /// Ends the server: who waits for it gets an error.
     pub fn end(&mut self) {
         self.server = None;

@@ -4,7 +4,10 @@
 use std::{fs, path::PathBuf, sync::atomic::AtomicBool};
 
 use envd::{
-    fs::archive::{Compression, extract},
+    fs::{
+        actor::{Actor, FileAccess},
+        archive::{Compression, extract},
+    },
     guest::users::User,
 };
 use libfuzzer_sys::fuzz_target;
@@ -19,7 +22,9 @@ fuzz_target!(|input: (u8, &[u8])| {
     };
     let top = PathBuf::from(format!("/tmp/envd-fuzz-{}", std::process::id()));
     let user = User { name: "me".into(), uid: 0, gid: 0, home: "/".into(), groups: vec![0] };
-    let _ = extract(&top.join("target"), &user, bytes, compression, false, &AtomicBool::new(false));
+    let actor = Actor::new(&user, FileAccess::Compatible);
+    let _ =
+        extract(&top.join("target"), &actor, bytes, compression, false, &AtomicBool::new(false));
     for entry in fs::read_dir(&top).into_iter().flatten().flatten() {
         assert_eq!(entry.file_name(), "target");
     }

@@ -2,12 +2,21 @@
 #![no_main]
 
 use bytes::Bytes;
-use envd::wire::{Body, budget::Budget, envelope::Encoding, protocol::Protocol, request::Reader};
+use envd::{
+    proto::DESCRIPTORS,
+    wire::{
+        Body, budget::Budget, envelope::Encoding, methods::Methods, protocol::Protocol,
+        request::Reader,
+    },
+};
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use http_body_util::BodyExt;
 use libfuzzer_sys::fuzz_target;
-use std::time::Duration;
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 const TYPES: [&str; 8] = [
     "application/grpc",
@@ -21,13 +30,26 @@ const TYPES: [&str; 8] = [
 ];
 const LIMIT: usize = 1 << 12;
 
+static METHODS: LazyLock<Arc<Methods>> = LazyLock::new(|| {
+    let methods = Methods::default().add(DESCRIPTORS, true);
+    Arc::new(methods.expect("the descriptors that were compiled in"))
+});
+
 fuzz_target!(|input: (u8, bool, bool, u8, &[u8])| {
     let (kind, gzip, single, step, bytes) = input;
     let kind = TYPES[usize::from(kind) % TYPES.len()];
     let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
     let Some(protocol) = Protocol::of(&headers) else { panic!("{kind} is known") };
     let encoding = if gzip { Encoding::Gzip } else { Encoding::Identity };
-    let reader = Reader { protocol, encoding, limit: LIMIT, stall_timeout: Duration::from_secs(60) };
+    let path = if single { "/process.Process/Start" } else { "/process.Process/StreamInput" };
+    let reader = Reader {
+        protocol,
+        encoding,
+        limit: LIMIT,
+        stall_timeout: Duration::from_secs(60),
+        methods: Arc::clone(&METHODS),
+        method: METHODS.get(path).unwrap(),
+    };
     let chunks: Vec<_> = bytes
         .chunks(usize::from(step) + 1)
         .map(|chunk| Ok::<_, std::io::Error>(Bytes::copy_from_slice(chunk)))

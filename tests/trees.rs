@@ -621,9 +621,10 @@ async fn what_a_process_used_is_told_at_its_end() {
         let usage = run(&client, &sh(&format!("sh -c '{script}'; exit 0"))).await.usage.unwrap();
         let cpu = Duration::try_from(usage.cpu_user.unwrap()).unwrap();
         assert!(cpu > Duration::from_millis(5) && cpu < Duration::from_secs(60), "{cpu:?}");
-        assert!(usage.memory_peak_bytes > 100_000, "{usage:?}");
-        assert!(usage.memory_peak_bytes < 1 << 30, "{usage:?}");
         let counted = base.is_some_and(|base| base.controllers.contains("memory"));
+        // Without a group of its own it is not known.
+        let peak = if counted { 100_000..1 << 30 } else { 0..1 };
+        assert!(peak.contains(&usage.memory_peak_bytes), "{usage:?}");
         assert_eq!(usage.whole_tree, counted);
         assert_eq!((usage.memory_bytes, usage.pids), (0, 0));
     }

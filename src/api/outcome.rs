@@ -15,6 +15,8 @@ pub(super) fn end_event(ending: Ending, end_offset: u64) -> pb::process_event::E
         usage: Some(usage(&ending.usage)),
         end_offset,
         exited_at: Some(timestamp(ending.exited_at)),
+        output_open: ending.output_open,
+        output_truncated: ending.output_truncated,
         exit_code: ending.exit_code,
         exited: ending.exited,
         status: ending.status,

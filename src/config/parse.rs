@@ -24,6 +24,8 @@ use crate::{
 
 /// The longest `--drain-grace`, in milliseconds.
 const MAX_DRAIN_GRACE: u64 = 60_000;
+/// The longest `--drain-limit`, in milliseconds.
+const MAX_DRAIN_LIMIT: u64 = 3_600_000;
 
 impl Config {
     /// Reads the arguments behind the program's name.
@@ -143,6 +145,10 @@ impl Config {
                 "drain-grace" => {
                     let grace = args.number(0, MAX_DRAIN_GRACE)?;
                     config.processes.drain_grace = Duration::from_millis(grace);
+                }
+                "drain-limit" => {
+                    let limit = args.number(0, MAX_DRAIN_LIMIT)?;
+                    config.processes.drain_limit = Duration::from_millis(limit);
                 }
                 "retention" => {
                     config.processes.retention = args.seconds(MIN_RETENTION.as_secs())?;

@@ -74,7 +74,10 @@ Processes:
   --spill-dir PATH        where output goes that a client wants kept on disk
                           (default /run/envd/journal)
   --drain-grace N         milliseconds that the end of a process waits for background children
-                          that hold its output open (default 250)
+                          that hold its output open, while they are silent and use no
+                          processor time (default 500)
+  --drain-limit N         milliseconds that it waits for them in all, at least the grace
+                          (default 5000)
   --retention N           seconds that an ended process is kept, with its output
                           (default 600, at least 30)
   --max-retained N        ended processes that are kept (default 256)

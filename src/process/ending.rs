@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::tree::Conclusion;
+use super::{settle::Held, tree::Conclusion};
 use crate::sys::{errno, pidfd::Exit};
 
 /// The truth about an ending.
@@ -56,7 +56,8 @@ pub struct Usage {
     pub cpu_user: Duration,
     /// Processor time in the kernel.
     pub cpu_system: Duration,
-    /// The most memory at one time, in bytes.
+    /// The most memory at one time, in bytes; 0 where it is not known: for an ended process without a
+    /// control group.
     pub memory_peak: u64,
     /// The memory now, in bytes.
     pub memory: u64,
@@ -92,6 +93,10 @@ pub struct Ending {
     pub error: Option<String>,
     /// Whether the deadline of the call that started it has ended it.
     pub timed_out: bool,
+    /// Whether a descendant holds the output open: what it writes now comes after the end.
+    pub output_open: bool,
+    /// Whether that descendant was writing or working when the longest wait for it was over.
+    pub output_truncated: bool,
 }
 
 /// What the supervisor knows about an exit beside its status.
@@ -105,6 +110,8 @@ pub(super) struct Circumstances {
     pub(super) cause: Option<Cause>,
     /// What its tree has to say.
     pub(super) conclusion: Conclusion,
+    /// Who still holds the output.
+    pub(super) held: Held,
 }
 
 /// What made a process end, if that was here.
@@ -119,7 +126,7 @@ pub(super) enum Cause {
 impl Ending {
     /// The ending of a process, with everything that is known.
     pub(super) fn of_process(exit: io::Result<Exit>, known: Circumstances) -> Self {
-        let Circumstances { exited_at, exec_error, cause, conclusion } = known;
+        let Circumstances { exited_at, exec_error, cause, conclusion, held } = known;
         let Conclusion { usage, verdict, killed, .. } = conclusion;
         let timed_out = matches!(cause, Some(Cause::Deadline(_)));
         let ending = match &exit {
@@ -139,7 +146,15 @@ impl Ending {
             }
             _ => ending.outcome,
         };
-        Self { outcome, limits_hit: verdict.limits_hit, usage, exited_at, ..ending }
+        Self {
+            outcome,
+            limits_hit: verdict.limits_hit,
+            usage,
+            exited_at,
+            output_open: held.open,
+            output_truncated: held.truncated,
+            ..ending
+        }
     }
 
     /// Puts an exit in words.
@@ -174,6 +189,8 @@ impl Ending {
             status: String::new(),
             error: None,
             timed_out: false,
+            output_open: false,
+            output_truncated: false,
         }
     }
 
@@ -266,6 +283,7 @@ mod tests {
             exec_error: None,
             cause,
             conclusion: Conclusion::default(),
+            held: Held::default(),
         };
         change(&mut known);
         Ending::of_process(Ok(exit), known).outcome
@@ -313,6 +331,7 @@ mod tests {
             exec_error: None,
             cause: None,
             conclusion: Conclusion::default(),
+            held: Held::default(),
         };
         let error = io::Error::from_raw_os_error(libc::ECHILD);
         let ending = Ending::of_process(Err(error), known);

@@ -10,8 +10,9 @@
 //!   reads from there at its own pace. A live subscriber loses nothing; one that takes nothing for
 //!   [`STALL_LIMIT`](options::STALL_LIMIT) is let go; an absent one costs the process nothing.
 //! * [`Event::End`] comes when the process has exited and all that it wrote before has been put
-//!   in the journal. Background children that keep a pipe open delay it by
-//!   [`DRAIN_GRACE`](options::DRAIN_GRACE) at most.
+//!   in the journal. Descendants that keep a pipe open delay it for as long as they write or use
+//!   processor time, and by [`DRAIN_GRACE`](options::DRAIN_GRACE) of silence, but never by more than
+//!   [`DRAIN_LIMIT`](options::DRAIN_LIMIT).
 //! * Whoever sees the end does not find the process among the live ones any more; for
 //!   [`RETENTION`](options::RETENTION) its output and its ending can still be asked for.
 //! * A process and all that descends from it is a [`tree`]: it can be signalled, limited and measured
@@ -21,6 +22,7 @@
 //!
 //! It knows no protobuf and no HTTP. Texts of errors are those that upstream's clients know.
 
+mod activity;
 pub mod cgroup;
 mod child;
 mod descent;
@@ -36,6 +38,7 @@ pub mod ports;
 mod reach;
 pub mod record;
 pub mod registry;
+mod settle;
 mod shutdown;
 pub mod spec;
 pub mod start;

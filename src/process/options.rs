@@ -26,8 +26,11 @@ pub const OUTPUT_TOTAL: usize = 256 * 1024 * 1024;
 /// How long a subscriber may hold up the process without taking anything.
 pub const STALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long the end waits for a background child that holds a pipe open after the process's exit.
-pub const DRAIN_GRACE: Duration = Duration::from_millis(250);
+/// How long the end of a process waits for descendants that hold its output open, while they are silent
+/// and use no processor time.
+pub const DRAIN_GRACE: Duration = Duration::from_millis(500);
+/// How long it waits for them in all.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an ended process can be asked for, its output and its outcome.
 pub const RETENTION: Duration = Duration::from_secs(600);
@@ -78,6 +81,8 @@ pub struct Options {
     pub stall_limit: Duration,
     /// See [`DRAIN_GRACE`].
     pub drain_grace: Duration,
+    /// See [`DRAIN_LIMIT`]; at least the grace.
+    pub drain_limit: Duration,
     /// See [`RETENTION`].
     pub retention: Duration,
     /// See [`MAX_RETAINED`].
@@ -103,6 +108,7 @@ impl Default for Options {
             output_total: OUTPUT_TOTAL,
             stall_limit: STALL_LIMIT,
             drain_grace: DRAIN_GRACE,
+            drain_limit: DRAIN_LIMIT,
             retention: RETENTION,
             max_retained: MAX_RETAINED,
             max_requests: MAX_REQUESTS,

@@ -16,7 +16,10 @@ use tokio::{
     sync::watch,
 };
 
-use super::journal::{Channel, JOIN_LIMIT, Journal};
+use super::{
+    journal::{Channel, JOIN_LIMIT, Journal},
+    settle::Flow,
+};
 
 /// The most that one read takes.
 pub const MAX_READ: usize = 32 * 1024;
@@ -49,12 +52,12 @@ pub(super) struct Source {
 }
 
 /// Reads until nobody can write any more, and says so through `progress`. Once `exited` is true it
-/// first reads what is there.
+/// first reads what is there, and reports what comes later through `flow`.
 pub(super) async fn pump(
     source: Source,
-    journal: Arc<Journal>,
+    (pid, journal): (u32, Arc<Journal>),
     mut exited: watch::Receiver<bool>,
-    progress: watch::Sender<Progress>,
+    (progress, flow): (watch::Sender<Progress>, Arc<Flow>),
 ) {
     let Source { channel, fd, mut held } = source;
     let mut block = BytesMut::new();
@@ -65,11 +68,12 @@ pub(super) async fn pump(
             () = seen(&mut exited), if !drained => {
                 drained = true;
                 drop(held.take());
-                let ended = drain(channel, &fd, &journal, &mut block).await;
-                progress.send_replace(Progress::Drained);
-                match ended {
+                match drain(channel, &fd, &journal, &mut block).await {
                     Ok(true) => break Ok(()),
-                    Ok(false) => continue,
+                    Ok(false) => {
+                        progress.send_replace(Progress::Drained);
+                        continue;
+                    }
                     Err(error) => break Err(error),
                 }
             }
@@ -77,6 +81,18 @@ pub(super) async fn pump(
         };
         match read {
             Ok(0) => break Ok(()),
+            Ok(len) if drained => {
+                if flow.received() {
+                    tracing::warn!(
+                        pid,
+                        ?channel,
+                        "output of a background process came after the end was reported; it can be \
+                         read by offset"
+                    );
+                }
+                journal.append(channel, cut(&mut block, len)).await;
+                flow.stored();
+            }
             Ok(len) => journal.append(channel, cut(&mut block, len)).await,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => break Err(error),

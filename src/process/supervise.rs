@@ -8,7 +8,7 @@ use std::{
 
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
-    time::{Instant, sleep, sleep_until, timeout_at},
+    time::{Instant, sleep, sleep_until},
 };
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
     descent::Known,
     ending::{Cause, Circumstances},
     output::{Progress, Source, pump},
+    settle::{self, Flow, Patience, Reader},
     tree::Conclusion,
 };
 use crate::sys::pidfd::Exit;
@@ -53,18 +54,19 @@ pub(super) fn supervise(
 ) {
     let slot = Arc::new(slot);
     let (exited, exit_seen) = watch::channel(false);
-    let channels = sources
+    let mut readers: Vec<Reader> = sources
         .into_iter()
         .map(|source| {
             let (progress, seen) = watch::channel(Progress::Open);
-            let journal = Arc::clone(&process.journal);
-            let reading = pump(source, journal, exit_seen.clone(), progress);
+            let flow = Arc::new(Flow::default());
+            let journal = (process.pid(), Arc::clone(&process.journal));
+            let reading = pump(source, journal, exit_seen.clone(), (progress, Arc::clone(&flow)));
             let slot = Arc::clone(&slot);
             tokio::spawn(async move {
                 reading.await;
                 drop(slot);
             });
-            seen
+            Reader { progress: seen, flow }
         })
         .collect();
     tokio::spawn(async move {
@@ -84,8 +86,23 @@ pub(super) fn supervise(
                 Arc::clone(&slot),
             ));
         }
-        drain(channels, manager.options.drain_grace).await;
-        let known = Circumstances { exited_at, exec_error, cause, conclusion };
+        settle::drained(&mut readers).await;
+        let is_killed =
+            matches!(exit, Ok(Exit::Signalled { signal: libc::SIGKILL, .. })) && conclusion.killed;
+        let options = &manager.options;
+        let patience = Patience { grace: options.drain_grace, limit: options.drain_limit };
+        // Whoever kills a process does not wait for what its descendants have to say.
+        let patience = Some(patience).filter(|_| !is_killed);
+        let held = settle::settle(&manager, &process, &mut readers, patience).await;
+        if held.truncated {
+            tracing::warn!(
+                pid = process.pid(),
+                limit = ?patience.map(|patience| patience.limit),
+                "the output of a process that has exited is cut: a background process still writes \
+                 to it or uses processor time"
+            );
+        }
+        let known = Circumstances { exited_at, exec_error, cause, conclusion, held };
         let ending = Ending::of_process(exit, known);
         tracing::debug!(pid = process.pid(), status = ending.status, "process ended");
         // In this order: whoever sees the end finds the process neither among the live ones nor
@@ -208,18 +225,4 @@ async fn kill_rest(
         again = MAX_KILL_AGAIN.min(again * 2);
     }
     drop(slot);
-}
-
-/// Waits until all that the process wrote is in the journal (however long a slow subscriber makes
-/// that), then a moment for those who still hold a channel open.
-async fn drain(mut channels: Vec<watch::Receiver<Progress>>, grace: Duration) {
-    for channel in &mut channels {
-        // An error means that the reader is gone; nothing more comes from there.
-        let _ = channel.wait_for(|progress| *progress >= Progress::Drained).await;
-    }
-    let grace = Instant::now() + grace;
-    for channel in &mut channels {
-        let closed = channel.wait_for(|progress| *progress == Progress::Closed);
-        let _ = timeout_at(grace, closed).await;
-    }
 }

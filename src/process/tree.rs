@@ -18,6 +18,7 @@ use tokio::io::Interest;
 
 use super::{
     Found, Manager, Usage,
+    activity::Activity,
     cgroup::{Leaf, Verdict},
     descent::{self, Known, Member},
     stop_notes::StopNotes,
@@ -208,6 +209,11 @@ impl Tree {
         own.into_iter().chain(others).collect()
     }
 
+    /// Blocks for a moment: what the tree has done until now.
+    pub(super) fn activity(&self) -> Activity {
+        Activity::of(&self.pids(), self.leaf.as_ref().and_then(|leaf| leaf.processor_time()))
+    }
+
     /// Blocks for a moment: what the tree of a living process uses.
     pub(super) fn usage(&self) -> Usage {
         let counted = self.leaf.as_ref().and_then(|leaf| leaf.usage());
@@ -241,7 +247,9 @@ impl Tree {
         Usage {
             cpu_user: spent.user,
             cpu_system: spent.system,
-            memory_peak: spent.memory,
+            // Not what getrusage says: the kernel counts the memory that was left behind at the exec,
+            // and of a child that shared the daemon's memory that is the daemon's peak.
+            memory_peak: 0,
             io_read,
             io_write,
             ..Usage::default()

@@ -34,8 +34,6 @@ pub struct Spent {
     pub user: Duration,
     /// Processor time in the kernel.
     pub system: Duration,
-    /// The most memory of one of them, in bytes.
-    pub memory: u64,
 }
 
 /// A child of this process that nobody has waited for: its pid is its own, and a pidfd of it where the
@@ -232,9 +230,7 @@ fn spent_by(kind: libc::idtype_t, id: libc::id_t) -> io::Result<Spent> {
         let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
         Duration::from_secs(seconds) + Duration::from_micros(micros.into())
     };
-    // The kernel counts it in KiB.
-    let memory = u64::try_from(usage.ru_maxrss).unwrap_or_default().saturating_mul(1024);
-    Ok(Spent { user: span(usage.ru_utime), system: span(usage.ru_stime), memory })
+    Ok(Spent { user: span(usage.ru_utime), system: span(usage.ru_stime) })
 }
 
 /// Makes the kernel keep the exit status of children: a supervisor that ignores SIGCHLD hands that

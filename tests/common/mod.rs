@@ -115,6 +115,11 @@ impl Daemon {
         }
     }
 
+    /// What it has logged so far.
+    pub fn log(&self) -> Vec<Value> {
+        self.log.lines.lock().unwrap().clone()
+    }
+
     /// Where it listens, as URLs.
     pub fn addresses(&self) -> &[String] {
         &self.addresses

@@ -252,6 +252,11 @@ impl Leaf {
         })
     }
 
+    /// The processor time that was used in it.
+    pub(in crate::process) fn processor_time(&self) -> Option<Duration> {
+        files::entry(&self.dir, "cpu.stat", "usage_usec").map(Duration::from_micros)
+    }
+
     /// Which limits it has met.
     pub(in crate::process) fn verdict(&self) -> Verdict {
         let events = fs::read_to_string(self.dir.join("memory.events")).unwrap_or_default();

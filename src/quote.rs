@@ -23,17 +23,27 @@ pub fn path(path: &Path) -> String {
 /// The text, as [`text`] and on one line: control characters are escaped.
 pub fn line(text: impl AsRef<OsStr>) -> String {
     let text = text.as_ref().to_string_lossy();
+    self::text(&escaped(&text, MAX_QUOTED)).into_owned()
+}
+
+/// A message that may repeat a caller's words, on one line and of at most about 4 * [`MAX_QUOTED`] bytes.
+pub fn message(message: &str) -> String {
+    escaped(message, 4 * MAX_QUOTED)
+}
+
+/// The text with control characters and line separators escaped, until it is longer than `limit` bytes.
+fn escaped(text: &str, limit: usize) -> String {
     let mut line = String::new();
     for char in text.chars() {
         match char.is_control() || matches!(char, '\u{2028}' | '\u{2029}') {
             true => line.extend(char.escape_default()),
             false => line.push(char),
         }
-        if line.len() > MAX_QUOTED {
+        if line.len() > limit {
             break;
         }
     }
-    self::text(&line).into_owned()
+    line
 }
 
 #[cfg(test)]
@@ -54,6 +64,7 @@ mod tests {
     #[test]
     fn one_line_whatever_is_in_it() {
         assert_eq!(line("a\nb\u{1b}\u{2028}ä"), "a\\nb\\u{1b}\\u{2028}ä");
+        assert_eq!(message("a\nb"), "a\\nb");
         assert!(line("\n".repeat(MAX_QUOTED)).len() <= MAX_QUOTED + '…'.len_utf8());
     }
 }

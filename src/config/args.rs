@@ -60,7 +60,7 @@ impl Flag {
 
     /// An error about this flag.
     pub(crate) fn wrong(&self, why: impl Display) -> ConfigError {
-        ConfigError::Value { flag: quote::line(&self.name), why: why.to_string() }
+        ConfigError::Value { flag: quote::line(&self.name), why: quote::message(&why.to_string()) }
     }
 }
 
@@ -94,7 +94,7 @@ impl Args {
     /// An error about the flag that was read last.
     pub(crate) fn wrong(&self, why: impl Display) -> ConfigError {
         let name = self.flag.as_ref().map_or("", |flag| flag.name.as_str());
-        ConfigError::Value { flag: quote::line(name), why: why.to_string() }
+        ConfigError::Value { flag: quote::line(name), why: quote::message(&why.to_string()) }
     }
 
     /// The flag's value: what stands behind `=`, else the next argument, whatever that is.

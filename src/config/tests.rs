@@ -134,6 +134,11 @@ fn bad_flags_are_named() {
         (&["--trust-uid", "4294967295"], "--trust-uid", "4294967295"),
         (&["--trust-cid", "-1"], "--trust-cid", "-1"),
         (&["--otlp", "nowhere"], "--otlp", ""),
+        (
+            &["--otlp", "no\nwhere"],
+            "--otlp",
+            if cfg!(feature = "otlp") { "no\\nwhere" } else { "" },
+        ),
     ] {
         let error = parse(args).unwrap_err();
         assert!(error.starts_with(flag) && error.contains(value), "{args:?}: {error}");

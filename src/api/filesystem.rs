@@ -345,12 +345,25 @@ pub(super) fn info(entry: Entry) -> pb::EntryInfo {
         permissions: entry.permissions,
         owner: entry.owner,
         group: entry.group,
-        modified_time: entry.modified.map(|(seconds, nanos)| pbjson_types::Timestamp {
-            seconds,
-            nanos: i32::try_from(nanos).unwrap_or(0),
-        }),
+        modified_time: entry.modified.map(modified_time),
         symlink_target: entry.symlink_target,
         metadata: entry.metadata.into_iter().collect(),
         is_symlink: entry.is_symlink,
     }
+}
+
+/// The first and the last second of a `Timestamp`: the years 1 and 9999.
+const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
+
+/// The time of a file as a message. Disks hold times that a `Timestamp` does not; JSON of one such
+/// message fails, and with it the whole listing, so they become the nearest one that it holds.
+fn modified_time((seconds, nanos): (i64, u32)) -> pbjson_types::Timestamp {
+    let (first, last) = (*TIMESTAMP_SECONDS.start(), *TIMESTAMP_SECONDS.end());
+    let nanos = i32::try_from(nanos).unwrap_or(0).clamp(0, 999_999_999);
+    let (seconds, nanos) = match seconds {
+        _ if seconds < first => (first, 0),
+        _ if seconds > last => (last, 999_999_999),
+        _ => (seconds, nanos),
+    };
+    pbjson_types::Timestamp { seconds, nanos }
 }

@@ -219,7 +219,10 @@ impl<W: Write> Archive<'_, W> {
         header.set_mode(stat.st_mode & 0o7777);
         header.set_uid(stat.st_uid.into());
         header.set_gid(stat.st_gid.into());
-        header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
+        match u64::try_from(stat.st_mtime) {
+            Ok(seconds) => header.set_mtime(seconds),
+            Err(_) => header.as_old_mut().mtime = before_1970(stat.st_mtime),
+        }
         // A name that does not fit is left to the number.
         let _ = header.set_username(&self.users.user_name(stat.st_uid));
         let _ = header.set_groupname(&self.users.group_name(stat.st_gid));
@@ -242,6 +245,12 @@ impl<W: Write> Archive<'_, W> {
         let records = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
         self.builder.append_pax_extensions(records).map_err(|error| archive_failed(path, &error))
     }
+}
+
+/// A time before 1970 as GNU tar writes it: a binary number in two's complement.
+fn before_1970(seconds: i64) -> [u8; 12] {
+    let [a, b, c, d, e, f, g, h] = seconds.to_be_bytes();
+    [0xff, 0xff, 0xff, 0xff, a, b, c, d, e, f, g, h]
 }
 
 /// A file as long as was told, whatever becomes of it.

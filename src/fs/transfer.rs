@@ -393,7 +393,8 @@ pub(super) fn room_for(file: &File, old: &Metadata) -> Option<u64> {
     // The reserve of the file system is root's.
     let root = nix::unistd::geteuid().is_root();
     let blocks = if root { space.blocks_free() } else { space.blocks_available() };
-    Some(blocks.saturating_mul(space.fragment_size()).saturating_add(old.blocks() * 512))
+    let own = old.blocks().saturating_mul(512);
+    Some(blocks.saturating_mul(space.fragment_size()).saturating_add(own))
 }
 
 #[cfg(test)]

@@ -68,7 +68,8 @@ impl Meter {
         let missing = || io::Error::other("/proc/meminfo lacks a line");
         let total = memory("MemTotal:").ok_or_else(missing)?;
         let used = total.saturating_sub(memory("MemAvailable:").ok_or_else(missing)?);
-        let cached = memory("Cached:").unwrap_or(0) + memory("SReclaimable:").unwrap_or(0);
+        let cached =
+            memory("Cached:").unwrap_or(0).saturating_add(memory("SReclaimable:").unwrap_or(0));
         let (disk_used, disk_total) = disk()?;
         Ok(Metrics {
             ts: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -115,8 +116,10 @@ fn disk() -> io::Result<(u64, u64)> {
     let disk = statvfs("/")?;
     // statfs(2) counts in f_bsize on Linux; statvfs(3) in f_frsize, which is the same there.
     let block = u64::from(disk.fragment_size());
-    let total = u64::from(disk.blocks()) * block;
-    Ok((total.saturating_sub(u64::from(disk.blocks_available()) * block), total))
+    // The server of a FUSE mount names any number.
+    let total = u64::from(disk.blocks()).saturating_mul(block);
+    let available = u64::from(disk.blocks_available()).saturating_mul(block);
+    Ok((total.saturating_sub(available), total))
 }
 
 #[cfg(test)]

@@ -15,7 +15,6 @@ use std::{
     io::{self, Write},
     path::Path,
     sync::Arc,
-    time::SystemTime,
 };
 
 use axum::{
@@ -197,10 +196,12 @@ impl Answer {
         mut content: Content,
     ) -> io::Result<()> {
         let size = meta.len();
-        let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        let modified = meta.modified().ok().and_then(conditions::expressible);
         let file = Validators { tag: format!("\"{}\"", read::tag(meta)), modified };
         self.set(header::ETAG, &file.tag);
-        self.set(header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+        if let Some(modified) = modified {
+            self.set(header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+        }
         self.set(header::ACCEPT_RANGES, "bytes");
         match conditions::check(request, &file) {
             Outcome::Send => {}

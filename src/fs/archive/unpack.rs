@@ -378,7 +378,8 @@ impl Unpacking<'_> {
 }
 
 fn mtime<R: Read>(entry: &Entry<'_, R>) -> TimeSpec {
-    let seconds = entry.header().mtime().ok().and_then(|time| i64::try_from(time).ok());
+    // The crate of tar reads the last eight bytes of a binary number, also of one below zero.
+    let seconds = entry.header().mtime().map(u64::cast_signed);
     TimeSpec::new(seconds.unwrap_or(0), 0)
 }
 

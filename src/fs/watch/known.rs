@@ -81,5 +81,7 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
 pub(super) fn has_changed(meta: &fs::Metadata, since: SystemTime) -> bool {
     let seconds = Duration::from_secs(meta.ctime().try_into().unwrap_or(0));
     let nanos = Duration::from_nanos(meta.ctime_nsec().try_into().unwrap_or(0));
-    UNIX_EPOCH + seconds + nanos + TICK >= since
+    let changed = seconds.checked_add(nanos).and_then(|time| time.checked_add(TICK));
+    // A FUSE server names any time, also one that no clock reaches: that is later than `since`.
+    changed.and_then(|time| UNIX_EPOCH.checked_add(time)).is_none_or(|time| time >= since)
 }

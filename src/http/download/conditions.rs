@@ -20,8 +20,19 @@ pub(super) enum Outcome {
 pub(super) struct Validators {
     /// The entity tag, with its quotes.
     pub(super) tag: String,
-    /// The time of the last change of the content.
-    pub(super) modified: SystemTime,
+    /// The time of the last change of the content; none where HTTP cannot express it
+    /// ([`expressible`]), and conditions on dates do not apply (RFC 9110, 13.1.3 and 13.1.4).
+    pub(super) modified: Option<SystemTime>,
+}
+
+/// The last second that a date of HTTP can express: the end of the year 9999.
+const LAST_SECOND: u64 = 253_402_300_799;
+
+/// A time that a date of HTTP can express: from 1970 to 9999. Disks hold others (archives, wrong
+/// clocks, FUSE servers), and the formatter panics on them.
+pub(super) fn expressible(time: SystemTime) -> Option<SystemTime> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    (since.as_secs() <= LAST_SECOND).then_some(time)
 }
 
 /// Checks `If-Match`, `If-Unmodified-Since`, `If-None-Match` and `If-Modified-Since`, in the order
@@ -32,7 +43,8 @@ pub(super) fn check(headers: &HeaderMap, file: &Validators) -> Outcome {
             return Outcome::Failed;
         }
     } else if let Some(time) = date(headers, &header::IF_UNMODIFIED_SINCE)
-        && seconds(file.modified) > seconds(time)
+        && let Some(modified) = file.modified
+        && seconds(modified) > seconds(time)
     {
         return Outcome::Failed;
     }
@@ -41,7 +53,8 @@ pub(super) fn check(headers: &HeaderMap, file: &Validators) -> Outcome {
             return Outcome::NotModified;
         }
     } else if let Some(time) = date(headers, &header::IF_MODIFIED_SINCE)
-        && seconds(file.modified) <= seconds(time)
+        && let Some(modified) = file.modified
+        && seconds(modified) <= seconds(time)
     {
         return Outcome::NotModified;
     }
@@ -58,7 +71,7 @@ pub(super) fn range_counts(headers: &HeaderMap, file: &Validators) -> bool {
         return matches(text, &file.tag, false);
     }
     let time = httpdate::parse_http_date(text);
-    time.is_ok_and(|time| seconds(time) == seconds(file.modified))
+    time.is_ok_and(|time| file.modified.is_some_and(|own| seconds(time) == seconds(own)))
 }
 
 /// All lines of a header as one list.
@@ -121,7 +134,7 @@ mod tests {
     #[test]
     fn conditions_in_their_order() {
         let modified = SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 7);
-        let file = Validators { tag: "\"a\"".into(), modified };
+        let file = Validators { tag: "\"a\"".into(), modified: Some(modified) };
         let (earlier, same) = ("Sun, 09 Sep 2001 01:46:39 GMT", "Sun, 09 Sep 2001 01:46:40 GMT");
         let (fails, unmodified) = (Outcome::Failed, Outcome::NotModified);
         for (pairs, expected) in [
@@ -152,5 +165,27 @@ mod tests {
             assert_eq!(range_counts(&headers, &file), counts, "{value}");
         }
         assert!(range_counts(&HeaderMap::new(), &file));
+        // Without a date only the tag counts.
+        let undated = Validators { modified: None, ..file };
+        for (pairs, expected) in [
+            (&[(header::IF_MODIFIED_SINCE, same)], Outcome::Send),
+            (&[(header::IF_UNMODIFIED_SINCE, earlier)], Outcome::Send),
+            (&[(header::IF_NONE_MATCH, "\"a\"")], unmodified),
+        ] {
+            assert_eq!(check(&headers(pairs), &undated), expected, "{pairs:?}");
+        }
+        assert!(!range_counts(&headers(&[(header::IF_RANGE, same)]), &undated));
+    }
+
+    #[test]
+    fn only_times_that_http_can_express_are_formatted() {
+        let epoch = SystemTime::UNIX_EPOCH;
+        let last = epoch + Duration::new(LAST_SECOND, 999_999_999);
+        for time in [epoch, last] {
+            httpdate::fmt_http_date(expressible(time).unwrap());
+        }
+        for time in [epoch - Duration::from_nanos(1), last + Duration::from_nanos(1)] {
+            assert_eq!(expressible(time), None);
+        }
     }
 }

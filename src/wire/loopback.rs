@@ -154,7 +154,8 @@ fn is_loopback_authority(authority: &str) -> bool {
     port_is_one
         && match host {
             Ok(address) => address.to_canonical().is_loopback(),
-            Err(name) => name.eq_ignore_ascii_case("localhost"),
+            // With the dot of the root zone it is the same name (RFC 1034, section 3.1).
+            Err(name) => name.strip_suffix('.').unwrap_or(name).eq_ignore_ascii_case("localhost"),
         }
 }
 
@@ -169,6 +170,8 @@ mod tests {
             "localhost:49983",
             "LocalHost:1",
             "localhost:",
+            "localhost.",
+            "localhost.:49983",
             "127.0.0.1",
             "127.0.0.1:49983",
             "127.9.9.9:80",
@@ -187,6 +190,8 @@ mod tests {
             "evil.example:49983",
             "localhost.evil.example",
             "evil.localhost",
+            "localhost..",
+            ".localhost",
             "127.0.0.1.evil.example",
             "127.0.0.1.nip.io:49983",
             "user@localhost",

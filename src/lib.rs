@@ -35,6 +35,10 @@ pub mod proto;
 pub mod quote;
 pub mod sandbox;
 pub mod setup;
+#[cfg(test)]
+#[allow(dead_code, unreachable_pub)]
+#[path = "../tests/common/skipped.rs"]
+mod skipped;
 pub mod slots;
 mod sync;
 pub mod sys;

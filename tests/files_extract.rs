@@ -212,10 +212,7 @@ async fn sparse_files_of_every_tar_come_back_with_their_holes() {
     .enumerate()
     {
         if Command::new(program).arg("--version").output().is_err() {
-            #[allow(clippy::print_stderr)]
-            {
-                eprintln!("SKIPPED: archives of {program}: it is not installed");
-            }
+            common::skipped::skip(&format!("{program}, for its archives"));
             continue;
         }
         let archive = house.at("archive");

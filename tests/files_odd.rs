@@ -375,12 +375,8 @@ impl Quota {
         match done {
             Ok(mounted) => Some(Self { mounted: Some(mounted), limited }),
             Err(reason) => {
-                #[allow(clippy::print_stderr)]
-                {
-                    eprintln!(
-                        "SKIPPED: a real quota needs btrfs, its programs and loop devices: {reason}"
-                    );
-                }
+                let what = "btrfs, its programs and loop devices, for a real quota";
+                common::skipped::skip(&format!("{what}: {reason}"));
                 None
             }
         }

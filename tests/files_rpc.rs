@@ -746,10 +746,7 @@ async fn real_tar_reads_ours_and_is_read() {
         (Compression::Zstd, "--zstd", "zstd"),
     ] {
         if !works(program) {
-            #[allow(clippy::print_stderr)]
-            {
-                eprintln!("SKIPPED: {compression:?}: this needs {program}");
-            }
+            common::skipped::skip(&format!("{program}, for {compression:?}"));
             continue;
         }
         let packed = archive(&house.client, &from, compression).await.unwrap();

@@ -113,7 +113,7 @@ fn a_socket_left_by_a_killed_daemon_is_replaced() {
 fn vsock() {
     use std::os::fd::AsRawFd;
     if !Path::new("/dev/vsock").exists() {
-        eprintln!("SKIPPED: this kernel has no /dev/vsock");
+        common::skipped::skip("/dev/vsock");
         return;
     }
     // In a guest the usual port is that of the guest's own daemon.
@@ -138,7 +138,7 @@ fn vsock() {
     match nix::sys::socket::connect(socket.as_raw_fd(), &loopback) {
         Ok(()) => health(std::fs::File::from(socket)),
         Err(error) => {
-            eprintln!("SKIPPED: a call over vsock: this kernel has no loopback for it ({error})");
+            common::skipped::skip(&format!("vsock's loopback in the kernel ({error})"));
         }
     }
 }
@@ -431,7 +431,7 @@ fn a_persons_first_run_is_on_loopback_and_leaves_the_machine_alone() {
 #[test]
 fn without_root_only_the_own_user_can_be_used() {
     if !common::is_root() {
-        eprintln!("SKIPPED: becoming another user needs root");
+        common::skipped::skip("root, to become another user");
         return;
     }
     let nobody = 65534;

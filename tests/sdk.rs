@@ -175,11 +175,10 @@ fn answer(mut stream: TcpStream, token: &str) {
     stream.write_all(body.as_bytes()).unwrap();
 }
 
-/// A passing test's output is captured, except what goes to stderr past the macros.
 fn skip(program: &str, reason: &str) {
     let strict = std::env::var("CI").is_ok_and(|value| value == "true");
     assert!(!strict, "{program} cannot run, and CI=true demands it: {reason}");
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {program}: {reason}");
+    common::skipped::skip(&format!("{program}: {reason}"));
 }
 
 /// Root's daemon can switch users; another's cannot.

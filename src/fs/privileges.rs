@@ -96,7 +96,7 @@ mod tests {
         let capability = [1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let able = file.set_xattr("security.capability", &capability).is_ok();
         if !able {
-            println!("SKIPPED: capabilities of files need root and a file system that has them");
+            crate::skipped::skip("root and a file system with capabilities of files");
         }
         file.set_xattr("user.mine", b"kept").unwrap();
         let new = File::create(tmp.path().join("new")).unwrap();

@@ -319,7 +319,7 @@ mod tests {
     fn is_root() -> bool {
         let root = nix::unistd::geteuid().is_root();
         if !root {
-            println!("SKIPPED: needs root to act as another user");
+            crate::skipped::skip("root, to act as another user");
         }
         root
     }

@@ -9,6 +9,7 @@ pub mod process;
 pub mod raw;
 pub mod rpc;
 pub mod seccomp;
+pub mod skipped;
 
 use std::{
     io::{BufRead, BufReader},
@@ -208,25 +209,21 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Whether a test that needs `what` can run here. Where it cannot, it says so; on CI it fails.
-#[allow(clippy::print_stderr)]
+/// Whether a test that needs `what` can run here. Where it cannot, the skip is reported; on CI it fails.
 pub fn able(what: &str, possible: bool) -> bool {
     if !possible {
         let on_ci = std::env::var("CI").is_ok_and(|value| value == "true");
         assert!(!on_ci, "CI has to run everything, and this needs {what}");
-        eprintln!("SKIPPED: this needs {what}");
+        skipped::skip(what);
     }
     possible
 }
 
 /// As [`able`], for what no CI can install: what the kernel or the sandbox of the machine offers. In
 /// the guests of `make vm` it is there.
-#[allow(clippy::print_stderr)]
 pub fn offered(what: &str, possible: bool) -> bool {
     if !possible {
-        eprintln!(
-            "SKIPPED: this needs {what}, which is there in the guests of `make vm VM=inside`"
-        );
+        skipped::skip(&format!("{what} (there in the guests of `make vm VM=inside`)"));
     }
     possible
 }

@@ -380,7 +380,7 @@ async fn what_replaces_a_file_has_no_rights_that_the_file_had() {
             let _ = fs::remove_file(world.path("home/x"));
             world.file("home/x", 0o6777);
             if xattr::set(world.path("home/x"), "security.capability", &capability).is_err() {
-                println!("SKIPPED: capabilities of files, which this file system has none of");
+                crate::common::skipped::skip("a file system with capabilities of files");
             }
             match round {
                 0 => extract(&user, &world.at("home"), &packed, false).await.unwrap(),

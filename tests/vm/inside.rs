@@ -26,6 +26,8 @@ use crate::{
 const CARRIED_PATIENCE: Duration = Duration::from_secs(30 * 60);
 /// Beyond it, a test's time is printed.
 const SLOW: Duration = Duration::from_secs(10);
+/// What `skipped::skip` begins its line with.
+const SKIPPED: &str = "SKIPPED: ";
 
 /// Boots one guest for all of them.
 pub(crate) async fn run(report: &mut Report) {
@@ -81,8 +83,8 @@ struct Log<'a> {
     line: String,
     /// When the current line began.
     begun: Instant,
-    /// Whose output is being shown.
-    shown: String,
+    /// The running test, once it has skipped something.
+    skipping: String,
     /// Whether it has summed up a good run.
     good: bool,
     /// All lines that are about no test that has passed.
@@ -93,12 +95,12 @@ struct Log<'a> {
 
 impl<'a> Log<'a> {
     fn new(result: &'a mut Inside) -> Self {
-        let (line, shown) = (String::new(), String::new());
+        let (line, skipping) = (String::new(), String::new());
         Self {
             result,
             line,
             begun: Instant::now(),
-            shown,
+            skipping,
             good: false,
             rest: Vec::new(),
             successes: false,
@@ -135,8 +137,33 @@ impl<'a> Log<'a> {
         }
     }
 
+    fn skipped(&mut self, what: &str) {
+        // The line has the name of the test too, if the test said it on its own thread.
+        let what = what.strip_prefix(&format!("{}: ", self.skipping)).unwrap_or(what);
+        self.result.skipped.push(format!("{}: {what}", self.skipping));
+    }
+
     fn line_is_whole(&mut self, line: &str) {
         let took = self.begun.elapsed();
+        // libtest prints a test's name, then what the test writes past the capture, then the outcome.
+        if let Some((name, rest)) = line.strip_prefix("test ").and_then(|l| l.split_once(" ... "))
+            && let Some(what) = rest.strip_prefix(SKIPPED)
+        {
+            name.clone_into(&mut self.skipping);
+            self.skipped(what);
+            return;
+        }
+        if !self.skipping.is_empty() {
+            match line.strip_prefix(SKIPPED) {
+                Some(what) => return self.skipped(what),
+                None => {
+                    let test = std::mem::take(&mut self.skipping);
+                    if matches!(line, "ok" | "FAILED") {
+                        return self.line_is_whole(&format!("test {test} ... {line}"));
+                    }
+                }
+            }
+        }
         if let Some(test) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... ok"))
         {
             self.result.passed += 1;
@@ -148,12 +175,6 @@ impl<'a> Log<'a> {
         if line.starts_with("test ") && line.ends_with(" ... FAILED") {
             self.result.failed += 1;
             println!("    {line}");
-        }
-        if let Some(name) = line.strip_prefix("---- ").and_then(|line| line.split(' ').next()) {
-            name.clone_into(&mut self.shown);
-        }
-        if let Some(what) = line.strip_prefix("SKIPPED: ") {
-            self.result.skipped.push(format!("{}: {what}", self.shown));
         }
         if line.starts_with("test result: ok.") {
             println!("    {line}");

@@ -33,7 +33,7 @@ fn user() -> Actor {
 /// A directory of root's with a `home` of the user's and an `etc` of root's; none without root.
 fn world() -> Option<(tempfile::TempDir, PathBuf)> {
     if !nix::unistd::geteuid().is_root() {
-        println!("SKIPPED: needs root to act as another user");
+        crate::skipped::skip("root, to act as another user");
         return None;
     }
     let tmp = tempfile::tempdir().unwrap();

@@ -246,11 +246,10 @@ impl Drop for Group {
     }
 }
 
-#[allow(clippy::print_stderr)]
 #[test]
 fn a_child_is_in_its_control_group_from_the_beginning() {
     let Some(group) = Group::new("spawn") else {
-        eprintln!("SKIPPED: this needs root and a cgroup v2 that can be written to");
+        crate::skipped::skip("root and a cgroup v2 that can be written to");
         return;
     };
     let dir = File::open(&group.0).unwrap();

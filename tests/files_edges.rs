@@ -128,7 +128,11 @@ async fn mounts_are_not_removed_nor_emptied() {
     let house = House::new();
     let Some(disk) = Mounted::tmpfs(&house.at("top/mid/disk"), "size=1m") else { return };
     fs::write(format!("{}/kept", disk.path()), "x").unwrap();
-    fs::write(house.at("top/other"), "x").unwrap();
+    // Whatever the order of the names, some come before the mount.
+    let others: Vec<String> = (0..20).map(|n| format!("top/{n}")).collect();
+    for other in &others {
+        fs::write(house.at(other), "x").unwrap();
+    }
     let error = house.remove(disk.path()).await.unwrap_err();
     let text = format!(
         "error removing file or directory: {}: refusing to remove a mount point",
@@ -137,7 +141,18 @@ async fn mounts_are_not_removed_nor_emptied() {
     assert_eq!(error, failure("invalid_argument", text));
     let error = house.remove(&house.at("top")).await.unwrap_err();
     assert!(error.message.ends_with("device or resource busy"), "{error:?}");
+    let shown = format!("unlinkat {}: device or resource busy", disk.path());
+    assert!(error.message.ends_with(&shown), "{error:?}");
     assert_eq!(fs::read(format!("{}/kept", disk.path())).unwrap(), b"x");
+    for other in &others {
+        assert!(fs::exists(house.at(other)).unwrap(), "{other} was removed before the refusal");
+    }
+    // A name that the mount point's only begins with is another directory.
+    fs::create_dir(house.at("top/mid/dis")).unwrap();
+    house.remove(&house.at("top/mid/dis")).await.unwrap();
+    drop(disk);
+    house.remove(&house.at("top")).await.unwrap();
+    assert!(!fs::exists(house.at("top")).unwrap());
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ pub use self::{
         PROBE_WAIT, QUIET, STALLED, SUSPECT, leave_mount, stand_on, stand_on_again, stand_on_also,
         stand_on_child,
     },
-    mount_table::mounts_in,
+    mount_table::{mount_inside, mounts_in},
     pool::Pool,
     walk::{can_mounts_hang, can_servers_hang, stand_on_path, stand_on_path_also, stand_on_paths},
 };

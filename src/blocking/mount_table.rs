@@ -56,6 +56,8 @@ const SERVED: [&str; 12] = [
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) id: u64,
+    /// The id of the mount that it is on.
+    parent: u64,
     pub(super) point: PathBuf,
     kind: String,
 }
@@ -130,6 +132,15 @@ pub fn mounts_in(dir: &Path) -> Vec<OsString> {
     inside.filter_map(|line| line.point.file_name().map(OsStr::to_owned)).collect()
 }
 
+/// A mount point anywhere inside a directory, which is on the mount `mount` and whose path has no links.
+/// Mounts that the mount of the directory covers do not count.
+pub fn mount_inside(dir: &Path, mount: u64) -> Option<PathBuf> {
+    let mut table = TABLE.lock();
+    table.refresh();
+    let mut on_mount = table.lines.iter().filter(|line| line.parent == mount);
+    on_mount.find(|line| line.point != dir && line.point.starts_with(dir)).map(|l| l.point.clone())
+}
+
 fn longest<'a>(lines: &'a [Line], path: &Path) -> Option<&'a Line> {
     let above = lines.iter().filter(|line| path.starts_with(&line.point));
     above.max_by_key(|line| line.point.as_os_str().len())
@@ -191,10 +202,11 @@ fn parse(text: &[u8]) -> Vec<Line> {
 fn parse_line(line: &[u8]) -> Option<Line> {
     let mut fields = line.split(|byte| *byte == b' ');
     let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-    let point = unescape(fields.nth(3)?);
+    let parent = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let point = unescape(fields.nth(2)?);
     let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
     let kind = String::from_utf8_lossy(kind).into_owned();
-    Some(Line { id, point, kind })
+    Some(Line { id, parent, point, kind })
 }
 
 /// Spaces, tabs, newlines and backslashes come as `\` and three octal digits.

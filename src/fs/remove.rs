@@ -8,6 +8,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    fs,
     os::{
         fd::{AsFd, OwnedFd},
         unix::ffi::{OsStrExt, OsStringExt},
@@ -29,7 +30,10 @@ use super::{
     path::{base_name, dir_of, without_trailing_slashes},
     resolve::{Found, Place, Walk},
 };
-use crate::sys::mounts;
+use crate::{
+    blocking,
+    sys::{mounts, path_fd::proc_path, procfs},
+};
 
 /// The directories that one removal holds open.
 pub const MAX_OPEN_LEVELS: usize = 64;
@@ -64,6 +68,9 @@ pub fn remove(path: &Path, actor: &Actor) -> Result<(), FsError> {
     if is_mount(&place, found) {
         return Err(FsError::RemoveMount(path.to_owned()));
     }
+    if let Some(mount) = mount_inside(found) {
+        return Err(FsError::Remove(PathError::new("unlinkat", &mount, Errno::EBUSY)));
+    }
     let around = dir_of(target);
     let dir = place.dir().try_clone_to_owned();
     let dir = dir.map_err(|error| failed(super::errno::of(&error)))?;
@@ -81,6 +88,20 @@ fn is_mount(place: &Place, found: &Found) -> bool {
         // Not told of a mount within one file system.
         _ => found.is_dir() && fstat(place.dir()).is_ok_and(|dir| dir.st_dev != found.stat.st_dev),
     }
+}
+
+/// A mount point inside a directory that is to be removed, by the kernel's table of mounts. A mount that
+/// the table does not have yet is found on the way down (see [`enter`]).
+fn mount_inside(found: &Found) -> Option<PathBuf> {
+    if !found.is_dir() {
+        return None;
+    }
+    let mount = match mounts::mount_id(found.fd.as_fd()) {
+        Ok(mount) => mount,
+        Err(_) => procfs::mount_id(found.fd.as_fd())?,
+    };
+    let dir = fs::read_link(proc_path(&found.fd)).ok()?;
+    blocking::mount_inside(&dir, mount)
 }
 
 /// A directory on the way down: open, with names that are still to be removed from it.
@@ -247,7 +268,7 @@ fn failed(
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink};
+    use std::os::unix::fs::symlink;
 
     use nix::{fcntl::open, unistd::mkdir};
 

@@ -88,6 +88,43 @@ session() {
   expect "$transport: Stat of a missing file" 'Code: NotFound' "$scratch/missing"
 }
 
+# readme_block TEXT: runs the block of README.md in which the text stands, against this daemon, and keeps
+# what it prints in $answer.
+readme_block() {
+  local script status=0
+  script=$(awk -v part="$1" '
+    /^```/ { if (inside && index(text, part)) printf "%s", text; inside = !inside; text = ""; next }
+    inside { text = text $0 "\n" }' README.md)
+  [ -n "$script" ] || fail "README.md has no block with '$1'"
+  script=${script//localhost:49983/$address}
+  answer=$(
+    grpcurl() { "$grpcurl" -max-time 30 "$@"; }
+    eval "$script" 2>&1 </dev/null
+  ) || status=$?
+  [ "$status" -eq 0 ] || fail "README.md: status $status of $script: $answer"
+}
+
+readme() {
+  local first
+  readme_block 'localhost:49983 list'
+  expect "README: first calls" process.Process 'process.Process is a service' '"stdout": "' '/etc/passwd"'
+
+  readme_block 'base64 -d'
+  [ "$answer" = "$(uname -a)" ] || fail "README: base64: '$answer' is not '$(uname -a)'"
+  echo "ok: README: base64"
+
+  # The time stands in the answers of both calls, and again when both are repeated.
+  readme_block '"process_id": "run-1"'
+  first=$(sed -n 's/.*"stdout": "\(.*\)".*/\1/p' <<<"$answer" | sort -u)
+  [ "$(grep -c '"stdout"' <<<"$answer")" -eq 2 ] || fail "README: process_id: $answer"
+  readme_block '"process_id": "run-1"'
+  [ "$(sed -n 's/.*"stdout": "\(.*\)".*/\1/p' <<<"$answer" | sort -u)" = "$first" ] ||
+    fail "README: process_id: it ran again: $answer"
+  [ "$(wc -l <<<"$first")" -eq 1 ] || fail "README: process_id: two outputs: $first"
+  echo "ok: README: process_id"
+}
+
+readme
 session tcp "$address"
 session unix -unix "$socket"
 

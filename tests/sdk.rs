@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Daemon, is_root};
+use common::{Daemon, is_root, readme};
 
 /// The longest that one program may take.
 const PROGRAM: Duration = Duration::from_secs(300);
@@ -59,6 +59,24 @@ fn javascript_secure() {
     run_secure(node(), "secure.mjs");
 }
 
+/// What the first program of the README prints.
+const FIRST_PROGRAM: &str = "hello\n\nwritten through envd\n";
+
+#[test]
+fn readme_python() {
+    run_readme(python(), "from e2b import", "readme.py", FIRST_PROGRAM);
+}
+
+#[test]
+fn readme_javascript() {
+    run_readme(node(), "from \"e2b\"", "readme.mjs", FIRST_PROGRAM);
+}
+
+#[test]
+fn readme_command_line_client() {
+    run_readme(cli(), "npx e2b", "readme.sh", "hello\n");
+}
+
 /// What runs the programs of one language.
 struct Runtime {
     interpreter: PathBuf,
@@ -90,6 +108,26 @@ fn run(runtime: &Installed, program: &str) {
     };
     if let Err(failure) = finish(&mut command, program, PROGRAM) {
         panic!("{failure}");
+    }
+}
+
+/// Runs the block of README.md in which `part` stands, as a program of this name.
+fn run_readme(runtime: &Installed, part: &str, program: &str, prints: &str) {
+    if let Ok(Runtime { programs, .. }) = runtime {
+        let path = if *programs == sources() { scratch() } else { programs.clone() }.join(program);
+        // npx looks for programs in the working directory.
+        let text = readme::block(part).text;
+        let text = if program.ends_with(".sh") {
+            format!("cd '{}'\n{text}", programs.display())
+        } else {
+            text
+        };
+        fs::write(&path, text).unwrap();
+        run(runtime, path.to_str().unwrap());
+        let printed = read(&log_of(path.to_str().unwrap()));
+        assert_eq!(printed, prints, "{program}");
+    } else {
+        run(runtime, program);
     }
 }
 
@@ -228,6 +266,25 @@ fn node() -> &'static Installed {
     })
 }
 
+/// E2B's command-line client, for scripts.
+fn cli() -> &'static Installed {
+    static CLI: OnceLock<Installed> = OnceLock::new();
+    CLI.get_or_init(|| {
+        let lock = sources().join("cli/package-lock.json");
+        let version = ask("node", &["--version"])?;
+        ask("npm", &["--version"])?;
+        let home = installed("cli", &[&version, &read(&lock)], |home| {
+            for file in ["package.json", "package-lock.json"] {
+                copy(&sources().join("cli").join(file), &home.join(file))?;
+            }
+            let mut npm = Command::new("npm");
+            npm.args(["ci", "--no-audit", "--no-fund"]).current_dir(home);
+            finish(&mut npm, "npm ci (cli)", INSTALLATION)
+        })?;
+        Ok(Runtime { interpreter: "sh".into(), programs: home })
+    })
+}
+
 /// A directory below `target/sdk/`, filled by `install` unless that was done for the same inputs.
 fn installed(
     name: &str,
@@ -256,7 +313,7 @@ fn installed(
 
 /// Runs a command to its end and gives its output as the error when it fails or takes too long.
 fn finish(command: &mut Command, name: &str, patience: Duration) -> Result<(), String> {
-    let log = scratch().join(format!("{}.log", name.replace(['/', ' '], "-")));
+    let log = log_of(name);
     let output = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
     let errors = output.try_clone().map_err(|error| format!("{}: {error}", log.display()))?;
     command.stdin(Stdio::null()).stdout(output).stderr(errors);
@@ -266,6 +323,11 @@ fn finish(command: &mut Command, name: &str, patience: Duration) -> Result<(), S
         Some(status) => Err(format!("{name}: {status}\n{}", read(&log))),
         None => Err(format!("{name}: not done within {patience:?}\n{}", read(&log))),
     }
+}
+
+/// Where the output of a command of this name is.
+fn log_of(name: &str) -> PathBuf {
+    scratch().join(format!("{}.log", name.replace(['/', ' '], "-")))
 }
 
 /// A child that does not outlive its handle.

@@ -7,6 +7,7 @@ pub mod hung_mount;
 pub mod mmds;
 pub mod process;
 pub mod raw;
+pub mod readme;
 pub mod rpc;
 pub mod seccomp;
 pub mod skipped;

@@ -684,6 +684,22 @@ async fn the_metadata_is_asked_only_when_it_decides() {
     in_time("it is asked for another token", async || (mmds.asked() > asked).then_some(())).await;
 }
 
+/// Twenty searches would ask as often as one does in seconds before the last request is answered.
+#[tokio::test]
+async fn there_is_one_search_for_metadata_and_it_slows_down() {
+    // It answers nothing that can be read.
+    let mmds = Mmds::start();
+    let daemon = Daemon::start(&[&mmds.flag()]);
+    let begun = std::time::Instant::now();
+    for _ in 0..20 {
+        assert_eq!(told(&daemon, json!({})).await.0, 204);
+    }
+    let by_requests = 20;
+    // One search asks at 0, 50, 150, 350, 750, 1550 and 3150 ms.
+    in_time("the search goes on", async || (mmds.asked() >= by_requests + 7).then_some(())).await;
+    assert!(begun.elapsed() > std::time::Duration::from_millis(1500), "{:?}", begun.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_requests_leave_a_consistent_state() {
     let daemon = std::sync::Arc::new(Daemon::start(&[]));

@@ -405,6 +405,23 @@ async fn what_cannot_be_started_is_an_error_that_names_its_cause() {
 }
 
 #[tokio::test]
+async fn no_more_processes_than_the_bound() {
+    let manager = Manager::new(Options { max_processes: 2, ..Options::default() });
+    let running = [start(&manager, sh("cat")).await, start(&manager, sh("cat")).await];
+    let text = manager.start(sh("true")).await.unwrap_err().to_string();
+    assert_eq!(text, "too many processes: 2 are running or still hold their output open");
+    for (process, subscription) in running {
+        process.signal(9).unwrap();
+        follow(subscription).await;
+    }
+    // The place of a process that has ended is free again.
+    while manager.slots.available_permits() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    follow(start(&manager, sh("true")).await.1).await;
+}
+
+#[tokio::test]
 async fn a_user_has_exactly_their_groups_and_their_environment() {
     let mut spec = sh("id -u; id -G; env; echo again > /dev/stderr");
     spec.user = Users::system().by_name("nobody").unwrap();

@@ -330,7 +330,7 @@ fn flags() {
     assert_eq!((code, version.as_str()), (0, "0.6.2\n"));
     let (code, version, _) = run(&["--version"]);
     let own = env!("CARGO_PKG_VERSION");
-    assert_eq!((code, version), (0, format!("envd {own} (for E2B {})\n", envd::version::E2B)));
+    assert_eq!((code, version), (0, format!("{}\nenvd {own}\n", envd::version::E2B)));
     assert_eq!(run(&["--commit"]).0, 0);
     for help in [
         &["-h"][..],

@@ -167,12 +167,13 @@ impl Config {
                     }
                     config.otlp = Some(text.parse().map_err(|error| flag.wrong(error))?);
                 }
-                // With one dash, as orchestrators write it, it means upstream's and nothing else.
+                // The first version in the output is upstream's: embedders take it for the version of
+                // the protocol. With one dash, as orchestrators write it, it is the whole output.
                 "version" if args.switch()? => {
                     let (own, e2b) = (version::OWN, version::E2B);
                     return Ok(Command::Print(match flag.one_dash {
                         true => format!("{e2b}\n"),
-                        false => format!("envd {own} (for E2B {e2b})\n"),
+                        false => format!("{e2b}\nenvd {own}\n"),
                     }));
                 }
                 "commit" if args.switch()? => {

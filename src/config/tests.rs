@@ -27,7 +27,7 @@ fn upstream_flags_with_one_dash_and_two() {
         ("-version", "0.6.2"),
         ("-version=true", "0.6.2"),
         ("--version=false", ""),
-        ("--version", "envd "),
+        ("--version", "0.6.2\nenvd "),
     ] {
         match parse(&[flag]) {
             Ok(Command::Print(printed)) => assert!(printed.starts_with(text), "{flag}: {printed}"),

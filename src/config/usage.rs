@@ -94,7 +94,7 @@ Other:
   -cgroup-root PATH       where cgroup2 is mounted (default /sys/fs/cgroup)
   -verbose                log more
   -version                print the version of E2B's envd that this one stands for
-  --version               print that and its own
+  --version               print that, and its own on a line of its own
   -commit                 print the commit that it was built from
   -help                   print this and exit
 

@@ -52,7 +52,7 @@ async fn stat_of_a_file_and_a_directory() {
             permissions: "-rw-r-----".into(),
             owner: me().name,
             group: group_name(),
-            modified_time: Some(pbjson_types::Timestamp {
+            modified_time: Some(envd::proto::Timestamp {
                 seconds: 1_234_567_890,
                 nanos: 123_456_789
             }),

@@ -609,7 +609,7 @@ async fn owners_are(house: &House, trees: &[&str], owner: &str) {
 async fn attributes_are_set_and_checked_before() {
     let house = House::new();
     let path = house.put("file", "");
-    let time = |seconds, nanos| Some(pbjson_types::Timestamp { seconds, nanos });
+    let time = |seconds, nanos| Some(envd::proto::Timestamp { seconds, nanos });
     let set = async |request: SetAttributesRequest| -> Result<EntryInfo, Failure> {
         let request = SetAttributesRequest { path: path.clone(), ..request };
         // JSON has no way to write wrong nanoseconds.
@@ -683,7 +683,7 @@ async fn links_are_created_and_replaced_and_changed_themselves() {
         assert_eq!(error.code, "invalid_argument");
         assert!(error.message.starts_with("target: "), "{error:?}");
     }
-    let modified_time = Some(pbjson_types::Timestamp { seconds: 5, nanos: 0 });
+    let modified_time = Some(envd::proto::Timestamp { seconds: 5, nanos: 0 });
     let request = SetAttributesRequest {
         path: house.at("nowhere"),
         no_follow: true,

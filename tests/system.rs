@@ -11,13 +11,14 @@ use common::{
     rpc::{Client, Failure, WIRES, Wire},
     soon,
 };
+use envd::proto::Timestamp;
 use envd::proto::v1::{
     InfoRequest, InfoResponse, MetricsRequest, MetricsResponse, PortsRequest, PortsResponse,
     SyncRequest, SyncResponse,
     sync_request::{Variables, Volume},
     sync_response::step::Outcome,
 };
-use pbjson_types::{Duration, Timestamp};
+use pbjson_types::Duration;
 
 const INFO: &str = "/envd.v1.System/Info";
 const METRICS: &str = "/envd.v1.System/Metrics";

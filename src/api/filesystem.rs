@@ -28,7 +28,10 @@ use crate::{
         uploads::{MAX_KEPT_UPLOADS, Uploads},
     },
     guest::users::{User, Users},
-    proto::filesystem::{self as pb, filesystem_server::Filesystem},
+    proto::{
+        Timestamp,
+        filesystem::{self as pb, filesystem_server::Filesystem},
+    },
     sandbox::Sandbox,
     slots::{Slot, Slots},
     wire::metadata::ResponseMetadata,
@@ -357,7 +360,7 @@ const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_4
 
 /// The time of a file as a message. Disks hold times that a `Timestamp` does not; JSON of one such
 /// message fails, and with it the whole listing, so they become the nearest one that it holds.
-fn modified_time((seconds, nanos): (i64, u32)) -> pbjson_types::Timestamp {
+fn modified_time((seconds, nanos): (i64, u32)) -> Timestamp {
     let (first, last) = (*TIMESTAMP_SECONDS.start(), *TIMESTAMP_SECONDS.end());
     let nanos = i32::try_from(nanos).unwrap_or(0).clamp(0, 999_999_999);
     let (seconds, nanos) = match seconds {
@@ -365,5 +368,5 @@ fn modified_time((seconds, nanos): (i64, u32)) -> pbjson_types::Timestamp {
         _ if seconds > last => (last, 999_999_999),
         _ => (seconds, nanos),
     };
-    pbjson_types::Timestamp { seconds, nanos }
+    Timestamp { seconds, nanos }
 }

@@ -113,18 +113,19 @@ impl Item {
 
 async fn list(sandbox: &Arc<Sandbox>, request: Request<Body>) -> Result<Response<Body>, Status> {
     let (parts, body) = request.into_parts();
-    let format = codec::format();
+    let (format, extensions) = codec::current();
     let body = body.collect().await.map_err(|error| Status::from_error(error.into()))?;
     let envelope = body.to_bytes();
     let message = envelope.get(envelope::HEADER_BYTES..).unwrap_or_default();
     let request: pb::ListRequest = codec::decode(format, Bytes::copy_from_slice(message))?;
+    extensions.note(&request);
     // Without a user nobody's environment is shown.
     let caller = identity::caller(&parts.extensions, sandbox).ok();
     let found = sandbox.processes.list(request.include_ended);
     let usages = sandbox.processes.usages(&found).await;
     let items = found.into_iter().zip(usages).map(|(found, usage)| {
         let (summary, with_envs) = summary(&found, usage, caller.as_deref());
-        Item { summary, found, with_envs }
+        Item { summary: extensions.filter(summary), found, with_envs }
     });
     let items: Vec<Item> = items.collect();
 

@@ -50,6 +50,8 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .add(health_descriptors, false)?
         .add(reflection[0], false)?
         .add(reflection[1], false)?
+        .mark_upstream(proto::PROCESS, &proto::UPSTREAM_PROCESS)
+        .mark_upstream(proto::FILESYSTEM, &proto::UPSTREAM_FILESYSTEM)
         .allow_large("/process.Process/SendInput")
         .allow_large("/process.Process/StreamInput")
         .mark_transfer("/filesystem.Filesystem/Read")

@@ -4,7 +4,10 @@ use std::time::{Duration, SystemTime};
 
 use crate::{
     process::{Ending, Outcome, Usage, ending},
-    proto::process::{self as pb, outcome as kinds},
+    proto::{
+        Timestamp,
+        process::{self as pb, outcome as kinds},
+    },
     sys::{errno, pidfd::Exit},
 };
 
@@ -91,10 +94,10 @@ pub(super) fn duration(span: Duration) -> pbjson_types::Duration {
 }
 
 /// A point in time as a message; one before 1970, which only a wrong clock gives, as 1970.
-pub(crate) fn timestamp(time: SystemTime) -> pbjson_types::Timestamp {
+pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let pbjson_types::Duration { seconds, nanos } = duration(since);
-    pbjson_types::Timestamp { seconds, nanos }
+    Timestamp { seconds, nanos }
 }
 
 /// A time span from a message. The name of the field stands in the error.

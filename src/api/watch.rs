@@ -14,7 +14,7 @@ use super::{
 use crate::{
     fs::watch::{Follower, Item, Rescan, RescanReason, Told, WatchEvent, WatchKind, WatchOptions},
     proto::filesystem::{self as pb, watch_dir_response},
-    wire::metadata::ResponseMetadata,
+    wire::{extensions::Extensions, metadata::ResponseMetadata},
 };
 
 pub(super) type WatchStream =
@@ -68,12 +68,17 @@ pub(super) async fn get_watcher_events(
 ) -> Result<Response<pb::GetWatcherEventsResponse>, Status> {
     let view = View::of(&request);
     let metadata: Option<ResponseMetadata> = request.extensions().get().cloned();
+    let extensions: Option<Extensions> = request.extensions().get().cloned();
     let request = request.into_inner();
     let (id, from) = (request.watcher_id, request.from_cursor);
     let from = Some(from.as_str()).filter(|cursor| !cursor.is_empty());
     let taken = files.sandbox().watches.take_events(&id, from).await;
     let (told, cursors) = taken.map_err(|error| status::of_files(&error))?;
     view.announce(metadata.as_ref());
+    // Who created the watcher with cursors has asked for them.
+    if let Some(extensions) = extensions.filter(|_| cursors) {
+        extensions.ask();
+    }
     let mut response = pb::GetWatcherEventsResponse::default();
     for Told { item, position } in told {
         let cursor = cursors.then(|| format!("{id}.{position}"));

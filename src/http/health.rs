@@ -10,13 +10,13 @@ use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 
 use super::{NO_STORE, Shared};
-use crate::api::timestamp;
+use crate::{api::timestamp, proto::Timestamp};
 
 /// Why the sandbox is not healthy.
 #[derive(Debug, Serialize)]
 struct Unhealthy {
     state: &'static str,
-    since: pbjson_types::Timestamp,
+    since: Timestamp,
     attempts: u32,
     last_error: Option<String>,
 }

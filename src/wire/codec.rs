@@ -1,12 +1,12 @@
 //! One tonic service, two codecs.
 //!
 //! tonic's generated server code builds its codec with `Default` inside the future of each call.
-//! [`scope`] runs that future with the call's [`Format`] in a task-local variable, and
-//! [`DualCodec::default`] reads it there; the encoder and decoder then carry it themselves, so a
+//! [`scope`] runs that future with the call's [`Format`] and [`Extensions`] in a task-local variable,
+//! and [`DualCodec::default`] reads them there; the encoder and decoder then carry it themselves, so a
 //! stream may outlive the scope. That place in the generated code is no documented promise of
 //! tonic: its version is pinned exactly, and the conformance suite fails if it moves.
 //!
-//! Without a scope (a tonic client, say) the codec is plain protobuf.
+//! Without a scope (a tonic client, say) the codec is plain protobuf, extension fields included.
 
 use std::{future::Future, marker::PhantomData};
 
@@ -17,6 +17,8 @@ use tonic::{
     Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
+
+use super::extensions::{Extensible, Extensions};
 
 /// How messages are written inside their envelopes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,17 +31,18 @@ pub enum Format {
 }
 
 tokio::task_local! {
-    static FORMAT: Format;
+    static CALL: (Format, Extensions);
 }
 
-/// Runs a service call whose messages are in `format`.
-pub async fn scope<F: Future>(format: Format, call: F) -> F::Output {
-    FORMAT.scope(format, call).await
+/// Runs a service call whose messages are in `format`; `extensions` says whether its answers have
+/// extension fields.
+pub async fn scope<F: Future>(format: Format, extensions: Extensions, call: F) -> F::Output {
+    CALL.scope((format, extensions), call).await
 }
 
-/// The format of the call that this runs in.
-pub fn format() -> Format {
-    FORMAT.try_with(|format| *format).unwrap_or_default()
+/// The format of the call that this runs in, and whether its caller asks for extension fields.
+pub fn current() -> (Format, Extensions) {
+    CALL.try_with(Clone::clone).unwrap_or_else(|_| (Format::default(), Extensions::new(true)))
 }
 
 /// Reads one message.
@@ -65,19 +68,21 @@ where
 #[derive(Debug)]
 pub struct DualCodec<T, U> {
     format: Format,
+    extensions: Extensions,
     messages: PhantomData<fn() -> (T, U)>,
 }
 
 impl<T, U> Default for DualCodec<T, U> {
     fn default() -> Self {
-        Self { format: format(), messages: PhantomData }
+        let (format, extensions) = current();
+        Self { format, extensions, messages: PhantomData }
     }
 }
 
 impl<T, U> Codec for DualCodec<T, U>
 where
-    T: prost::Message + Serialize + Send + 'static,
-    U: prost::Message + DeserializeOwned + Default + Send + 'static,
+    T: prost::Message + Serialize + Extensible + Send + 'static,
+    U: prost::Message + DeserializeOwned + Extensible + Default + Send + 'static,
 {
     type Encode = T;
     type Decode = U;
@@ -85,11 +90,13 @@ where
     type Decoder = DualDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        DualEncoder { format: self.format, message: PhantomData }
+        let extensions = self.extensions.clone();
+        DualEncoder { format: self.format, extensions, message: PhantomData }
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        DualDecoder { format: self.format, message: PhantomData }
+        let extensions = self.extensions.clone();
+        DualDecoder { format: self.format, extensions, message: PhantomData }
     }
 }
 
@@ -97,16 +104,18 @@ where
 #[derive(Debug)]
 pub struct DualEncoder<T> {
     format: Format,
+    extensions: Extensions,
     message: PhantomData<fn() -> T>,
 }
 
-impl<T: prost::Message + Serialize> Encoder for DualEncoder<T> {
+impl<T: prost::Message + Serialize + Extensible> Encoder for DualEncoder<T> {
     type Item = T;
     type Error = Status;
 
     fn encode(&mut self, message: T, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
         let failed =
             |error: &dyn std::fmt::Display| Status::internal(format!("marshal message: {error}"));
+        let message = self.extensions.filter(message);
         match self.format {
             Format::Proto => message.encode(buf).map_err(|error| failed(&error)),
             Format::Json => {
@@ -120,10 +129,14 @@ impl<T: prost::Message + Serialize> Encoder for DualEncoder<T> {
 #[derive(Debug)]
 pub struct DualDecoder<U> {
     format: Format,
+    extensions: Extensions,
     message: PhantomData<fn() -> U>,
 }
 
-impl<U: prost::Message + DeserializeOwned + Default> Decoder for DualDecoder<U> {
+impl<U> Decoder for DualDecoder<U>
+where
+    U: prost::Message + DeserializeOwned + Extensible + Default,
+{
     type Item = U;
     type Error = Status;
 
@@ -131,7 +144,9 @@ impl<U: prost::Message + DeserializeOwned + Default> Decoder for DualDecoder<U> 
         // tonic hands over one contiguous message, but says so nowhere: copy_to_bytes is free where it
         // is, and right where it is not.
         let message = buf.copy_to_bytes(buf.remaining());
-        decode(self.format, message).map(Some)
+        let request = decode(self.format, message)?;
+        self.extensions.note(&request);
+        Ok(Some(request))
     }
 }
 

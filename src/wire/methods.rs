@@ -27,6 +27,8 @@ pub struct Method {
     /// Whether its stream carries a file, and not what happens: the shutdown of the daemon gives such
     /// a call the time that unary calls have.
     pub transfer: bool,
+    /// Whether upstream does not have it: who calls it knows the extensions.
+    pub extension: bool,
 }
 
 impl Method {
@@ -72,6 +74,7 @@ impl Methods {
                         large: false,
                         input: self.types.named(method.input_type()),
                         transfer: false,
+                        extension: true,
                     };
                     self.by_path.insert(path, method);
                 }
@@ -99,6 +102,16 @@ impl Methods {
     pub fn mark_transfer(mut self, path: &str) -> Self {
         if let Some(method) = self.by_path.get_mut(path) {
             method.transfer = true;
+        }
+        self
+    }
+
+    /// Marks the methods of one service that upstream has as well; all others are extensions.
+    pub fn mark_upstream(mut self, service: &str, methods: &[&str]) -> Self {
+        for method in methods {
+            if let Some(method) = self.by_path.get_mut(&format!("/{service}/{method}")) {
+                method.extension = false;
+            }
         }
         self
     }

@@ -12,7 +12,8 @@
 //!    gRPC request ([`request`]) and the service's gRPC response into the protocol's own
 //!    ([`response`]). Calls that are not RPC pass through it untouched.
 //!    [`shutdown`] ends the calls of a daemon that is told to end.
-//! 5. [`codec`] lets one generated tonic service speak protobuf and JSON.
+//! 5. [`codec`] lets one generated tonic service speak protobuf and JSON, and leaves [`extensions`]
+//!    out of answers to callers that do not ask for them.
 //!
 //! What is behind it sees gRPC over HTTP/2 with uncompressed messages, whatever the client spoke.
 //! Every message is checked against one size limit before and after decompression, so a service
@@ -31,6 +32,7 @@ pub mod drain;
 pub mod envelope;
 pub mod error;
 mod eviction;
+pub mod extensions;
 pub mod gate;
 mod heads;
 pub mod listen;

@@ -168,6 +168,7 @@ mod tests {
             large: false,
             input: None,
             transfer: false,
+            extension: false,
         };
         let accepted = accepted(stream);
         assert!(accepted.starts_with("application/connect+json, application/connect+proto, "));

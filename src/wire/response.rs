@@ -31,6 +31,8 @@ use super::{
     spans, timeout,
 };
 
+/// Tells nginx, and proxies that follow it, to pass each message on as it comes.
+const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 /// Headers that tonic sets for itself and that each protocol says in its own way.
 const OWN_HEADERS: [&str; 5] =
@@ -157,6 +159,7 @@ impl Writer {
         }
         headers.insert(HeaderName::from_static(accepted), GZIP);
         headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
+        headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
         let body = Outgoing {
             framing: self.protocol.framing,
             inner: Some(body),

@@ -33,7 +33,9 @@ use super::{
     budget::Share,
     codec,
     envelope::Encoding,
-    error, gate,
+    error,
+    extensions::{self, Extensions},
+    gate,
     memory::Memory,
     metadata::ResponseMetadata,
     methods::{Method, Methods},
@@ -126,6 +128,7 @@ struct Call {
     share: Share,
     methods: Arc<Methods>,
     phases: Phases,
+    extensions: Extensions,
 }
 
 impl<S> Translate<S> {
@@ -171,7 +174,10 @@ impl<S> Translate<S> {
             *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
             return Err(Box::new(response));
         }
+        let native = protocol.framing == Framing::Grpc && request.version() >= Version::HTTP_2;
+        let asked = native || method.extension || extensions::asked_by(request.headers());
         Ok(Some(Call {
+            extensions: Extensions::new(asked),
             method,
             protocol,
             message_bytes: match method.large {
@@ -231,8 +237,10 @@ impl Call {
             parts.version = Version::HTTP_2;
             as_grpc(&mut parts.headers);
             parts.extensions.insert(metadata);
+            parts.extensions.insert(self.extensions.clone());
             let request = Request::from_parts(parts, body);
-            let response = codec::scope(self.protocol.format, inner.call(request)).await?;
+            let call = inner.call(request);
+            let response = codec::scope(self.protocol.format, self.extensions, call).await?;
             // One message that is answered borrows what the request has borrowed.
             writer.share = share.filter(|_| !self.method.server_stream);
             Ok(writer.response(response).await)
@@ -260,7 +268,8 @@ impl Call {
     ) -> Result<(Encoding, Option<Duration>), Status> {
         let timeout = if self.protocol.is_connect() {
             match headers.get("connect-protocol-version") {
-                Some(version) if version != "1" => {
+                // Proxies that clear a header leave it empty.
+                Some(version) if !matches!(version.as_bytes(), b"" | b"1") => {
                     return Err(Status::invalid_argument(format!(
                         "connect-protocol-version must be \"1\": got {version:?}"
                     )));

@@ -52,6 +52,7 @@ pub struct Client {
     base: String,
     http: reqwest::Client,
     grpc: Channel,
+    plain: bool,
     pub headers: Vec<(&'static str, String)>,
 }
 
@@ -83,7 +84,13 @@ impl Client {
 
     fn over(grpc: Channel, base: String, wire: Wire) -> Self {
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self { wire, base, http, grpc, headers: Vec::new() }
+        Self { wire, base, http, grpc, plain: false, headers: Vec::new() }
+    }
+
+    /// As a client of upstream's, which does not ask for extension fields. Over gRPC all do.
+    pub fn plain(mut self) -> Self {
+        self.plain = true;
+        self
     }
 
     pub fn with(mut self, name: &'static str, value: &str) -> Self {
@@ -208,6 +215,9 @@ impl Client {
     fn post(&self, path: &str, kind: &str, body: Vec<u8>) -> reqwest::RequestBuilder {
         let mut request =
             self.http.post(format!("{}{path}", self.base)).header("content-type", kind).body(body);
+        if !self.plain {
+            request = request.header("envd-extensions", "1");
+        }
         for (name, value) in &self.headers {
             request = request.header(*name, value);
         }

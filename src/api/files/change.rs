@@ -47,7 +47,7 @@ pub(in crate::api) async fn set_attributes(
     let call = files.call(request)?;
     let wanted = call.message;
     let path = files.resolve(&wanted.path, &call.user)?;
-    let time = |time: Option<pbjson_types::Timestamp>| time.map(|time| (time.seconds, time.nanos));
+    let time = |time: Option<crate::proto::Timestamp>| time.map(|time| (time.seconds, time.nanos));
     let attributes = Attributes {
         no_follow: wanted.no_follow,
         mode: wanted.mode,

@@ -6,6 +6,17 @@
 mod any;
 mod service;
 
+/// The suite's messages have no extension fields.
+macro_rules! without_extensions {
+    ($($message:ident)*) => { $(impl envd::wire::extensions::Extensible for proto::$message {})* };
+}
+
+without_extensions! {
+    UnaryRequest UnaryResponse ServerStreamRequest ServerStreamResponse ClientStreamRequest
+    ClientStreamResponse BidiStreamRequest BidiStreamResponse UnimplementedRequest
+    UnimplementedResponse IdempotentUnaryRequest IdempotentUnaryResponse
+}
+
 /// The suite's messages.
 #[allow(
     dead_code,

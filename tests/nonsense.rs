@@ -151,7 +151,7 @@ fn content_types_methods_and_versions() {
     let (status, ..) = http(&daemon, "POST /process.Process/List HTTP/1.1", b"{}");
     assert_eq!(status, 415, "no content type");
     let (status, ..) = http(&daemon, &format!("{list}application/grpc"), b"");
-    assert_eq!(status, 505, "gRPC needs HTTP/2");
+    assert_eq!(status, 505, "gRPC needs trailers");
     // JSON exists only where the code for it was generated.
     let health = "POST /grpc.health.v1.Health/Check HTTP/1.1\r\ncontent-type: application/json";
     assert_eq!(http(&daemon, health, b"{}").0, 415);

@@ -6,6 +6,7 @@ mod common;
 
 use common::{
     Daemon, noise,
+    raw::Raw,
     rpc::{Client, Failure, Messages, WIRES, Wire},
 };
 use envd::proto::process::{
@@ -156,6 +157,60 @@ async fn errors_are_the_same_in_every_protocol() {
         let error = first_error(&client, &start("true", &[])).await;
         assert_eq!(error.code, "unauthenticated", "{wire:?}");
         assert_eq!(error.message, "invalid username: 'nobody-here'", "{wire:?}");
+    }
+}
+
+#[tokio::test]
+async fn grpc_over_http1_has_its_status_in_trailers() {
+    let daemon = Daemon::start(&[]);
+    let mut raw = Raw::open(&daemon).await;
+    let head = |method: &str, version: &str, te: &str| {
+        format!(
+            "POST /process.Process/{method} HTTP/{version}\r\nhost: localhost\r\n\
+             content-type: application/grpc\r\n{te}transfer-encoding: chunked\r\n\r\n"
+        )
+    };
+    // All on one connection: it stays in step.
+    for _ in 0..2 {
+        raw.send(head("List", "1.1", "te: gzip, Trailers\r\n")).await;
+        raw.send_chunk(&[0; 5]).await;
+        raw.send("0\r\n\r\n").await;
+        let (status, fields) = raw.head().await;
+        assert_eq!(status, 200, "{fields}");
+        assert!(fields.lines().any(|line| line == "transfer-encoding: chunked"), "{fields}");
+        let announced = fields.lines().find_map(|line| line.strip_prefix("trailer: ")).unwrap();
+        assert!(announced.split(", ").any(|name| name == "grpc-status"), "{fields}");
+        assert_eq!(raw.until(b"\r\n\r\n").await, b"5\r\n\0\0\0\0\0\r\n0\r\ngrpc-status: 0\r\n\r\n");
+
+        // StartRequest { process: { cmd: "false" } }
+        raw.send(head("Start", "1.1", "te: trailers\r\n")).await;
+        raw.send_chunk(b"\0\0\0\0\x09\x0a\x07\x0a\x05false").await;
+        raw.send("0\r\n\r\n").await;
+        let (status, fields) = raw.head().await;
+        assert_eq!(status, 200, "{fields}");
+        // ProcessEvent { start: { pid } } and no extension field: one more is 2 bytes at least.
+        let start = raw.chunk().await.unwrap();
+        assert!(start.len() <= 5 + 10 && start.starts_with(&[0, 0, 0, 0]), "{start:?}");
+        let rest = String::from_utf8(raw.until(b"\r\n\r\n").await).unwrap();
+        assert!(rest.contains("exit status 1"), "{rest}");
+        assert!(rest.ends_with("\r\n0\r\ngrpc-status: 0\r\n\r\n"), "{rest}");
+
+        // An error without a message has its status in the head. ConnectRequest { process: {} }
+        raw.send(head("Connect", "1.1", "te: trailers\r\n")).await;
+        raw.send_chunk(&[0; 5]).await;
+        raw.send("0\r\n\r\n").await;
+        let answer = raw.answer().await;
+        assert!(answer.head.lines().any(|line| line == "grpc-status: 12"), "{answer:?}");
+    }
+    // Without trailers there is no place for the status.
+    for (version, te) in [("1.1", ""), ("1.1", "te: gzip\r\n"), ("1.0", "te: trailers\r\n")] {
+        let mut raw = Raw::open(&daemon).await;
+        raw.send(
+            head("List", version, te).replace("transfer-encoding: chunked", "content-length: 5"),
+        )
+        .await;
+        raw.send([0; 5]).await;
+        assert_eq!(raw.head().await.0, 505, "HTTP/{version} {te}");
     }
 }
 

@@ -30,6 +30,11 @@ impl ResponseMetadata {
         self.0.lock().trailing.append(name, value);
     }
 
+    /// The names of the trailers so far.
+    pub(super) fn trailer_names(&self) -> Vec<HeaderName> {
+        self.0.lock().trailing.keys().cloned().collect()
+    }
+
     pub(super) fn take_headers(&self) -> HeaderMap {
         std::mem::take(&mut self.0.lock().leading)
     }

@@ -2,7 +2,7 @@
 //!
 //! | content type | protocol |
 //! |---|---|
-//! | `application/grpc[+proto\|+json]` | gRPC, HTTP/2 only |
+//! | `application/grpc[+proto\|+json]` | gRPC, over HTTP/2 or HTTP/1.1 with trailers |
 //! | `application/grpc-web[-text][+proto\|+json]` | gRPC-Web |
 //! | `application/proto`, `application/json` | Connect, unary methods |
 //! | `application/connect+proto`, `application/connect+json` | Connect, streaming methods |
@@ -16,7 +16,7 @@ use super::{codec::Format, methods::Method};
 /// How messages are framed and errors told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
-    /// gRPC over HTTP/2.
+    /// gRPC.
     Grpc,
     /// gRPC-Web; `text` is base64 over it.
     GrpcWeb {

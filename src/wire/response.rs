@@ -38,6 +38,9 @@ const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 const OWN_HEADERS: [&str; 5] =
     ["content-type", "grpc-status", "grpc-message", "grpc-status-details-bin", "grpc-encoding"];
 
+/// The trailers that tell the outcome of a gRPC call.
+const STATUS_TRAILERS: [&str; 3] = ["grpc-status", "grpc-message", "grpc-status-details-bin"];
+
 /// The most bytes of a status message, as it is written in a header.
 const MAX_STATUS_MESSAGE: usize = 4 << 10;
 
@@ -55,6 +58,8 @@ pub struct Writer {
     pub share: Option<Share>,
     /// When a call ends because the daemon does, if it may.
     pub(super) ends: Option<Reached>,
+    /// Whether the names of gRPC's trailers have to be in the head, as HTTP/1.1 wants it.
+    pub announces_trailers: bool,
 }
 
 impl fmt::Debug for Writer {
@@ -81,6 +86,7 @@ impl Writer {
             deadline: None,
             share: None,
             ends: None,
+            announces_trailers: false,
         }
     }
 
@@ -160,6 +166,15 @@ impl Writer {
         headers.insert(HeaderName::from_static(accepted), GZIP);
         headers.insert(header::CONTENT_TYPE, self.protocol.content_type.clone());
         headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
+        if self.protocol.framing == Framing::Grpc && self.announces_trailers {
+            // hyper leaves out what is not announced, so that trailers of a handler are sent only if
+            // it has added them by now.
+            let own = STATUS_TRAILERS.into_iter().map(HeaderValue::from_static);
+            let added = self.metadata.trailer_names().into_iter().map(HeaderValue::from);
+            for name in own.chain(added) {
+                headers.append(header::TRAILER, name);
+            }
+        }
         let body = Outgoing {
             framing: self.protocol.framing,
             inner: Some(body),

@@ -9,7 +9,7 @@
 //! | unknown method of a known service, else | 404, as upstream |
 //! | not POST | 405 with `Allow` |
 //! | content type that the method has not | 415 with `Accept-Post` |
-//! | gRPC over HTTP/1 | 505: it needs trailers |
+//! | gRPC over HTTP/1.0, or over HTTP/1.1 without `TE: trailers` | 505: no trailers could be sent |
 //! | `Connect-Protocol-Version` other than 1, a bad timeout, unknown compression | in the caller's protocol |
 
 use std::{
@@ -169,7 +169,7 @@ impl<S> Translate<S> {
                 accepted.unwrap_or(HeaderValue::from_static("")),
             )));
         };
-        if protocol.framing == Framing::Grpc && request.version() < Version::HTTP_2 {
+        if protocol.framing == Framing::Grpc && !takes_trailers(request) {
             let mut response = Response::new(Body::empty());
             *response.status_mut() = StatusCode::HTTP_VERSION_NOT_SUPPORTED;
             return Err(Box::new(response));
@@ -202,9 +202,12 @@ impl Call {
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
     {
         let metadata = ResponseMetadata::default();
-        let mut writer =
-            Writer { metadata: metadata.clone(), ..Writer::plain(self.protocol.clone()) };
         let (mut parts, body) = request.into_parts();
+        let mut writer = Writer {
+            metadata: metadata.clone(),
+            announces_trailers: parts.version < Version::HTTP_2,
+            ..Writer::plain(self.protocol.clone())
+        };
         let (encoding, timeout) = match self.negotiate(&parts.headers, &mut writer) {
             Ok(negotiated) => negotiated,
             Err(status) => return Ok(writer.error(&status)),
@@ -293,6 +296,18 @@ impl Call {
         };
         Ok((encoding, timeout))
     }
+}
+
+/// Whether the status of a gRPC call can be sent behind the messages. In HTTP/1.1 that needs a chunked body
+/// and a client that says that it reads trailers; every gRPC client does, as the protocol demands.
+fn takes_trailers<B>(request: &Request<B>) -> bool {
+    if request.version() >= Version::HTTP_2 {
+        return true;
+    }
+    let lists = request.headers().get_all(header::TE).iter();
+    let mut tokens = lists.filter_map(|list| list.to_str().ok()).flat_map(|list| list.split(','));
+    request.version() == Version::HTTP_11
+        && tokens.any(|token| token.trim().eq_ignore_ascii_case("trailers"))
 }
 
 /// Replaces what describes the client's framing by what describes ours.

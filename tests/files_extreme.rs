@@ -285,7 +285,7 @@ async fn extreme_attributes_are_set_or_refused() {
     for wire in [Wire::Connect { json: false }, Wire::Grpc] {
         let client = Client::new(&house.daemon, wire);
         for (seconds, nanos) in times.into_iter().flatten() {
-            let time = Some(pbjson_types::Timestamp { seconds, nanos });
+            let time = Some(envd::proto::Timestamp { seconds, nanos });
             let request = SetAttributesRequest {
                 path: path.clone(),
                 modified_time: time,

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Daemon, is_root, readme};
+use common::{Daemon, is_root, me, readme};
 
 /// The longest that one program may take.
 const PROGRAM: Duration = Duration::from_secs(300);
@@ -47,6 +47,37 @@ fn python_files() {
 #[test]
 fn javascript_files() {
     run(node(), "files.mjs");
+}
+
+/// Up to 1.5.2 the releases refuse answers with fields that they do not know.
+#[test]
+fn python_1_0_6() {
+    smoke(&python_release("1.0.6"), "1.0.6");
+}
+
+#[test]
+fn python_1_2_1() {
+    smoke(&python_release("1.2.1"), "1.2.1");
+}
+
+#[test]
+fn python_1_5_6() {
+    smoke(&python_release("1.5.6"), "1.5.6");
+}
+
+#[test]
+fn python_2_0_2() {
+    smoke(&python_release("2.0.2"), "2.0.2");
+}
+
+#[test]
+fn python_2_21_0() {
+    smoke(&python_release("2.21.0"), "2.21.0");
+}
+
+#[test]
+fn python_newest() {
+    smoke(python(), "the newest release");
 }
 
 #[test]
@@ -89,9 +120,19 @@ type Installed = Result<Runtime, String>;
 
 /// Runs a program against a fresh daemon; its output is shown when it fails.
 fn run(runtime: &Installed, program: &str) {
+    run_as(runtime, program, program);
+}
+
+/// Runs the program that works with every release of the Python SDK.
+fn smoke(runtime: &Installed, release: &str) {
+    run_as(runtime, "smoke.py", &format!("smoke.py with {release}"));
+}
+
+/// As [`run`]; the name stands in reports.
+fn run_as(runtime: &Installed, program: &str, name: &str) {
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(reason) => return skip(program, reason),
+        Err(reason) => return skip(name, reason),
     };
     let daemon = Daemon::start(&[]);
     let mut command = Command::new(&runtime.interpreter);
@@ -101,12 +142,13 @@ fn run(runtime: &Installed, program: &str) {
         .env_remove("E2B_DOMAIN")
         .env("E2B_DEBUG", "true")
         .env("E2B_SANDBOX_URL", daemon.url(""))
+        .env("ENVD_TEST_SELF", me().name)
         .env("NO_PROXY", "127.0.0.1,localhost");
     match another_user() {
         Some(user) => command.env("ENVD_TEST_USER", user),
         None => command.env_remove("ENVD_TEST_USER"),
     };
-    if let Err(failure) = finish(&mut command, program, PROGRAM) {
+    if let Err(failure) = finish(&mut command, name, PROGRAM) {
         panic!("{failure}");
     }
 }
@@ -227,21 +269,28 @@ fn another_user() -> Option<&'static str> {
 
 fn python() -> &'static Installed {
     static PYTHON: OnceLock<Installed> = OnceLock::new();
-    PYTHON.get_or_init(|| {
-        let requirements = sources().join("requirements.txt");
-        let version = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 11))";
-        let version = ask("python3", &["-c", version])
-            .map_err(|error| format!("the SDK needs Python 3.11 or newer: {error}"))?;
-        let home = installed("python", &[&version, &read(&requirements)], |home| {
-            let mut venv = Command::new("python3");
-            venv.args(["-m", "venv"]).arg(home);
-            finish(&mut venv, "python3 -m venv", INSTALLATION)?;
-            let mut pip = Command::new(home.join("bin/python"));
-            pip.args(["-m", "pip", "install", "--disable-pip-version-check", "-r"]);
-            finish(pip.arg(&requirements), "pip install", INSTALLATION)
-        })?;
-        Ok(Runtime { interpreter: home.join("bin/python"), programs: sources() })
-    })
+    PYTHON.get_or_init(|| python_with("python", read(&sources().join("requirements.txt")).trim()))
+}
+
+/// The Python SDK in an older release.
+fn python_release(release: &str) -> Installed {
+    python_with(&format!("python-{release}"), &format!("e2b=={release}"))
+}
+
+/// A virtual environment below `target/sdk/` with one package in it.
+fn python_with(name: &str, requirement: &str) -> Installed {
+    let version = "import sys; print(sys.version); sys.exit(sys.version_info < (3, 11))";
+    let version = ask("python3", &["-c", version])
+        .map_err(|error| format!("the SDK needs Python 3.11 or newer: {error}"))?;
+    let home = installed(name, &[&version, requirement], |home| {
+        let mut venv = Command::new("python3");
+        venv.args(["-m", "venv"]).arg(home);
+        finish(&mut venv, &format!("{name}: python3 -m venv"), INSTALLATION)?;
+        let mut pip = Command::new(home.join("bin/python"));
+        pip.args(["-m", "pip", "install", "--disable-pip-version-check", requirement]);
+        finish(&mut pip, &format!("{name}: pip install"), INSTALLATION)
+    })?;
+    Ok(Runtime { interpreter: home.join("bin/python"), programs: sources() })
 }
 
 fn node() -> &'static Installed {

@@ -9,6 +9,8 @@
 //! * **SIGKILL** is sent at first sight: nothing can undo it, whatever becomes of the daemon. The
 //!   children of a process lose their parent with it, so they are listed right before the signal and
 //!   again right behind it, when it can fork no more. After the last one the tree is looked at again.
+//!   A fork bomb may fork faster than that, most of all below a limit on processes, where each kill lets
+//!   another one fork. After [`KILL_ROUNDS`] looks its processes are stopped first and killed at the end.
 //! * **Other signals**: each process is stopped at first sight, as what is stopped can neither fork nor
 //!   exit, and so hides nobody. Then all get the signal, and those that were not stopped before go on
 //!   with it, the children first: a shell that goes on before its job would take that for stopped. Who
@@ -35,9 +37,11 @@ use crate::sys::{
     procfs::{self, Children, Group, Stat},
 };
 
-/// How often the list is read for what was forked meanwhile. Many: each kill below a limit of processes
-/// lets another fork, and on one slow processor 64 looks were too few for a fork bomb.
-const MAX_ROUNDS: usize = 4096;
+/// How often the list is read for what was forked meanwhile.
+const MAX_ROUNDS: usize = 1024;
+/// The rounds in which SIGKILL is sent at first sight. On one slow processor a fork bomb of 60 processes
+/// survived 64 of them; stopped processes keep their places below the limit and cannot fork.
+const KILL_ROUNDS: usize = 16;
 /// How often in a row it may hold nothing new while somebody forks, who may be of the tree or not.
 const MAX_QUIET_ROUNDS: usize = 8;
 /// How long in all to wait for processes to stop that were told to: one that a file system holds
@@ -205,6 +209,7 @@ fn signal_among(
     let mut pass = SignalPass::new(known, signal, notes.begin());
     let mut quiet_rounds = 0;
     for round in 1.. {
+        pass.kills_at_once = round <= KILL_ROUNDS;
         let newest = newest_pid();
         let before = pass.reached.len();
         match list(&mut |stat| pass.see(stat)) {
@@ -263,6 +268,8 @@ struct SignalPass<'a> {
     refused: Option<io::Error>,
     patience: Duration,
     own_session: Option<i32>,
+    /// Whether SIGKILL is sent at first sight.
+    kills_at_once: bool,
 }
 
 impl<'a> SignalPass<'a> {
@@ -277,6 +284,7 @@ impl<'a> SignalPass<'a> {
             refused: None,
             patience: STOPPING,
             own_session: own_session(),
+            kills_at_once: true,
         }
     }
 
@@ -294,7 +302,7 @@ impl<'a> SignalPass<'a> {
         }
         self.learn(stat);
         match self.signal {
-            libc::SIGKILL => self.kill(stat),
+            libc::SIGKILL if self.kills_at_once => self.kill(stat),
             libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU => {
                 self.send(member(stat), self.signal);
             }
@@ -354,8 +362,10 @@ impl<'a> SignalPass<'a> {
 
     /// When there is nobody else.
     fn end(mut self) -> io::Result<Known> {
-        let is_sent =
-            matches!(self.signal, libc::SIGKILL | libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU);
+        let is_sent = match self.signal {
+            libc::SIGKILL => self.kills_at_once,
+            signal => matches!(signal, libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU),
+        };
         if !is_sent {
             let reached: Vec<Member> = self.known.members.clone();
             for member in reached.into_iter().rev() {

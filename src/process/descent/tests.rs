@@ -1,4 +1,4 @@
-use std::process::Command;
+use std::{process::Command, time::Instant};
 
 use super::*;
 
@@ -105,6 +105,47 @@ fn a_list_that_misses_one_is_not_the_last_while_somebody_forks() {
         process.wait().unwrap()
     });
     assert_eq!(found.members.len(), 2, "{ended:?}");
+}
+
+#[test]
+fn a_tree_that_forks_faster_than_it_is_killed_is_stopped_first() {
+    let spawn = || Command::new("sleep").arg("1000").spawn().unwrap();
+    let pid = |of: &std::process::Child| i32::try_from(of.id()).unwrap();
+    let mut processes = vec![spawn()];
+    let session = pid(&processes[0]);
+    let root = Member::of(session).unwrap();
+    let mut states = Vec::new();
+    // One more at each look.
+    let list = |_: &mut dyn FnMut(&Stat)| {
+        if let Some(last) = processes.get(1..).and_then(<[_]>::last) {
+            states.push(Stat::of(pid(last)).unwrap().state);
+        }
+        if states.len() < KILL_ROUNDS + 4 {
+            processes.push(spawn());
+        }
+        let stats = processes.iter().map(|process| Stat::of(pid(process)).unwrap());
+        Ok(stats.map(|stat| Stat { session, ..stat }).collect())
+    };
+    let found = signal_among(Known::root(root), libc::SIGKILL, &StopNotes::new(None), list);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let ended: Vec<bool> = processes
+        .iter_mut()
+        .map(|process| {
+            while process.try_wait().unwrap().is_none() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let ended = process.try_wait().unwrap().is_some();
+            process.kill().unwrap();
+            process.wait().unwrap();
+            ended
+        })
+        .collect();
+    assert!(ended.iter().all(|ended| *ended), "{ended:?}");
+    assert!(found.is_ok_and(|found| found.members.len() == processes.len()), "{ended:?}");
+    // Seen by the parent right after the signal, a killed process may still be on its way out.
+    assert!(states.iter().take(KILL_ROUNDS).all(|state| *state != b'T'), "{states:?}");
+    let late = states.get(KILL_ROUNDS..).unwrap();
+    assert!(late.iter().all(|state| !matches!(state, b'Z' | b'X')), "{states:?}");
 }
 
 #[test]

@@ -165,83 +165,101 @@ fn lives(pid: u32) -> bool {
 
 #[tokio::test]
 async fn sigterm_ends_streams_with_a_status_and_processes_by_signals() {
-    let dir = tempfile::tempdir().unwrap();
     // With control groups, where there are any, and without.
     for flags in [&[][..], &["-no-cgroups"]] {
-        let mut daemon = Daemon::start(flags);
-        let client = Client::new(&daemon, Wire::Grpc);
-        // One that says what it was told, and two that do not listen: one of them a grandchild, whose
-        // parent ends when it is told to.
-        let told = dir.path().join("told");
-        let polite = format!(
-            "trap 'echo HUP >> {0}' HUP; trap 'echo TERM >> {0}; exit' TERM; echo up; \
-             while :; do sleep 0.05; done",
-            told.display()
-        );
-        let deaf = "trap '' HUP TERM; echo $$ up; while :; do sleep 0.05; done";
-        let inner = deaf.replace("$$", "\\$\\$");
-        let parent = format!("(trap '' HUP TERM; exec sh -c \"{inner}\") & wait");
-        let mut polite = process::begin(&client, &process::sh(&polite)).await;
-        polite.until_it_says("up").await;
-        let mut pids = Vec::new();
-        let mut streams = Vec::new();
-        for (wire, script) in WIRES.into_iter().zip([deaf, &parent].into_iter().cycle()) {
-            let client = Client::new(&daemon, wire);
-            let mut running = process::begin(&client, &process::sh(script)).await;
-            running.until_it_says("up").await;
-            pids.push(running.pid);
-            let said = running.said.stdout().split(' ').next().unwrap().to_owned();
-            pids.push(said.parse().unwrap());
-            streams.push((wire, running));
-        }
-        // Another kind of stream, and a unary call that waits.
-        let request = envd::proto::filesystem::WatchDirRequest {
-            path: dir.path().display().to_string(),
-            ..Default::default()
-        };
-        let mut watch = client
-            .stream::<_, envd::proto::filesystem::WatchDirResponse>(
-                "/filesystem.Filesystem/WatchDir",
-                &request,
-            )
-            .await
-            .unwrap();
-        watch.next().await.unwrap();
-        let waiting = tokio::spawn({
-            let (client, pid) = (client.clone(), pids[0]);
-            async move {
-                let request = WaitRequest { process: process::pid(pid), ..WaitRequest::default() };
-                client.unary::<_, WaitResponse>("/process.Process/Wait", &request).await
+        // A machine may be too slow for a shell's traps within the time before SIGKILL.
+        let mut complete = false;
+        for _ in 0..SIGTERM_TRIES {
+            // Each signal once: to many programs a second one means to end at once.
+            let received = signals_until_the_end(flags).await;
+            assert!("HUP\nTERM\n".starts_with(&received), "{received}");
+            complete = received == "HUP\nTERM\n";
+            if complete {
+                break;
             }
-        });
-        let (mut daemon, ()) = tokio::task::spawn_blocking(move || {
-            end(&mut daemon, Signal::SIGTERM);
-            (daemon, ())
-        })
+        }
+        assert!(complete, "in none of {SIGTERM_TRIES} runs a shell had the time for both traps");
+    }
+}
+
+/// How often a shell has the chance to react to SIGHUP and SIGTERM within the 500 ms before SIGKILL.
+const SIGTERM_TRIES: usize = 5;
+
+/// Ends a daemon by SIGTERM while commands, streams and a unary call run, and checks how these end. Gives
+/// the signals that a shell with traps has noted.
+async fn signals_until_the_end(flags: &[&str]) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let mut daemon = Daemon::start(flags);
+    let client = Client::new(&daemon, Wire::Grpc);
+    // One that logs its signals, and two that ignore them: one of these is a grandchild, whose parent
+    // ends by them.
+    let log = dir.path().join("signals");
+    let polite = format!(
+        "trap 'echo HUP >> {0}' HUP; trap 'echo TERM >> {0}; exit' TERM; echo up; \
+             sleep 1000 & while :; do wait; done",
+        log.display()
+    );
+    let deaf = "trap '' HUP TERM; echo $$ up; while :; do sleep 0.05; done";
+    let inner = deaf.replace("$$", "\\$\\$");
+    let parent = format!("(trap '' HUP TERM; exec sh -c \"{inner}\") & wait");
+    let mut polite = process::begin(&client, &process::sh(&polite)).await;
+    polite.until_it_says("up").await;
+    let mut pids = Vec::new();
+    let mut streams = Vec::new();
+    for (wire, script) in WIRES.into_iter().zip([deaf, &parent].into_iter().cycle()) {
+        let client = Client::new(&daemon, wire);
+        let mut running = process::begin(&client, &process::sh(script)).await;
+        running.until_it_says("up").await;
+        pids.push(running.pid);
+        let said = running.said.stdout().split(' ').next().unwrap().to_owned();
+        pids.push(said.parse().unwrap());
+        streams.push((wire, running));
+    }
+    // Another kind of stream, and a unary call that waits.
+    let request = envd::proto::filesystem::WatchDirRequest {
+        path: dir.path().display().to_string(),
+        ..Default::default()
+    };
+    let mut watch = client
+        .stream::<_, envd::proto::filesystem::WatchDirResponse>(
+            "/filesystem.Filesystem/WatchDir",
+            &request,
+        )
         .await
         .unwrap();
-        for (wire, running) in streams {
-            assert_eq!(running.try_end().await.unwrap_err(), shutting_down(), "{wire:?}");
+    watch.next().await.unwrap();
+    let waiting = tokio::spawn({
+        let (client, pid) = (client.clone(), pids[0]);
+        async move {
+            let request = WaitRequest { process: process::pid(pid), ..WaitRequest::default() };
+            client.unary::<_, WaitResponse>("/process.Process/Wait", &request).await
         }
-        let watched = common::soon("the watch ends", async {
-            loop {
-                match watch.next().await {
-                    Ok(Some(_)) => {}
-                    ended => break ended,
-                }
-            }
-        });
-        assert_eq!(watched.await.unwrap_err(), shutting_down());
-        let waited = waiting.await.unwrap();
-        assert!(waited.is_err(), "{waited:?}");
-        common::eventually("all processes are gone", || {
-            (!pids.iter().any(|pid| lives(*pid))).then_some(())
-        });
-        // Each signal once: to many programs a second one means to end at once.
-        assert_eq!(std::fs::read_to_string(&told).unwrap(), "HUP\nTERM\n");
-        std::fs::remove_file(told).unwrap();
-        assert_eq!(daemon.wait().code(), Some(0));
+    });
+    let (mut daemon, ()) = tokio::task::spawn_blocking(move || {
+        end(&mut daemon, Signal::SIGTERM);
+        (daemon, ())
+    })
+    .await
+    .unwrap();
+    for (wire, running) in streams {
+        assert_eq!(running.try_end().await.unwrap_err(), shutting_down(), "{wire:?}");
     }
+    let watched = common::soon("the watch ends", async {
+        loop {
+            match watch.next().await {
+                Ok(Some(_)) => {}
+                ended => break ended,
+            }
+        }
+    });
+    assert_eq!(watched.await.unwrap_err(), shutting_down());
+    let waited = waiting.await.unwrap();
+    assert!(waited.is_err(), "{waited:?}");
+    common::eventually("all processes are gone", || {
+        (!pids.iter().any(|pid| lives(*pid))).then_some(())
+    });
+    assert_eq!(daemon.wait().code(), Some(0));
+    std::fs::read_to_string(&log).unwrap_or_default()
 }
 
 #[tokio::test]

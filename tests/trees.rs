@@ -698,8 +698,9 @@ async fn a_fork_bomb_without_a_cgroup_dies_with_its_tree() {
     let user = (5_000_000 + std::process::id()).to_string();
     let client = client(&daemon).with("authorization", &basic(&user));
     let rlimits = vec![Rlimit { name: "nproc".to_owned(), soft: Some(60), hard: Some(60) }];
-    let bomb = "bomb() { sleep 0.01; bomb & bomb & wait; }; echo $$; (bomb) 2>/dev/null & \
-                exec sleep 1000";
+    // A shell that cannot fork ends, so the bomb may die out, and is started again.
+    let bomb = "bomb() { sleep 0.01; bomb & bomb & wait; }; echo $$; \
+                (while :; do (bomb); done) 2>/dev/null & exec sleep 1000";
     let request = limited(sh(bomb), Limits { rlimits, ..Limits::default() });
     let mut running = begin(&client, &request).await;
     let leader = running.pids(1).await[0];

@@ -407,7 +407,8 @@ async fn what_cannot_be_started_is_an_error_that_names_its_cause() {
 #[tokio::test]
 async fn no_more_processes_than_the_bound() {
     let manager = Manager::new(Options { max_processes: 2, ..Options::default() });
-    let running = [start(&manager, sh("cat")).await, start(&manager, sh("cat")).await];
+    let sleep = || spec("sleep", &["1000"]);
+    let running = [start(&manager, sleep()).await, start(&manager, sleep()).await];
     let text = manager.start(sh("true")).await.unwrap_err().to_string();
     assert_eq!(text, "too many processes: 2 are running or still hold their output open");
     for (process, subscription) in running {

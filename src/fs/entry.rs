@@ -10,6 +10,7 @@ use std::{
 };
 
 use nix::{
+    dir::Type,
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat, readlinkat},
     sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
@@ -236,6 +237,42 @@ pub(super) fn plain_file(
     let stat = stat.ok()?;
     let behind = Behind { stat: Some(stat), ..Behind::default() };
     Some(entry_of(&stat, behind, shown, owners))
+}
+
+/// Describes what cannot be looked at by what its directory says that it is: without size, times, mode
+/// and owner.
+pub(super) fn unreadable(shown: &Path, kind: Option<Type>) -> Entry {
+    let letter = match kind {
+        Some(Type::File) => "-",
+        Some(Type::Directory) => "d",
+        Some(Type::Symlink) => "L",
+        Some(Type::BlockDevice) => "D",
+        Some(Type::CharacterDevice) => "Dc",
+        Some(Type::Fifo) => "p",
+        Some(Type::Socket) => "S",
+        // Go's letter for what is none of these.
+        None => "?",
+    };
+    let path = shown.to_string_lossy().into_owned();
+    let is_symlink = kind == Some(Type::Symlink);
+    Entry {
+        name: path::base_name(shown).to_string_lossy().into_owned(),
+        kind: match kind {
+            Some(Type::File) => EntryKind::File,
+            Some(Type::Directory) => EntryKind::Directory,
+            _ => EntryKind::Other,
+        },
+        size: 0,
+        mode: 0,
+        permissions: format!("{letter}---------"),
+        owner: String::new(),
+        group: String::new(),
+        modified: None,
+        symlink_target: is_symlink.then(|| path.clone()),
+        path,
+        is_symlink,
+        metadata: BTreeMap::new(),
+    }
 }
 
 /// What a name leads to: of anything but a link, itself.

@@ -26,7 +26,7 @@ use super::{
     FsError, PathError,
     actor::{Actor, Rights},
     beneath::is_name,
-    entry::{Entry, NameError, Named, Owners, plain_file},
+    entry::{Entry, NameError, Named, Owners, plain_file, unreadable},
     path,
     resolve::{Step, Walk, WalkError},
 };
@@ -40,7 +40,9 @@ pub const MAX_OPEN_DIRS: usize = 64;
 
 /// Lists everything down to `depth` levels below `path` (0 counts as 1): depth first, each directory
 /// before its content, names sorted by their bytes. Links are listed and not followed, except
-/// `path` itself. What vanishes meanwhile is left out.
+/// `path` itself. What vanishes meanwhile is left out. Of an entry that cannot be looked at (the root of
+/// a mount whose server has died, a name in a directory without the right to search it) there is what
+/// the directory says of it; what is in a directory that cannot be read is left out.
 ///
 /// # Errors
 /// [`FsError::PathNotFound`], [`FsError::NotADirectory`], [`FsError::SymlinkLoop`],
@@ -129,7 +131,7 @@ pub fn list_page(
     let mut last = PathBuf::new();
     while !down.levels.is_empty() {
         check()?;
-        let Some((name, is_file)) = down.next_name() else {
+        let Some((name, kind)) = down.next_name() else {
             down.leave();
             resume = None;
             continue;
@@ -150,7 +152,7 @@ pub fn list_page(
             let token = URL_SAFE_NO_PAD.encode(last.as_os_str().as_bytes());
             return Ok((entries, token));
         }
-        if is_file
+        if kind == Some(Type::File)
             && !listed
             && let Some((relative, entry)) = down.plain_file(&name, &shown_root, &mut owners)
         {
@@ -159,9 +161,20 @@ pub fn list_page(
             resume = None;
             continue;
         }
-        let Some((relative, named)) = down.open(&name)? else {
-            resume = None;
-            continue;
+        let (relative, named) = match down.open(&name)? {
+            Some((relative, Ok(named))) => (relative, named),
+            Some((relative, Err(Unreadable))) => {
+                if !listed {
+                    entries.push(unreadable(&shown_root.join(&relative), kind));
+                    last = relative;
+                }
+                resume = None;
+                continue;
+            }
+            None => {
+                resume = None;
+                continue;
+            }
         };
         let enter = named.found.is_dir() && down.levels.len() < depth;
         let directory = match enter {
@@ -191,11 +204,23 @@ struct Level {
     id: (u64, u64),
     name: OsString,
     relative: PathBuf,
-    names: vec::IntoIter<(OsString, IsFile)>,
+    names: vec::IntoIter<(OsString, Kind)>,
 }
 
-/// Whether the directory says of a name that it is a regular file's.
-type IsFile = bool;
+/// What the directory says that a name is.
+type Kind = Option<Type>;
+
+/// A name that cannot be looked at.
+#[derive(Debug)]
+struct Unreadable;
+
+/// A name with its path from the top, opened where that is possible.
+type Opened = (PathBuf, Result<Named, Unreadable>);
+
+/// Whether an error is about the daemon and not about what it looks at.
+fn is_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+}
 
 fn id_of(stat: &FileStat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
@@ -249,7 +274,7 @@ impl<'a> Descent<'a> {
         FsError::ReadDirectory { root: self.root.clone(), error }
     }
 
-    fn next_name(&mut self) -> Option<(OsString, IsFile)> {
+    fn next_name(&mut self) -> Option<(OsString, Kind)> {
         self.levels.last_mut()?.names.next()
     }
 
@@ -271,24 +296,29 @@ impl<'a> Descent<'a> {
     }
 
     /// Opens a name of the last level, and gives its path from the top; none when it has vanished.
-    fn open(&self, name: &OsStr) -> Result<Option<(PathBuf, Named)>, FsError> {
+    fn open(&self, name: &OsStr) -> Result<Option<Opened>, FsError> {
         let Some(Level { fd: Some(fd), relative, .. }) = self.levels.last() else {
             return Ok(None);
         };
         let above = self.real(relative);
         let (relative, at) = (relative.join(name), above.join(name));
-        // The depth is bounded by this, and so is what the paths take.
+        // The depth is bounded by this, and so is what the paths take. No call could name what is below.
         if at.as_os_str().len() >= path::PATH_MAX {
-            return Err(NameError::Errno(Errno::ENAMETOOLONG).of(&at));
+            return Ok(None);
         }
         match Named::open(fd.as_fd(), &above, name, &self.rights) {
-            Ok(named) => Ok(Some((relative, named))),
-            Err(NameError::Errno(Errno::ENOENT)) => Ok(None),
+            Ok(named) => Ok(Some((relative, Ok(named)))),
+            // ESRCH: a process that ended, in /proc.
+            Err(NameError::Errno(Errno::ENOENT | Errno::ESRCH)) => Ok(None),
+            Err(NameError::Errno(errno)) if !is_shortage(errno) => {
+                tracing::debug!(path = %at.display(), %errno, "an entry of a listing cannot be read");
+                Ok(Some((relative, Err(Unreadable))))
+            }
             Err(error) => Err(error.of(&at)),
         }
     }
 
-    /// Goes into a directory of the last level; false when it has vanished.
+    /// Goes into a directory of the last level; false when it has vanished or cannot be read.
     fn enter(
         &mut self,
         fd: OwnedFd,
@@ -298,9 +328,12 @@ impl<'a> Descent<'a> {
     ) -> Result<bool, FsError> {
         match self.names_in(&fd) {
             Ok(names) => self.push(fd, stat, name, relative, names).map(|()| true),
-            // ESRCH: a process that ended, in /proc.
-            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ESRCH) => Ok(false),
-            Err(errno) => Err(self.unreadable(&relative, errno)),
+            Err(errno) if is_shortage(errno) => Err(self.unreadable(&relative, errno)),
+            Err(errno) => {
+                let path = self.real(&relative);
+                tracing::debug!(path = %path.display(), %errno, "a directory of a listing cannot be read");
+                Ok(false)
+            }
         }
     }
 
@@ -310,7 +343,7 @@ impl<'a> Descent<'a> {
         stat: &FileStat,
         name: OsString,
         relative: PathBuf,
-        names: Vec<(OsString, IsFile)>,
+        names: Vec<(OsString, Kind)>,
     ) -> Result<(), FsError> {
         self.read += names.len();
         if self.read > self.limit {
@@ -375,7 +408,7 @@ impl<'a> Descent<'a> {
     }
 
     /// The sorted names in a directory; no more than one above the limit.
-    fn names_in(&self, fd: &OwnedFd) -> nix::Result<Vec<(OsString, IsFile)>> {
+    fn names_in(&self, fd: &OwnedFd) -> nix::Result<Vec<(OsString, Kind)>> {
         let limit = (self.limit - self.read).saturating_add(1);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut names = self.rights.act(|| {
@@ -389,8 +422,7 @@ impl<'a> Descent<'a> {
                 let entry = entry?;
                 let name = entry.file_name().to_bytes().to_vec();
                 if !matches!(name.as_slice(), b"." | b"..") {
-                    let is_file = entry.file_type() == Some(Type::File);
-                    names.push((OsString::from_vec(name), is_file));
+                    names.push((OsString::from_vec(name), entry.file_type()));
                 }
                 if names.len() >= limit {
                     break;
@@ -398,7 +430,7 @@ impl<'a> Descent<'a> {
             }
             Ok::<_, Errno>(names)
         })?;
-        names.sort_unstable();
+        names.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         Ok(names)
     }
 }
@@ -540,6 +572,7 @@ mod tests {
         while down.levels.len() < LEVELS {
             let (name, _) = down.next_name().unwrap();
             let (relative, named) = down.open(&name).unwrap().unwrap();
+            let named = named.unwrap();
             if named.found.is_dir() {
                 let Found { fd, stat } = named.found;
                 assert!(down.enter(fd, &stat, name, relative).unwrap());
@@ -552,7 +585,7 @@ mod tests {
             down.leave();
         }
         assert_eq!(down.levels.len(), 3);
-        assert_eq!(down.next_name(), Some(("x".into(), true)));
+        assert_eq!(down.next_name(), Some(("x".into(), Some(Type::File))));
         assert!(down.open(OsStr::new("x")).unwrap().is_some());
     }
 

@@ -27,9 +27,17 @@ pub struct HungMount {
 impl HungMount {
     /// Mounts it at a directory that exists. None where FUSE cannot be mounted.
     pub fn at(path: &Path) -> Option<Self> {
+        Self::with(path, "user_id=0,group_id=0,allow_other")
+    }
+
+    /// Mounts one that only a user may look at: the kernel refuses all others, root included.
+    pub fn of_user(path: &Path, uid: u32) -> Option<Self> {
+        Self::with(path, &format!("user_id={uid},group_id={uid}"))
+    }
+
+    fn with(path: &Path, options: &str) -> Option<Self> {
         let server = File::options().read(true).write(true).open("/dev/fuse").ok()?;
-        let data =
-            format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", server.as_raw_fd());
+        let data = format!("fd={},rootmode=40000,{options}", server.as_raw_fd());
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(Some("hung"), path, Some("fuse"), flags, Some(data.as_str())).ok()?;
         Some(Self { at: path.to_owned(), server: Some(server) })

@@ -29,7 +29,7 @@ use crate::{
     api,
     blocking::{JobSlots, Pool},
     config::Config,
-    fs::{transfer::Writers, watch::Hub},
+    fs::{leftovers, transfer::Writers, watch::Hub},
     guest::{boot::Times, limits, markers, metrics::Meter, notify, users::Users},
     http,
     process::{self, Groups, Manager},
@@ -207,7 +207,7 @@ impl Ended {
         });
         while self.writers.live() > 0 {
             if Instant::now() >= deadline {
-                tracing::warn!(uploads = self.writers.live(), "uploads may leave half a file");
+                tracing::warn!(uploads = self.writers.live(), "uploads are still being written");
                 return;
             }
             std::thread::sleep(CLEANUP_PAUSE);
@@ -293,6 +293,9 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     };
     fs_credentials::remember_own();
     let files = Pool::for_files();
+    let state = process::StopNotes::state(&config.guest_root);
+    leftovers::keep_notes(&state);
+    files.run_later(move || leftovers::remove_left(&state));
     let nofile = limits::raise_open_files();
     let stop_notes = Some(process::StopNotes::directory(&config.guest_root));
     let kill_scope = kill_scope.unwrap_or_default();

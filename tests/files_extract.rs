@@ -335,9 +335,7 @@ async fn a_bomb_fills_no_disk_and_ends_when_its_client_leaves() {
     for number in 0..6 {
         let to = format!("{}/{number}", disk.path());
         let raw = half(&house, &to, &bomb()).await;
-        eventually("it is being unpacked", || {
-            Path::new(&format!("{to}/bomb")).exists().then_some(())
-        });
+        eventually("it is being unpacked", || house.daemon.unnamed(to.as_ref()));
         drop(raw);
         eventually("it is given up", || (open() == 0).then_some(()));
         assert_eq!(names(&to), [""; 0]);

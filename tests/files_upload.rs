@@ -16,6 +16,10 @@ use common::{
     house::{BODY_IN_MEMORY, CUTS, Cut, House, gzip, rest_error, set_mode, written},
     noise,
     raw::{Answer, Raw},
+    rpc::{Client, Messages, Wire},
+};
+use envd::proto::filesystem::{
+    CreateWatcherRequest, CreateWatcherResponse, WriteRequest, WriteResponse, write_request,
 };
 use nix::{sys::stat::Mode, unistd::mkfifo};
 use reqwest::multipart;
@@ -293,12 +297,13 @@ async fn an_upload_that_breaks_off_leaves_no_half_file() {
             let path = house.at("new");
             let raw = cut.send(&house, &path, &noise(length)).await;
             // A form's last bytes could be its boundary, and are held back.
+            let come = |size: u64| size > length as u64 / 2;
             eventually("it is being written", || {
-                let size = fs::metadata(&path).map_or(0, |meta| meta.len());
-                (size > length as u64 / 2).then_some(())
+                house.daemon.unnamed(house.dir()).filter(|s| come(*s))
             });
+            assert_eq!(house.names(), [""; 0], "{cut:?} {length}: before the end");
             drop(raw);
-            eventually("it is gone", || (!Path::new(&path).exists()).then_some(()));
+            eventually("it is gone", || house.daemon.unnamed(house.dir()).is_none().then_some(()));
             assert_eq!(house.names(), [""; 0], "{cut:?} {length}");
         }
     }
@@ -394,7 +399,9 @@ async fn uploads_that_stall_leave_the_threads_to_others() {
     // A newcomer takes the place of one of them.
     assert_eq!(house.upload(&house.at("one more"), &[], "x").await.status(), 200);
     house.is_well().await;
-    eventually("the file of that one is gone", || (house.names().len() == UPLOADS).then_some(()));
+    eventually("the file of that one is gone", || {
+        (house.opened(files) == UPLOADS - 1).then_some(())
+    });
     // Those who leave make room.
     drop(stalled);
     common::in_time("the others have gone", async || {
@@ -430,7 +437,7 @@ async fn an_upload_survives_that_of_another_who_gives_up() {
         let path = house.at("file");
         let first = cut.send(&house, &path, &noise(100_000)).await;
         eventually("it is being written", || {
-            fs::metadata(&path).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+            house.daemon.unnamed(house.dir()).filter(|size| *size > 50_000)
         });
         written(house.upload(&path, &[], "whole").await).await;
         drop(first);
@@ -450,7 +457,7 @@ async fn the_last_of_two_uploads_is_there_and_whole() {
         let mut body = noise(length);
         let mut first = Cut::Length.send(&house, &path, &body).await;
         eventually("it is being written", || {
-            fs::metadata(&path).is_ok_and(|meta| meta.len() == length as u64).then_some(())
+            house.daemon.unnamed(house.dir()).filter(|size| *size == length as u64)
         });
         written(house.upload(&path, &[], noise(2 * length).split_off(length)).await).await;
         first.send("x").await;
@@ -471,13 +478,157 @@ async fn the_end_of_the_daemon_leaves_no_half_file() {
             cut.send(&house, &old, &noise(100_000)).await,
         ];
         eventually("it is being written", || {
-            fs::metadata(&new).is_ok_and(|meta| meta.len() > 50_000).then_some(())
+            house.daemon.unnamed(house.dir()).filter(|size| *size > 50_000)
         });
         house.daemon.signal(nix::sys::signal::Signal::SIGTERM);
         assert!(house.daemon.wait().success());
         assert_eq!(house.names(), ["old"], "{cut:?}");
         assert_eq!(fs::read(&old).unwrap(), b"old", "{cut:?}");
     }
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_killed_leaves_no_half_file() {
+    for cut in CUTS {
+        let mut house = House::new();
+        let (new, old) = (house.at("new"), house.put("old", "old"));
+        let _uploads = [
+            cut.send(&house, &new, &noise(100_000)).await,
+            cut.send(&house, &old, &noise(BODY_IN_MEMORY + 100_000)).await,
+        ];
+        let spooled = BODY_IN_MEMORY as u64 / 2;
+        eventually("both are being written", || {
+            house.daemon.unnamed(house.dir()).filter(|size| *size > spooled)
+        });
+        house.daemon.signal(nix::sys::signal::Signal::SIGKILL);
+        assert!(!house.daemon.wait().success());
+        assert_eq!(house.names(), ["old"], "{cut:?}");
+        assert_eq!(fs::read(&old).unwrap(), b"old", "{cut:?}");
+    }
+}
+
+/// What was removed, or put in the way, while a body came.
+#[tokio::test]
+async fn the_place_of_an_upload_may_change_meanwhile() {
+    let house = House::new();
+    let being_written = || {
+        eventually("it is being written", || {
+            house.daemon.unnamed(house.dir()).filter(|size| *size == 1000)
+        });
+    };
+    let body = [noise(1000), b"x".to_vec()].concat();
+    // Its directory is removed, and made again.
+    let path = house.at("dir/file");
+    let mut upload = Cut::Length.send(&house, &path, &body[..1000]).await;
+    being_written();
+    fs::remove_dir(house.at("dir")).unwrap();
+    upload.send("x").await;
+    assert_eq!(upload.answer().await.status, 200);
+    assert!(fs::read(&path).unwrap() == body);
+    // Another file takes the name.
+    let path = house.at("taken");
+    let mut upload = Cut::Length.send(&house, &path, &body[..1000]).await;
+    being_written();
+    house.put("taken", "others'");
+    set_mode(&path, 0o600);
+    upload.send("x").await;
+    assert_eq!(upload.answer().await.status, 200);
+    assert!(fs::read(&path).unwrap() == body);
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+    // A directory does, and keeps it.
+    let path = house.at("made");
+    let mut upload = Cut::Length.send(&house, &path, &body[..1000]).await;
+    being_written();
+    fs::create_dir(&path).unwrap();
+    upload.send("x").await;
+    assert_eq!(upload.answer().await.status, 400);
+    // One that was there is gone.
+    let path = house.put("gone", "old");
+    let mut upload = Cut::Length.send(&house, &path, &body[..1000]).await;
+    eventually("it is looked at", || {
+        (house.opened(|opened| opened == Path::new(&path)) > 0).then_some(())
+    });
+    fs::remove_file(&path).unwrap();
+    upload.send("x").await;
+    assert_eq!(upload.answer().await.status, 200);
+    assert!(fs::read(&path).unwrap() == body);
+    assert_eq!(house.names(), ["dir", "gone", "made", "taken"]);
+}
+
+/// A program that runs, killed at the end.
+struct Program(std::process::Child);
+
+impl Program {
+    fn run(path: &str) -> Self {
+        let run = || std::process::Command::new(path).arg("1000").spawn();
+        // Another test's child may hold a descriptor of it for a moment.
+        Self(eventually("it runs", || run().ok()))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_runs_is_replaced_and_runs_on() {
+    let house = House::new();
+    let sleep = fs::read("/bin/sleep").unwrap();
+    let watch = CreateWatcherRequest { path: house.at("watched"), ..Default::default() };
+    fs::create_dir(house.at("watched")).unwrap();
+    let watcher: CreateWatcherResponse =
+        house.client.unary("/filesystem.Filesystem/CreateWatcher", &watch).await.unwrap();
+    assert!(!watcher.watcher_id.is_empty());
+    for name in ["plain", "watched/program", "linked"] {
+        let path = house.put(name, &sleep);
+        set_mode(&path, 0o755);
+        if name == "linked" {
+            fs::hard_link(&path, house.at("other-name")).unwrap();
+        }
+        let mut program = Program::run(&path);
+        written(house.upload(&path, &[], "new").await).await;
+        assert_eq!(fs::read(&path).unwrap(), b"new", "{name}");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o755, "{name}");
+        assert!(program.0.try_wait().unwrap().is_none(), "{name} runs on");
+    }
+    assert!(fs::read(house.at("other-name")).unwrap() == sleep, "it is another file by now");
+    // With RPC too.
+    let path = house.put("rpc", &sleep);
+    set_mode(&path, 0o755);
+    fs::hard_link(&path, house.at("rpc-link")).unwrap();
+    let _program = Program::run(&path);
+    let start = write_request::Start { path: path.clone(), ..write_request::Start::default() };
+    let chunk = write_request::Chunk { data: "new".into(), ..write_request::Chunk::default() };
+    let requests = [
+        write_request::Event::Start(start),
+        write_request::Event::Chunk(chunk),
+        write_request::Event::Commit(write_request::Commit::default()),
+    ];
+    let requests = requests.map(|event| WriteRequest { event: Some(event) });
+    let grpc = Client::new(&house.daemon, Wire::Grpc);
+    let mut answer: Messages<WriteResponse> =
+        grpc.streams("/filesystem.Filesystem/Write", &requests).await.unwrap();
+    assert!(answer.next().await.unwrap().unwrap().committed);
+    assert_eq!(fs::read(&path).unwrap(), b"new");
+}
+
+/// A body that comes slowly keeps nobody from running what it is to replace.
+#[tokio::test]
+async fn a_program_can_be_started_while_it_is_being_replaced() {
+    let house = House::new();
+    let path = house.put("program", fs::read("/bin/sleep").unwrap());
+    set_mode(&path, 0o755);
+    let mut upload = Cut::Length.send(&house, &path, &noise(1000)).await;
+    eventually("it is looked at", || {
+        (house.opened(|opened| opened == Path::new(&path)) > 0).then_some(())
+    });
+    let _program = Program::run(&path);
+    upload.send("x").await;
+    assert_eq!(upload.answer().await.status, 200);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 1001);
 }
 
 #[tokio::test]

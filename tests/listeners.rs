@@ -295,11 +295,7 @@ async fn only_transfers_and_unary_calls_may_have_a_grace_and_only_if_it_is_given
         let stream = process::begin(&client, &process::start("sleep", &["1000"])).await;
         let mut upload = Raw::open(&daemon).await;
         upload.send(&head).await;
-        common::in_time("it is being written", async || {
-            let written = std::fs::read_dir(dir.path()).unwrap().count();
-            (written > 0).then_some(())
-        })
-        .await;
+        common::in_time("it is being written", async || daemon.unnamed(dir.path())).await;
         let start = Instant::now();
         daemon.signal(Signal::SIGTERM);
         assert_eq!(stream.try_end().await.unwrap_err(), shutting_down());

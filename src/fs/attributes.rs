@@ -174,8 +174,9 @@ pub fn create_symlink(
     if !replace || place.found().is_some_and(|found| found.is_dir()) {
         return Err(exists());
     }
-    let made = with_new_name(|name| make_link(&place, target, name));
-    let ((), name) = made.map_err(|errno| failed("symlink", errno))?;
+    let make = |name: &OsStr| make_link(&place, target, name);
+    let made = with_new_name(place.dir(), place.rights(), make);
+    let ((), name, _note) = made.map_err(|errno| failed("symlink", errno))?;
     place
         .rights()
         .act(|| {

@@ -25,6 +25,7 @@ pub mod dir;
 pub mod entry;
 pub mod errno;
 mod error;
+pub mod leftovers;
 pub mod list;
 pub mod metadata;
 pub mod path;

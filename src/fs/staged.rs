@@ -206,7 +206,11 @@ impl Staged {
     ) -> Result<Option<(File, Rights)>, FsError> {
         let old = place.found();
         if old.is_some_and(|old| old.stat.st_nlink > 1) {
-            return self.overwrite(place, options).map(Some);
+            match self.overwrite(place, options) {
+                // A program that runs cannot be written: only this name gets another file.
+                Err(FsError::Doing { error, .. }) if error.errno == Errno::ETXTBSY => {}
+                written => return written.map(Some),
+            }
         }
         if !self.prepare(place, options)? {
             return self.overwrite(place, options).map(Some);
@@ -284,8 +288,8 @@ impl Staged {
             return Err(FsError::NoSpace(None));
         }
         rights.act(|| {
-            give_to_user(&to, &self.path, &rights)?;
-            privileges::clear(&to, rights.switched())
+            give_existing_to_user(&to, &self.path, &rights)?;
+            privileges::clear(&to, rights.switched() || !nix::unistd::geteuid().is_root())
                 .map_err(|errno| failed("chmod")(errno.into()))?;
             io::copy(&mut from, &mut to).map_err(failed("write"))?;
             to.set_len(self.length).map_err(failed("truncate"))?;
@@ -380,6 +384,24 @@ pub(super) fn change_owner(file: &File, path: &Path, owner: (u32, u32)) -> Resul
 pub(super) fn give_to_user(file: &File, path: &Path, rights: &Rights) -> Result<(), FsError> {
     match change_owner(file, path, rights.actor().owner()) {
         Err(FsError::ChangeOwner(error)) if rights.switched() && error.errno == Errno::EPERM => {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// As [`give_to_user`], for a file that was there before. A daemon without root writes what its user may
+/// write, and leaves it to whoever owns it.
+pub(super) fn give_existing_to_user(
+    file: &File,
+    path: &Path,
+    rights: &Rights,
+) -> Result<(), FsError> {
+    match give_to_user(file, path, rights) {
+        Err(FsError::ChangeOwner(error))
+            if error.errno == Errno::EPERM
+                && nix::unistd::geteuid().as_raw() == rights.actor().uid() =>
+        {
             Ok(())
         }
         other => other,

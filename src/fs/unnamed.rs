@@ -1,8 +1,8 @@
 //! A file that has no name yet and gets one as a whole: what atomic replacement is made of.
 //!
 //! `O_TMPFILE` where the file system has it, so that nothing is left behind whatever happens to the
-//! daemon; else a file with a name that is told from others by its beginning, [`PREFIX`], and is
-//! unlinked on drop.
+//! daemon; else a file with a name that is told from others by its beginning, [`PREFIX`], is unlinked on
+//! drop, and is [noted](super::leftovers) for the case that the daemon is killed.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -19,11 +19,18 @@ use nix::{
     unistd::{UnlinkatFlags, linkat, unlinkat},
 };
 
-use super::{actor::Rights, errno};
+use super::{actor::Rights, errno, leftovers::Note};
 use crate::sys::rename::rename_new_at;
 
 /// What the names of files that wait for theirs begin with.
 pub(super) const PREFIX: &str = ".envd-new-";
+
+/// Whether a name is one that this daemon gives to what has no other yet.
+pub(super) fn is_temporary(name: &OsStr) -> bool {
+    let Some(rest) = name.as_encoded_bytes().strip_prefix(PREFIX.as_bytes()) else { return false };
+    let pid = rest.split(|byte| *byte == b'-').next().and_then(|pid| str::from_utf8(pid).ok());
+    pid.is_some_and(|pid| pid.parse() == Ok(std::process::id()))
+}
 
 /// The attempts at finding a name that is free.
 const MAX_TRIES: usize = 64;
@@ -41,12 +48,12 @@ pub(super) struct Unnamed {
 struct Named {
     dir: OwnedFd,
     rights: Rights,
-    name: Option<OsString>,
+    name: Option<(OsString, Note)>,
 }
 
 impl Drop for Named {
     fn drop(&mut self) {
-        if let Some(name) = self.name.take()
+        if let Some((name, _note)) = self.name.take()
             && let Err(error) = self
                 .rights
                 .act(|| unlinkat(&self.dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir))
@@ -76,9 +83,10 @@ impl Unnamed {
 
     fn create_named(dir: BorrowedFd<'_>, rights: &Rights, mode: Mode) -> nix::Result<Self> {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
-        let (file, name) = with_new_name(|name| rights.create(|| openat(dir, name, flags, mode)))?;
+        let create = |name: &OsStr| rights.create(|| openat(dir, name, flags, mode));
+        let (file, name, note) = with_new_name(dir, rights, create)?;
         let mut new = Self::adopt(File::from(file), dir, rights)?;
-        new.named.name = Some(name);
+        new.named.name = Some((name, note));
         Ok(new)
     }
 
@@ -104,11 +112,11 @@ impl Unnamed {
         rights: &Rights,
         to: &OsStr,
     ) -> nix::Result<()> {
-        let Some(name) = self.named.name.clone() else {
+        let Some((name, _)) = &self.named.name else {
             return rights.act(|| link(&self.file, dir, to));
         };
         let from = self.named.dir.as_fd();
-        self.named.rights.both(rights).act(|| rename_new_at(from, &name, dir, to))?;
+        self.named.rights.both(rights).act(|| rename_new_at(from, name, dir, to))?;
         self.named.name = None;
         Ok(())
     }
@@ -121,12 +129,13 @@ impl Unnamed {
         to: &OsStr,
     ) -> nix::Result<()> {
         if self.named.name.is_none() {
-            let ((), name) = with_new_name(|name| rights.act(|| link(&self.file, dir, name)))?;
-            self.named.name = Some(name);
+            let link = |name: &OsStr| rights.act(|| link(&self.file, dir, name));
+            let ((), name, note) = with_new_name(dir, rights, link)?;
+            self.named.name = Some((name, note));
             self.named.dir = dir.try_clone_to_owned().map_err(|error| errno::of(&error))?;
             self.named.rights = rights.clone();
         }
-        if let Some(name) = &self.named.name {
+        if let Some((name, _)) = &self.named.name {
             let from = self.named.dir.as_fd();
             let rights = self.named.rights.both(rights);
             rights.act(|| renameat(from, name.as_os_str(), dir, to))?;
@@ -138,8 +147,9 @@ impl Unnamed {
 
 /// A file of the user's without a name in `dir`.
 pub(super) fn unnamed_file(dir: BorrowedFd<'_>, rights: &Rights, mode: Mode) -> nix::Result<File> {
-    // Without its capabilities a thread can give a file a name only through /proc.
-    if rights.switched() && !Path::new("/proc/self/fd").exists() {
+    // Without root's capabilities a thread can give a file a name only through /proc.
+    let able = nix::unistd::geteuid().is_root() && !rights.switched();
+    if !able && !Path::new("/proc/self/fd").exists() {
         return Err(Errno::EOPNOTSUPP);
     }
     let flags = OFlag::O_RDWR | OFlag::O_TMPFILE | OFlag::O_CLOEXEC;
@@ -156,17 +166,21 @@ fn link(file: &File, dir: BorrowedFd<'_>, to: &OsStr) -> nix::Result<()> {
     }
 }
 
-/// Makes something under a name that nothing has yet in its directory.
+/// Makes something in `dir`, with these rights, under a name that nothing has yet there. The note is to be
+/// dropped when the thing has another name, or is gone.
 pub(super) fn with_new_name<T>(
+    dir: BorrowedFd<'_>,
+    rights: &Rights,
     mut make: impl FnMut(&OsStr) -> nix::Result<T>,
-) -> nix::Result<(T, OsString)> {
+) -> nix::Result<(T, OsString, Note)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     for _ in 0..MAX_TRIES {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = OsString::from(format!("{PREFIX}{}-{number}", std::process::id()));
+        let note = Note::of(dir, &name, rights);
         match make(&name) {
             Err(Errno::EEXIST) => {}
-            other => return other.map(|made| (made, name)),
+            other => return other.map(|made| (made, name, note)),
         }
     }
     Err(Errno::EEXIST)

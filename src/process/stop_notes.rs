@@ -47,9 +47,14 @@ impl StopNotes {
     /// Where they are: below `/run` of the guest, and without root, where that is not ours, below the
     /// user's own directory for such things.
     pub fn directory(guest_root: &Path) -> PathBuf {
+        Self::state(guest_root).join(DIRECTORY)
+    }
+
+    /// Where the state of daemons is.
+    pub fn state(guest_root: &Path) -> PathBuf {
         let own = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         let own = own.filter(|dir| !geteuid().is_root() && dir.is_absolute());
-        own.unwrap_or_else(|| guest_root.join("run")).join(DIRECTORY)
+        own.unwrap_or_else(|| guest_root.join("run"))
     }
 
     /// For a pass that may stop processes.

@@ -154,6 +154,19 @@ impl Daemon {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// The size of the largest file that it has open below `dir` and that has no name there: what has
+    /// come of an upload. None while there is no such file.
+    pub fn unnamed(&self, dir: &std::path::Path) -> Option<u64> {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        fds.filter_map(|fd| {
+            let fd = fd.ok()?.path();
+            let target = std::fs::read_link(&fd).ok()?;
+            let unnamed = target.to_str()?.ends_with(" (deleted)") && target.starts_with(dir);
+            unnamed.then(|| std::fs::metadata(fd).ok())?.map(|meta| meta.len())
+        })
+        .max()
+    }
+
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();

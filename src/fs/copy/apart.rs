@@ -12,7 +12,9 @@ use nix::{
 };
 
 use crate::{
-    fs::{errno, remove::empty_and_remove, resolve::Place, unnamed::with_new_name},
+    fs::{
+        errno, leftovers::Note, remove::empty_and_remove, resolve::Place, unnamed::with_new_name,
+    },
     sys::rename::rename_new_at,
 };
 
@@ -23,6 +25,7 @@ pub(super) struct Apart<'a> {
     /// The directory that it is; none of anything else.
     dir: Option<OwnedFd>,
     done: bool,
+    _note: Note,
 }
 
 impl<'a> Apart<'a> {
@@ -31,8 +34,8 @@ impl<'a> Apart<'a> {
         to: &'a Place,
         mut make: impl FnMut(&OsStr) -> nix::Result<()>,
     ) -> nix::Result<Self> {
-        let ((), name) = with_new_name(&mut make)?;
-        Ok(Self { to, name, dir: None, done: false })
+        let ((), name, note) = with_new_name(to.dir(), to.rights(), &mut make)?;
+        Ok(Self { to, name, dir: None, done: false, _note: note })
     }
 
     /// It is this directory, which is emptied before it is removed.

@@ -2,8 +2,8 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
-    os::{fd::AsFd, unix::fs::FileExt},
+    io::{self, Seek, Write},
+    os::fd::AsFd,
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -15,13 +15,15 @@ use nix::{
     unistd::{UnlinkatFlags, unlinkat},
 };
 
-use crate::fs::{actor::Rights, resolve::Place, unnamed::unnamed_file};
+use crate::fs::{
+    actor::Rights,
+    resolve::Place,
+    unnamed::{Unnamed, unnamed_file},
+};
 
 /// The body for an existing file that waits in memory; a longer one waits on the disk.
 pub const MAX_BODY_IN_MEMORY: usize = 1 << 20;
 
-/// The bytes that are copied at a time when an unfinished file is saved from another's content.
-const COPY_PIECE: usize = 64 << 10;
 /// The permissions of a body that waits on the disk.
 const PRIVATE: Mode = Mode::from_bits_truncate(0o600);
 
@@ -29,6 +31,8 @@ const PRIVATE: Mode = Mode::from_bits_truncate(0o600);
 pub(super) enum Body {
     Memory(Vec<u8>),
     Disk(File),
+    /// The file itself, of which nothing existed when the upload began.
+    New(Unnamed),
 }
 
 impl Default for Body {
@@ -37,21 +41,26 @@ impl Default for Body {
     }
 }
 
-/// The whole content of a file, wherever it is read or written meanwhile.
-pub(super) fn copy_of(file: &File, beside: &Place) -> io::Result<Body> {
-    let mut body = Body::default();
-    let mut piece = vec![0; COPY_PIECE];
-    let mut at = 0;
-    loop {
-        match file.read_at(&mut piece, at) {
-            Ok(0) => return Ok(body),
-            Ok(read) => {
-                append(&mut body, piece.get(..read).unwrap_or_default(), beside)?;
-                at += read as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+impl Body {
+    /// Its bytes.
+    pub(super) fn length(&self) -> io::Result<u64> {
+        match self {
+            Self::Memory(bytes) => Ok(u64::try_from(bytes.len()).unwrap_or(u64::MAX)),
+            Self::Disk(spool) => Ok(spool.metadata()?.len()),
+            Self::New(new) => Ok(new.file().metadata()?.len()),
         }
+    }
+
+    /// Writes all of it, also a second time.
+    pub(super) fn copy_to(&self, to: &mut &File) -> io::Result<()> {
+        let mut spool = match self {
+            Self::Memory(bytes) => return to.write_all(bytes),
+            Self::Disk(spool) => spool,
+            Self::New(new) => new.file(),
+        };
+        spool.rewind()?;
+        // copy_file_range: shared extents where the file system can.
+        io::copy(&mut spool, to).map(drop)
     }
 }
 
@@ -67,6 +76,7 @@ pub(super) fn append(body: &mut Body, bytes: &[u8], beside: &Place) -> io::Resul
     }
     match body {
         Body::Disk(spool) => spool.write_all(bytes),
+        Body::New(new) => new.file().write_all(bytes),
         Body::Memory(_) => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ use super::{
     WatchKind,
     tree::{Moving, Sub, Tree, Wd},
 };
+use crate::fs::unnamed::is_temporary;
 
 /// The events that are handled before the commands are looked at again, so that writers without
 /// end cannot keep a command waiting for ever. More than the kernel queues (16,384 unless
@@ -82,6 +83,10 @@ impl Tree {
         cookie: u32,
         name: &OsStr,
     ) {
+        // What the daemon itself is still making: it is reported under its own name, once it has that.
+        if is_temporary(name) {
+            return;
+        }
         let is_dir = mask.contains(AddWatchFlags::IN_ISDIR);
         let moved_to = mask.contains(AddWatchFlags::IN_MOVED_TO);
         if moved_to || mask.contains(AddWatchFlags::IN_CREATE) {

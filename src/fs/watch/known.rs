@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::tree::{Tree, Wd};
+use crate::fs::unnamed::is_temporary;
 
 /// How far the time of a change may lie behind the clock: the kernel takes it from its last tick,
 /// and there are 100 in a second at the least.
@@ -71,6 +72,7 @@ pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
     };
     let readable = entries.take(MAX_KNOWN_NAMES + 1).filter_map(Result::ok);
     let mut found: Vec<_> = readable
+        .filter(|entry| !is_temporary(&entry.file_name()))
         .map(|entry| (entry.file_name(), entry.file_type().is_ok_and(|kind| kind.is_dir())))
         .collect();
     found.sort_unstable();

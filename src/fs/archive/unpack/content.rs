@@ -1,92 +1,38 @@
 //! Files of an archive: the content first, and then the name.
 //!
-//! What is in the way of a file stays until all of the new one is there: that is written beside it
-//! and renamed over it. Where nothing is, it is written in place. Either way, what breaks off leaves
-//! no half a file.
+//! A file is written without a name ([`Unnamed`]), and gets its name with all of its content. What is in
+//! the way stays until then. What breaks off, also by the end of the daemon, leaves no half a file.
 
 use std::{
-    ffi::{OsStr, OsString},
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::MetadataExt,
+    io::{Read, Seek, SeekFrom, Write},
     path::Path,
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{AtFlags, OFlag, renameat},
-    sys::stat::{FileStat, SFlag, fstatat, futimens},
-    unistd::{UnlinkatFlags, unlinkat},
-};
+use nix::{errno::Errno, sys::stat::futimens};
 use tar::{Entry, EntryType};
 
 use super::{Unpacking, bad, mtime, sparse::Sparse};
-use crate::fs::{FsError, errno, resolve::Place, staged::change_owner, unnamed::with_new_name};
+use crate::fs::{FsError, errno, resolve::Place, staged::change_owner, unnamed::Unnamed};
 
 /// The bytes of content that are written at a time.
 pub(super) const PIECE: usize = 64 << 10;
 
-/// A file that is being written, under its name or one beside it. Dropped before [`Self::publish`],
-/// it is unlinked.
-struct NewFile<'a> {
-    file: File,
-    /// Where it is to be.
-    place: &'a Place,
-    /// The one that it has, where something else has the right one.
-    beside: Option<OsString>,
-    done: bool,
-}
-
-impl<'a> NewFile<'a> {
-    fn create(place: &'a Place) -> nix::Result<Self> {
-        let create = |name: &OsStr| {
-            let private = 0o600;
-            place.rights().create_in(&place.dir(), name, OFlag::O_WRONLY, private)
-        };
-        match create(place.name()) {
-            Ok(file) => return Ok(Self { file, place, beside: None, done: false }),
-            Err(Errno::EEXIST) => {}
-            Err(errno) => return Err(errno),
-        }
-        // Told now, and not once all of the content has come.
-        if stat_at(place, place.name())
-            .is_ok_and(|stat| stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits())
-        {
-            return Err(Errno::EISDIR);
-        }
-        let (file, beside) = with_new_name(create)?;
-        Ok(Self { file, place, beside: Some(beside), done: false })
+/// A file without a name that is to be at `place`. A directory there is told now, and not once all of
+/// the content has come: `EISDIR`.
+fn new_file(place: &Place) -> nix::Result<Unnamed> {
+    if place.stat_now().is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR) {
+        return Err(Errno::EISDIR);
     }
-
-    fn publish(mut self) -> nix::Result<()> {
-        if let Some(beside) = &self.beside {
-            let (dir, name) = (self.place.dir(), self.place.name());
-            self.place.rights().act(|| renameat(dir, beside.as_os_str(), dir, name))?;
-        }
-        self.done = true;
-        Ok(())
-    }
+    Unnamed::create(place.dir(), place.rights(), 0o600)
 }
 
-fn stat_at(place: &Place, name: &OsStr) -> nix::Result<FileStat> {
-    place.rights().act(|| fstatat(place.dir(), name, AtFlags::AT_SYMLINK_NOFOLLOW))
-}
-
-impl Drop for NewFile<'_> {
-    fn drop(&mut self) {
-        if self.done {
-            return;
-        }
-        let name = self.beside.as_deref().unwrap_or_else(|| self.place.name());
-        // Only what is still ours.
-        let ours = self.file.metadata().is_ok_and(|own| {
-            stat_at(self.place, name)
-                .is_ok_and(|there| (there.st_dev, there.st_ino) == (own.dev(), own.ino()))
-        });
-        let unlink = || unlinkat(self.place.dir(), name, UnlinkatFlags::NoRemoveDir);
-        if ours && let Err(error) = self.place.rights().act(unlink) {
-            tracing::warn!(?name, %error, "could not remove an incomplete file");
-        }
+/// Gives it its name, in the place of whatever file has that.
+fn publish(mut new: Unnamed, place: &Place) -> nix::Result<()> {
+    let (dir, rights, name) = (place.dir(), place.rights(), place.name());
+    match new.publish(dir, rights, name) {
+        Err(Errno::EEXIST) => new.replace(dir, rights, name),
+        other => other,
     }
 }
 
@@ -99,11 +45,11 @@ impl Unpacking<'_> {
         entry: &mut Entry<'_, R>,
     ) -> Result<(), FsError> {
         let place = self.place(relative)?;
-        let new = NewFile::create(&place).map_err(|errno| match errno {
+        let new = new_file(&place).map_err(|errno| match errno {
             Errno::EISDIR => FsError::Exists(self.path.join(relative)),
             errno => self.failed("create", relative, errno),
         })?;
-        let file = &new.file;
+        let file = new.file();
         let bytes = match sparse {
             Some(sparse) => self.mapped(file, relative, sparse, entry)?,
             // tar has put zeros where the holes were.
@@ -126,7 +72,7 @@ impl Unpacking<'_> {
             futimens(file, &modified, &modified)
                 .map_err(|errno| self.failed("utimes", relative, errno))
         })?;
-        new.publish().map_err(|errno| match errno {
+        publish(new, &place).map_err(|errno| match errno {
             Errno::EISDIR => FsError::Exists(self.path.join(relative)),
             errno => self.failed("rename", relative, errno),
         })?;
@@ -142,7 +88,7 @@ impl Unpacking<'_> {
         holes: bool,
         input: &mut impl Read,
     ) -> Result<u64, FsError> {
-        let failed = |op, error: &io::Error| self.failed(op, relative, errno::of(error));
+        let failed = |op, error: &std::io::Error| self.failed(op, relative, errno::of(error));
         let mut piece = vec![0; PIECE];
         let mut bytes = 0;
         loop {
@@ -174,7 +120,7 @@ impl Unpacking<'_> {
         sparse: Sparse,
         input: &mut impl Read,
     ) -> Result<u64, FsError> {
-        let failed = |op, error: &io::Error| self.failed(op, relative, errno::of(error));
+        let failed = |op, error: &std::io::Error| self.failed(op, relative, errno::of(error));
         let size = sparse.size;
         // First, so that one which no file system could hold is told before its data.
         file.set_len(size).map_err(|error| failed("truncate", &error))?;

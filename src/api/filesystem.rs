@@ -17,12 +17,13 @@ use super::{
     search, status, watch,
 };
 use crate::{
-    blocking::Pool,
+    blocking::{Pool, stand_on_paths},
     fs::{
         FsError,
         actor::Actor,
         dir,
         entry::{self, Entry, EntryKind},
+        move_across::move_across,
         path,
         transfer::Writers,
         uploads::{MAX_KEPT_UPLOADS, Uploads},
@@ -121,6 +122,24 @@ impl Files {
             .map_err(|error| status::of_files(&error))
     }
 
+    /// Moves to another file system, which takes as long as a copy.
+    async fn move_across(
+        &self,
+        source: PathBuf,
+        destination: PathBuf,
+        actor: Actor,
+    ) -> Result<Entry, Status> {
+        let slot = self.tree_slot().await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let _left = SetOnDrop(Arc::clone(&stop));
+        self.blocking(move |users| {
+            slot.use_here();
+            stand_on_paths(&source, &destination)?;
+            move_across(&source, &destination, &actor, users, &stop)
+        })
+        .await
+    }
+
     /// Runs file work where it may block.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
@@ -186,9 +205,17 @@ impl Filesystem for Files {
         let source = self.resolve(&call.message.source, &call.user)?;
         let destination = self.resolve(&call.message.destination, &call.user)?;
         let actor = call.actor;
-        let entry = self
-            .blocking(move |users| dir::move_entry(&source, &destination, &actor, users))
+        let (from, to, by) = (source.clone(), destination.clone(), actor.clone());
+        let renamed = self
+            .blocking(move |users| match dir::move_entry(&from, &to, &by, users) {
+                Err(error) if dir::is_across(&error) => Ok(None),
+                other => other.map(Some),
+            })
             .await?;
+        let entry = match renamed {
+            Some(entry) => entry,
+            None => self.move_across(source, destination, actor).await?,
+        };
         call.view.announce(call.metadata.as_ref());
         Ok(Response::new(pb::MoveResponse { entry: Some(call.view.entry(info(entry))) }))
     }

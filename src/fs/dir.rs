@@ -43,7 +43,8 @@ pub fn make_dir(path: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsEr
 /// allows only the actor's own rights at one end, they are used for both.
 ///
 /// # Errors
-/// [`FsError::SourceNotFound`], in which case nothing was made, or the call that failed.
+/// [`FsError::SourceNotFound`], in which case nothing was made, or the call that failed: of
+/// [`is_across`] for two file systems, for [`move_across`](super::move_across::move_across).
 pub fn move_entry(src: &Path, dst: &Path, actor: &Actor, users: &Users) -> Result<Entry, FsError> {
     let failed = |errno| {
         let error = RenameError { from: src.to_owned(), to: dst.to_owned(), errno };
@@ -81,6 +82,11 @@ pub fn move_entry(src: &Path, dst: &Path, actor: &Actor, users: &Users) -> Resul
     let rights = from.rights().both(to.rights());
     rights.act(|| renameat(from.dir(), from.name(), to.dir(), to.name())).map_err(failed)?;
     stat_name(&to, dst, users)
+}
+
+/// Whether a move failed only because source and destination are on two file systems.
+pub fn is_across(error: &FsError) -> bool {
+    matches!(error, FsError::Rename(error) if error.errno == Errno::EXDEV)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ mod error;
 pub mod leftovers;
 pub mod list;
 pub mod metadata;
+pub mod move_across;
 pub mod path;
 mod privileges;
 pub mod read;

@@ -82,7 +82,7 @@ pub fn remove(path: &Path, actor: &Actor) -> Result<(), FsError> {
 }
 
 /// Whether something is mounted at the place. What cannot be told is left to the kernel.
-fn is_mount(place: &Place, found: &Found) -> bool {
+pub(super) fn is_mount(place: &Place, found: &Found) -> bool {
     match mounts::is_mount_root(&found.fd) {
         Ok(Some(is)) => is,
         // Not told of a mount within one file system.
@@ -92,7 +92,7 @@ fn is_mount(place: &Place, found: &Found) -> bool {
 
 /// A mount point inside a directory that is to be removed, by the kernel's table of mounts. A mount that
 /// the table does not have yet is found on the way down (see [`enter`]).
-fn mount_inside(found: &Found) -> Option<PathBuf> {
+pub(super) fn mount_inside(found: &Found) -> Option<PathBuf> {
     if !found.is_dir() {
         return None;
     }

@@ -6,6 +6,7 @@ use std::{
     fs::{self, Permissions},
     os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,7 +26,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::common::{
-    Daemon, able, basic, is_root, offered,
+    Daemon, able, basic, eventually, is_root, offered,
     rpc::{Client, Failure, Messages, Wire},
     soon,
 };
@@ -301,6 +302,105 @@ async fn planted_links_on_an_overlay_lead_only_where_their_user_may_go() {
     }
     let Some(world) = World::at(&[], true) else { return };
     links_lead_where_the_user_may_go(&world).await;
+}
+
+/// A daemon that is root in a user namespace of its own, in which ids are what they are outside. None
+/// where there are no such namespaces.
+fn in_user_namespace(dir: &Path) -> Option<Daemon> {
+    let ready = dir.join("userns");
+    fs::create_dir(&ready).unwrap();
+    // Before its ids are mapped it is nobody.
+    fs::set_permissions(&ready, Permissions::from_mode(0o777)).unwrap();
+    let probe = Command::new("unshare").args(["--user", "true"]).output();
+    let possible = probe.is_ok_and(|probe| probe.status.success());
+    if !offered("unshare and user namespaces", possible) {
+        return None;
+    }
+    let script = r#"echo $$ > "$0/pid.new"; mv "$0/pid.new" "$0/pid"
+        until [ -e "$0/mapped" ]; do sleep 0.05; done
+        exec "$@""#;
+    let envd = Daemon::command(&["--listen", "tcp://127.0.0.1:0"]);
+    let mut command = Command::new("unshare");
+    command.args(["--user", "sh", "-c", script]).arg(&ready);
+    command.arg(envd.get_program()).args(envd.get_args());
+    let mapping = std::thread::spawn(move || {
+        let pid = eventually("it has a namespace", || fs::read_to_string(ready.join("pid")).ok());
+        for map in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{}/{map}", pid.trim()), "0 0 65536\n").unwrap();
+        }
+        fs::write(ready.join("mapped"), "").unwrap();
+    });
+    let daemon = Daemon::spawn(&mut command);
+    mapping.join().unwrap();
+    Some(daemon)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_user_namespace_planted_links_lead_only_where_their_user_may_go() {
+    let Some(mut world) = World::new(&[]) else { return };
+    let Some(daemon) = in_user_namespace(&world.dir) else { return };
+    let own = fs::read_link("/proc/self/ns/user").unwrap();
+    assert_ne!(fs::read_link(format!("/proc/{}/ns/user", daemon.pid())).unwrap(), own);
+    world.daemon = daemon;
+    links_lead_where_the_user_may_go(&world).await;
+}
+
+/// fs.protected_regular as it was.
+struct Protected(String);
+
+const PROTECTED_REGULAR: &str = "/proc/sys/fs/protected_regular";
+
+impl Protected {
+    /// Sets it to 2; none where that is not possible.
+    fn fully() -> Option<Self> {
+        let before = fs::read_to_string(PROTECTED_REGULAR).ok();
+        let set = before.is_some() && fs::write(PROTECTED_REGULAR, "2").is_ok();
+        offered("fs.protected_regular, and the right to set it", set).then(|| before.map(Self))?
+    }
+}
+
+impl Drop for Protected {
+    fn drop(&mut self) {
+        let _ = fs::write(PROTECTED_REGULAR, &self.0);
+    }
+}
+
+/// The kernel then refuses `O_CREAT` of another's file in a sticky directory that all may write, to root
+/// as well.
+#[tokio::test]
+async fn in_a_sticky_directory_files_of_others_are_written_under_protected_regular() {
+    let Some(world) = World::new(&[]) else { return };
+    let Some(_protected) = Protected::fully() else { return };
+    let tmp = world.at_path("tmp");
+    fs::create_dir(&tmp).unwrap();
+    fs::set_permissions(&tmp, Permissions::from_mode(0o1777)).unwrap();
+    let user = format!("{UID}:{UID}");
+    for (owner, user, may) in
+        [(UID, "root", true), (UID, &*user, true), (0, "root", true), (UID + 1, &*user, true)]
+    {
+        let path = world.at_path("tmp/file");
+        for number in 0..3 {
+            fs::write(&path, "old").unwrap();
+            chown(&path, Some(owner), Some(owner)).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+            let done = match number {
+                0 => world.upload(&path, user, b"client's").await.0 == 200,
+                1 => world.write(start(&path), user).await.is_ok(),
+                _ => {
+                    let part = world.at_path("tmp/part");
+                    fs::write(&part, "client's").unwrap();
+                    world.compose(&[part], &path, user).await.0 == 200
+                }
+            };
+            assert_eq!(done, may, "{owner} {user} {number}");
+            assert_eq!(fs::read(&path).unwrap(), b"client's", "{owner} {user} {number}");
+            fs::remove_file(&path).unwrap();
+        }
+        // A new one, and nothing else is left.
+        assert_eq!(world.upload(&path, user, b"client's").await.0, 200);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(fs::read_dir(&tmp).unwrap().count(), 0);
+    }
 }
 
 #[tokio::test]

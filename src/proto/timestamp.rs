@@ -1,6 +1,6 @@
 //! `google.protobuf.Timestamp` with the JSON that the proto3 specification demands.
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A point in time, in seconds and nanoseconds since 1970.
 ///
@@ -23,6 +23,7 @@ const FIRST_SECOND: i64 = -62_135_596_800;
 /// 9999-12-31T23:59:59Z.
 const LAST_SECOND: i64 = 253_402_300_799;
 const SECONDS_A_DAY: i64 = 86_400;
+const NANOS_A_SECOND: i32 = 1_000_000_000;
 
 impl Timestamp {
     /// The text of its JSON.
@@ -73,7 +74,15 @@ impl Serialize for Timestamp {
 impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let pbjson_types::Timestamp { seconds, nanos } = Deserialize::deserialize(deserializer)?;
-        Ok(Self { seconds, nanos })
+        // A leap second, 23:59:60, is read as 23:59:59 and more than a second of nanoseconds.
+        let timestamp = match nanos.checked_sub(NANOS_A_SECOND) {
+            Some(nanos @ 0..) => Self { seconds: seconds.saturating_add(1), nanos },
+            _ => Self { seconds, nanos },
+        };
+        match timestamp.seconds {
+            FIRST_SECOND..=LAST_SECOND => Ok(timestamp),
+            _ => Err(de::Error::custom("a timestamp outside of the years 1 to 9999")),
+        }
     }
 }
 
@@ -106,6 +115,26 @@ mod tests {
             (0, -1, "1970-01-01T00:00:00Z"),
         ] {
             assert_eq!(text(seconds, nanos), expected, "{seconds} {nanos}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_not_read() {
+        let read = |text: &str| serde_json::from_str::<Timestamp>(&format!("\"{text}\""));
+        assert_eq!(
+            read("2016-12-31T23:59:60.500Z").unwrap().to_rfc3339(),
+            "2017-01-01T00:00:00.500Z"
+        );
+        assert_eq!(read("0001-01-01T01:00:00+01:00").unwrap().to_rfc3339(), "0001-01-01T00:00:00Z");
+        for text in [
+            "0000-12-31T23:59:59Z",
+            "0001-01-01T00:59:59+01:00",
+            "9999-12-31T23:59:59-01:00",
+            "9999-12-31T23:59:60Z",
+            "10000-01-01T00:00:00Z",
+            "",
+        ] {
+            assert!(read(text).is_err(), "{text}");
         }
     }
 

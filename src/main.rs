@@ -48,6 +48,9 @@ fn main() -> ExitCode {
     if let Some(line) = config.restrict_first_run(Origin::of_this_process()) {
         let _ = writeln!(io::stderr(), "envd: {line}");
     }
+    // Before anything is opened. Without it children have copies of the daemon's descriptors until they
+    // execute.
+    let _ = envd::sys::low_fds::reserve();
     inherited::keep_secrets();
     envd::sys::heap::limit_arenas();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -153,6 +153,7 @@ fn spawn_error(spec: &StartSpec, error: &SpawnError) -> StartError {
             match stage {
                 Stage::Cgroup => format!("join control group: {text}"),
                 Stage::Rlimit => return StartError::rlimit(spec, *detail, &text),
+                Stage::Descriptors => format!("leave the daemon's descriptors: {text}"),
                 Stage::Session => format!("setsid: {text}"),
                 Stage::Terminal => format!("set controlling terminal: {text}"),
                 Stage::Stdio => format!("dup stdio: {text}"),

@@ -23,11 +23,15 @@ use std::{
         unix::ffi::OsStrExt,
     },
     ptr,
+    sync::atomic::Ordering,
 };
 
 use libc::{c_char, c_int, c_long, c_void};
 
-use super::spawn::{Rlimit, Spec, Stage};
+use super::{
+    low_fds::LowFds,
+    spawn::{Rlimit, Spec, Stage},
+};
 
 /// The search path of a command whose environment has no PATH, and the PATH that processes get where
 /// the daemon itself has none.
@@ -77,7 +81,12 @@ pub(super) struct Plan {
     envp: Vec<*const c_char>,
     cwd: CString,
     stdio: [c_int; 3],
-    report: OwnedFd,
+    /// The low numbers that `stdio` has, of a child that shares the daemon's descriptors at first.
+    low: Option<LowFds>,
+    /// Where a child with memory of its own reports why it failed.
+    report: Option<OwnedFd>,
+    /// The same in memory, for the daemon that shares it.
+    failure: Option<[c_int; 3]>,
     terminal: bool,
     credentials: Option<(u32, u32)>,
     groups: Vec<u32>,
@@ -87,11 +96,11 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Makes the plan. The descriptors of `spec` and `report` are above 2 (the caller sees to it).
+    /// Makes the plan. The numbers of `stdio` and `report` are above 2 (the caller sees to it).
     pub(super) fn new(
         spec: &Spec<'_>,
-        stdio: [c_int; 3],
-        report: OwnedFd,
+        (stdio, low): ([c_int; 3], Option<LowFds>),
+        report: Option<OwnedFd>,
         moved_to: Option<OwnedFd>,
     ) -> Result<Self, NulError> {
         let mut plan = Self {
@@ -103,7 +112,9 @@ impl Plan {
             envp: Vec::new(),
             cwd: CString::new(spec.cwd.as_os_str().as_bytes())?,
             stdio,
+            low,
             report,
+            failure: None,
             terminal: spec.terminal,
             credentials: spec.credentials.map(|to| (to.uid, to.gid)),
             groups: spec.credentials.map(|to| to.groups.clone()).unwrap_or_default(),
@@ -128,6 +139,16 @@ impl Plan {
         let path = spec.env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_str());
         plan.search(spec.cmd, path.unwrap_or(DEFAULT_PATH), cmd)?;
         Ok(plan)
+    }
+
+    /// Whether the child has the daemon's table of descriptors until its first step.
+    pub(super) fn shares_descriptors(&self) -> bool {
+        self.low.is_some()
+    }
+
+    /// Why a child that shared the daemon's memory has failed: stage, error number, and which one.
+    pub(super) fn failure(&self) -> Option<[c_int; 3]> {
+        self.failure
     }
 
     /// Fills in the files to try, as execvp(3) finds them.
@@ -177,13 +198,16 @@ pub(super) extern "C" fn run(plan: *mut c_void) -> c_int {
     // SAFETY: we are the child, and the plan's pointers are valid.
     let Err((stage, errno, detail)) = unsafe { become_command(plan) };
     let report = [stage as i32, errno, detail];
+    plan.failure = Some(report);
     let code = if errno == libc::ENOENT { 127 } else { 126 };
     // SAFETY: writes twelve bytes that live on this stack, and ends the child without running the
     // daemon's exit handlers.
     unsafe {
-        let bytes = size_of_val(&report);
-        let to = plan.report.as_raw_fd() as usize;
-        let _ = raw(libc::SYS_write, [to, addr(report.as_ptr()), bytes, 0, 0]);
+        if let Some(pipe) = &plan.report {
+            let bytes = size_of_val(&report);
+            let to = pipe.as_raw_fd() as usize;
+            let _ = raw(libc::SYS_write, [to, addr(report.as_ptr()), bytes, 0, 0]);
+        }
         let _ = raw(libc::SYS_exit_group, [code, 0, 0, 0, 0]);
     }
     // Not reached; without exit_group there is no system to speak of.
@@ -200,6 +224,14 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
             let args = [processes.as_raw_fd() as usize, addr(c"0".as_ptr()), 1, 0, 0];
             at(Stage::Cgroup, raw(libc::SYS_write, args))?;
         }
+        // From here on none of the daemon's files is kept open by this child. What needs a higher number
+        // than the stdio has been done.
+        if let Some(low) = &plan.low {
+            let unshare = libc::CLOSE_RANGE_UNSHARE as usize;
+            let range = [low.above() as usize, u32::MAX as usize, unshare, 0, 0];
+            at(Stage::Descriptors, raw(libc::SYS_close_range, range))?;
+            low.is_apart.store(true, Ordering::Release);
+        }
         // Always a session and a group of its own: `kill 0` then hits this command alone.
         at(Stage::Session, raw(libc::SYS_setsid, [0; 5]))?;
         let [stdin, stdout, stderr] = plan.stdio;
@@ -209,6 +241,10 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
         }
         for (from, to) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
             at(Stage::Stdio, raw(libc::SYS_dup3, [from as usize, to, 0, 0, 0]))?;
+        }
+        if plan.low.is_some() {
+            // The stdio of other children, whose output would not end while this one is held up.
+            let _ = raw(libc::SYS_close_range, [3, u32::MAX as usize, 0, 0, 0]);
         }
         set_priorities();
         // Before the user changes: the right to raise a limit goes with it.
@@ -359,8 +395,7 @@ mod tests {
                 rlimits: &[],
                 cgroup: None,
             };
-            let report = null.try_clone().unwrap().into();
-            let plan = Plan::new(&spec, [3, 4, 5], report, None).unwrap();
+            let plan = Plan::new(&spec, ([3, 4, 5], None), None, None).unwrap();
             (plan.candidates.len(), plan.not_found)
         };
         assert_eq!(candidates(&cmd, 4 << 20), (0, libc::E2BIG));

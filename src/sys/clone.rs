@@ -83,14 +83,16 @@ pub(super) fn clone(
     Ok((pid, pidfd))
 }
 
-fn flags(mode: Mode) -> c_int {
+fn flags(mode: Mode, plan: &Plan) -> c_int {
     const VFORK: c_int = libc::CLONE_VM | libc::CLONE_VFORK;
-    match mode {
-        Mode::Vfork => libc::CLONE_PIDFD | VFORK,
-        Mode::Fork => libc::CLONE_PIDFD,
-        Mode::VforkByPid => VFORK,
-        Mode::ForkByPid => 0,
-    }
+    let files = if plan.shares_descriptors() { libc::CLONE_FILES } else { 0 };
+    files
+        | match mode {
+            Mode::Vfork => libc::CLONE_PIDFD | VFORK,
+            Mode::Fork => libc::CLONE_PIDFD,
+            Mode::VforkByPid => VFORK,
+            Mode::ForkByPid => 0,
+        }
 }
 
 /// # Safety
@@ -101,7 +103,7 @@ unsafe fn clone_here(
     stack: &Stack,
     pidfd: &mut c_int,
 ) -> io::Result<c_int> {
-    let flags = flags(mode) | libc::SIGCHLD;
+    let flags = flags(mode, plan) | libc::SIGCHLD;
     // SAFETY: as the contract above says; `pidfd` is a valid place for the one variable argument
     // that CLONE_PIDFD asks for.
     let pid = unsafe {
@@ -128,7 +130,7 @@ unsafe fn clone_into(
     pidfd: &mut c_int,
 ) -> io::Result<c_int> {
     let args = CloneArgs {
-        flags: u64::from(flags(mode).unsigned_abs()) | CLONE_INTO_CGROUP,
+        flags: u64::from(flags(mode, plan).unsigned_abs()) | CLONE_INTO_CGROUP,
         pidfd: address(ptr::from_mut(pidfd)),
         exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
         stack: address(stack.bottom()),

@@ -15,6 +15,7 @@ pub mod errno;
 pub mod fs_credentials;
 pub mod heap;
 pub mod inherited_fds;
+pub mod low_fds;
 pub mod mounts;
 pub mod net;
 pub mod path_fd;

@@ -12,6 +12,8 @@
 //! * The child has a stack of its own, and all signals are blocked around the clone, so no handler
 //!   of the daemon runs on it.
 //! * The child makes raw system calls only ([`super::child`]).
+//! * Its table of descriptors is the daemon's until its first step, and has its stdio alone from then on, so
+//!   that a file that the daemon has just written can be executed at once ([`super::low_fds`]).
 //!
 //! Where the system refuses `clone3` (many seccomp filters) the child moves into its control group by
 //! itself; where it refuses these flags (some others, gVisor) it is a fork-like clone with the same
@@ -24,6 +26,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::Path,
     ptr,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use libc::c_int;
@@ -39,6 +42,7 @@ use super::{
     child::Plan,
     clone::clone,
     fs_credentials,
+    low_fds::{self, LowFds},
     pidfd::{self, ChildRef},
 };
 
@@ -94,6 +98,8 @@ pub struct Credentials {
 pub enum Stage {
     /// Going into its control group.
     Cgroup = 1,
+    /// Leaving the daemon's table of descriptors.
+    Descriptors,
     /// Making its own session.
     Session,
     /// Taking the terminal.
@@ -116,8 +122,10 @@ pub enum Stage {
 
 impl Stage {
     fn from_number(number: i32) -> Option<Self> {
-        use Stage::{Cgroup, Chdir, Exec, Gid, Groups, Rlimit, Session, Stdio, Terminal, Uid};
-        [Cgroup, Session, Terminal, Stdio, Rlimit, Groups, Gid, Uid, Chdir, Exec]
+        use Stage::{
+            Cgroup, Chdir, Descriptors, Exec, Gid, Groups, Rlimit, Session, Stdio, Terminal, Uid,
+        };
+        [Cgroup, Descriptors, Session, Terminal, Stdio, Rlimit, Groups, Gid, Uid, Chdir, Exec]
             .into_iter()
             .find(|stage| *stage as i32 == number)
     }
@@ -222,6 +230,10 @@ fn is_refusal(error: &io::Error) -> bool {
 
 const CLONE: &str = "clone";
 
+/// Whether the system knows no CLOSE_RANGE_UNSHARE (Linux before 5.9), so that children have copies of the
+/// daemon's descriptors until they execute.
+static COPIES_ONLY: AtomicBool = AtomicBool::new(false);
+
 /// Starts a process in one of the ways. Without a control group `joining` has no meaning.
 ///
 /// # Errors
@@ -232,30 +244,49 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, 
         // The child would inherit them, and the daemon's uid with them.
         return Err(failed("a thread that acts as a user")(Errno::EPERM.into()));
     }
-    // With vfork the report is there or never comes when clone returns. Not to wait for its end
-    // matters: another child between its clone and its exec may hold a copy of the pipe.
-    let flags = match mode.is_vfork() {
-        true => OFlag::O_CLOEXEC | OFlag::O_NONBLOCK,
-        false => OFlag::O_CLOEXEC,
+    if mode.is_vfork()
+        && !COPIES_ONLY.load(Ordering::Relaxed)
+        && let Some(low) = low_fds::take(spec.stdio)
+    {
+        match spawn_with(spec, mode, joining, Some(low)) {
+            Err(SpawnError::Child { stage: Stage::Descriptors, .. }) => {
+                COPIES_ONLY.store(true, Ordering::Relaxed);
+            }
+            Err(SpawnError::System { what: CLONE, source }) if is_refusal(&source) => {}
+            result => return result,
+        }
+    }
+    spawn_with(spec, mode, joining, None)
+}
+
+/// Starts a process: with low numbers for its stdio it has no copy of any other descriptor of the daemon's
+/// at any time.
+fn spawn_with(
+    spec: &Spec<'_>,
+    mode: Mode,
+    joining: Joining,
+    low: Option<LowFds>,
+) -> Result<Child, SpawnError> {
+    let failed = |what| move |source: io::Error| SpawnError::System { what, source };
+    // A child that shares the daemon's memory reports there.
+    let report = (!mode.is_vfork()).then(|| pipe2(OFlag::O_CLOEXEC)).transpose();
+    let (report, report_in) = report.map_err(|e| failed("pipe")(e.into()))?.unzip();
+    let report_in = report_in.map(owned_above_stdio).transpose().map_err(failed("dup"))?;
+    let stdio = spec.stdio.map(above_stdio);
+    let [Ok(stdin), Ok(stdout), Ok(stderr)] = &stdio else {
+        let error = stdio.into_iter().find_map(Result::err);
+        return Err(failed("dup")(error.unwrap_or_else(|| Errno::EBADF.into())));
     };
-    let (report, report_in) = pipe2(flags).map_err(|e| failed("pipe")(e.into()))?;
-    let [stdin, stdout, stderr] = spec.stdio;
-    let stdio = [
-        above_stdio(stdin).map_err(failed("dup"))?,
-        above_stdio(stdout).map_err(failed("dup"))?,
-        above_stdio(stderr).map_err(failed("dup"))?,
-    ];
-    let numbers = [stdio[0].number(), stdio[1].number(), stdio[2].number()];
-    let report_in = match above_stdio(report_in.as_fd()).map_err(failed("dup"))? {
-        Above::Moved(fd) => fd,
-        Above::Same(_) => report_in,
-    };
+    let copied = [stdin.number(), stdout.number(), stderr.number()];
+    let numbers = low.as_ref().map_or(copied, |low| low.stdio);
     let born_in = spec.cgroup.filter(|_| joining == Joining::Born);
     let moved_to = spec.cgroup.filter(|_| joining == Joining::Moved).map(processes_of);
     let moved_to = moved_to.transpose().map_err(failed("cgroup.procs"))?;
-    let mut plan = Plan::new(spec, numbers, report_in, moved_to)?;
+    let mut plan = Plan::new(spec, (numbers, low), report_in, moved_to)?;
 
     let (pid, pidfd) = clone(&mut plan, mode, born_in).map_err(failed(CLONE))?;
+    let failure = plan.failure();
+    // Our ends of its pipes go with it.
     drop(plan);
     let pidfd = match pidfd {
         Some(pidfd) => Some(pidfd),
@@ -266,7 +297,10 @@ pub fn spawn_as(spec: &Spec<'_>, mode: Mode, joining: Joining) -> Result<Child, 
         },
     };
     let child = |exec_error| Child { pid: pid.unsigned_abs(), pidfd, exec_error };
-    match read_report(report) {
+    let report = report
+        .map_or(failure, read_report)
+        .and_then(|[stage, errno, detail]| Some((Stage::from_number(stage)?, errno, detail)));
+    match report {
         None => Ok(child(None)),
         Some((Stage::Exec, errno, _)) if is_the_commands_fault(errno) => Ok(child(Some(errno))),
         Some((stage, errno, detail)) => {
@@ -319,12 +353,19 @@ fn above_stdio(fd: BorrowedFd<'_>) -> io::Result<Above<'_>> {
 
 /// The report of a child that failed, or `None` when it has executed its command (or was killed
 /// before, which its exit status will say).
-fn read_report(pipe: OwnedFd) -> Option<(Stage, i32, i32)> {
+fn read_report(pipe: OwnedFd) -> Option<[i32; 3]> {
     let mut report = [0_u8; 12];
     File::from(pipe).read_exact(&mut report).ok()?;
     let [a, b, c, d, e, f, g, h, detail @ ..] = report;
-    let stage = Stage::from_number(i32::from_ne_bytes([a, b, c, d]))?;
-    Some((stage, i32::from_ne_bytes([e, f, g, h]), i32::from_ne_bytes(detail)))
+    Some([[a, b, c, d], [e, f, g, h], detail].map(i32::from_ne_bytes))
+}
+
+fn owned_above_stdio(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let moved = match above_stdio(fd.as_fd())? {
+        Above::Moved(fd) => Some(fd),
+        Above::Same(_) => None,
+    };
+    Ok(moved.unwrap_or(fd))
 }
 
 /// The file through which processes are moved into a control group.

@@ -15,6 +15,7 @@ fn env(path: &str) -> Vec<(String, String)> {
 }
 
 fn base() -> Spec<'static> {
+    low_fds::reserve().unwrap();
     Spec {
         cmd: "true",
         args: &[],

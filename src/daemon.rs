@@ -30,7 +30,7 @@ use crate::{
     blocking::{JobSlots, Pool},
     config::Config,
     fs::{leftovers, transfer::Writers, watch::Hub},
-    guest::{boot::Times, limits, markers, metrics::Meter, notify, users::Users},
+    guest::{boot::Times, handover, limits, markers, metrics::Meter, notify, users::Users},
     http,
     process::{self, Groups, Manager},
     sandbox::{Defaults, DefaultsCell, MAX_LISTINGS, MAX_SEARCHES, MAX_UPLOADS, Sandbox},
@@ -266,9 +266,13 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
     }
     let token = config.access_token_file.as_deref().map(token).transpose()?;
     let access = Access::new(token, config.require_token, config.resume_handover);
+    let handover = config.resume_handover.then(|| handover::take(&config.guest_root));
+    // They were delivered while the sandbox ran, after its command line was written.
+    let (user, workdir) =
+        handover.clone().map(|taken| (taken.user, taken.workdir)).unwrap_or_default();
     let defaults = Defaults {
-        user: config.default_user.clone().unwrap_or(own),
-        workdir: config.default_workdir.clone(),
+        user: user.or_else(|| config.default_user.clone()).unwrap_or(own),
+        workdir: workdir.or_else(|| config.default_workdir.clone()),
         user_env: BTreeMap::new(),
         own_env: [(markers::SANDBOX.to_owned(), (!config.is_not_fc).to_string())].into(),
     };
@@ -311,6 +315,7 @@ fn sandbox(config: &Config, wire: &Limits) -> Result<Arc<Sandbox>, DaemonError> 
         uploads: Slots::new(MAX_UPLOADS),
         listings: JobSlots::new(MAX_LISTINGS),
         searches: Slots::new(MAX_SEARCHES),
+        handover,
         access: Arc::new(access),
         template: Arc::new(template),
         limits: wire.clone(),

@@ -48,6 +48,11 @@ fn main() -> ExitCode {
     if let Some(line) = config.restrict_first_run(Origin::of_this_process()) {
         let _ = writeln!(io::stderr(), "envd: {line}");
     }
+    if config.resume_handover {
+        // Those of the processes of the daemon before, which are not adopted: whoever waits at their other
+        // ends has to see that.
+        envd::sys::inherited_fds::close_all();
+    }
     // Before anything is opened. Without it children have copies of the daemon's descriptors until they
     // execute.
     let _ = envd::sys::low_fds::reserve();

@@ -14,6 +14,7 @@ use crate::{
         watch::Hub,
     },
     guest::{
+        handover::Handover,
         metrics::Meter,
         users::{User, UserError, Users},
     },
@@ -59,6 +60,8 @@ pub struct Sandbox {
     pub listings: JobSlots,
     /// Who may search: [`MAX_SEARCHES`] at a time.
     pub searches: Arc<Slots>,
+    /// What was taken over from the daemon before this one, if there was one.
+    pub handover: Option<Handover>,
     /// Who may call.
     pub access: Arc<Access>,
     /// Its template, and whether that is ready.

@@ -14,7 +14,9 @@ use std::{
 };
 
 use common::{
-    Daemon, able_as_root, able_at_home, basic, eventually, in_time, me, noise,
+    Daemon, able_as_root, able_at_home, basic, eventually,
+    house::House,
+    in_time, me, noise,
     process::*,
     raw::Raw,
     rpc::{Client, Failure, Wire, envelope},
@@ -354,6 +356,34 @@ async fn commands_with_odd_names_are_found() {
     // As a shell does it, and execvp(3).
     write_script(&dir.path().join("plain"), "echo plain $1\n", 0o755);
     assert_eq!(stdout(&client, &start("plain", &["x"]).env("PATH", &path)).await, "plain x\n");
+}
+
+#[tokio::test]
+async fn a_start_of_nothing_is_the_empty_command() {
+    let daemon = Daemon::start(&[]);
+    let client = client(&daemon);
+    let (said, end) = run(&client, &StartRequest::default()).await;
+    assert_eq!((end.exit_code, end.exited), (127, true));
+    assert_eq!(said.stderr(), "envd: '': No such file or directory\n");
+}
+
+#[tokio::test]
+async fn what_the_daemon_makes_has_its_own_umask_and_commands_have_the_inherited_one() {
+    let dir = open_dir();
+    let at = |name: &str| dir.path().join(name);
+    let envd = Daemon::command(&["--listen", "tcp://127.0.0.1:0"]);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "umask 077; exec \"$@\"", "sh"]);
+    command.arg(envd.get_program()).args(envd.get_args());
+    let house = House::with(Daemon::spawn(&mut command));
+    let client = client(&house.daemon);
+    assert_eq!(stdout(&client, &sh("umask")).await, "0077\n");
+    let uploaded = house.upload(at("made/file").to_str().unwrap(), &[], "content").await;
+    assert_eq!(uploaded.status(), 200);
+    house.make_dir(at("dir").to_str().unwrap()).await.unwrap();
+    for (name, mode) in [("made", 0o755), ("made/file", 0o644), ("dir", 0o755)] {
+        assert_eq!(fs::metadata(at(name)).unwrap().permissions().mode() & 0o7777, mode, "{name}");
+    }
 }
 
 #[tokio::test]

@@ -18,11 +18,15 @@ const START: &str = "/process.Process/Start";
 
 /// What a shell says as the caller.
 async fn said(client: &Client, script: &str) -> Result<String, Failure> {
+    // The home of nobody is not there.
+    said_in(client, script, Some("/")).await
+}
+
+async fn said_in(client: &Client, script: &str, cwd: Option<&str>) -> Result<String, Failure> {
     let process = ProcessConfig {
         cmd: "/bin/sh".to_owned(),
         args: vec!["-c".to_owned(), script.to_owned()],
-        // The home of nobody is not there.
-        cwd: Some("/".to_owned()),
+        cwd: cwd.map(str::to_owned),
         ..ProcessConfig::default()
     };
     let request = StartRequest { process: Some(process), ..StartRequest::default() };
@@ -61,6 +65,26 @@ async fn numbers_and_groups_name_users_in_every_protocol() {
         let text = said(&as_user("nobody:root"), "id -un; id -G").await.unwrap();
         assert_eq!(text, "nobody\n0\n");
     }
+}
+
+#[tokio::test]
+async fn a_user_without_a_home_directory_starts_in_the_root() {
+    let nobody = nix::unistd::User::from_name("nobody").unwrap();
+    let homeless = |user: &nix::unistd::User| !user.dir.exists();
+    if !able_as_root()
+        || !able("the user nobody without a home", nobody.is_some_and(|user| homeless(&user)))
+    {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    let client = Client::new(&daemon, Wire::Grpc).with("authorization", &basic("nobody"));
+    for cwd in [None, Some("")] {
+        let text = said_in(&client, "pwd; echo $PWD", cwd).await.unwrap();
+        assert_eq!(text, "/\n/\n");
+    }
+    // It is not there when it is asked for.
+    let failure = said_in(&client, "pwd", Some("~")).await.unwrap_err();
+    assert_eq!(failure.code, "invalid_argument");
 }
 
 #[tokio::test]

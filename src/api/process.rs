@@ -84,9 +84,8 @@ impl Processes {
         user: &User,
         timeout: Option<Duration>,
     ) -> Result<StartSpec, Status> {
-        let config = request.process.ok_or_else(|| {
-            Status::invalid_argument("the field `process` is missing: there is nothing to start")
-        })?;
+        // As upstream: without one it is the empty command, which is not found.
+        let config = request.process.unwrap_or_default();
         let defaults = self.sandbox.defaults.get();
         let cwd = config.cwd.as_deref().unwrap_or_default();
         let cwd = path::resolve(cwd, user, defaults.workdir.as_deref())

@@ -3,14 +3,16 @@
 use nix::sys::{
     prctl,
     signal::{SigSet, Signal},
+    stat::{Mode, umask},
 };
 
-use crate::sys::signals;
+use crate::sys::{inherited_fds, signals, spawn};
 
 /// The signals that end a process by default and never the daemon.
 const NOT_AN_END: [Signal; 3] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
-use crate::sys::inherited_fds;
+/// The umask of the daemon itself: what it makes for clients does not depend on how it was started.
+const UMASK: Mode = Mode::S_IWGRP.union(Mode::S_IWOTH);
 
 /// Keeps the daemon's memory, and the access token in it, out of core dumps and away from every
 /// process without root's rights. Nothing may undo it later (`sys/child.rs` says why). Without root
@@ -28,7 +30,8 @@ pub fn keep_secrets() {
 /// name in lists of processes, whatever its file is called. For the start, before any thread.
 ///
 /// From here on a terminal that hangs up and a signal that asks other daemons to open their logs
-/// again do not end this one. Commands get the default action ([`crate::sys::spawn`]).
+/// again do not end this one. Commands get the default action ([`crate::sys::spawn`]), and the umask with
+/// which the daemon was started; its own is 022.
 pub fn reset() {
     // None of these can fail with these arguments.
     for signal in NOT_AN_END {
@@ -36,6 +39,7 @@ pub fn reset() {
     }
     let _ = SigSet::empty().thread_set_mask();
     let _ = prctl::set_name(c"envd");
+    spawn::set_umask_of_children(umask(UMASK).bits());
     // There is no log yet; each child tries again by itself.
     let _ = inherited_fds::set_close_on_exec();
 }

@@ -4,6 +4,7 @@
 pub mod boot;
 pub mod ca;
 pub mod clock;
+pub mod handover;
 pub mod hosts;
 pub mod inherited;
 pub mod init;

@@ -18,6 +18,7 @@ pub use body::{InitBody, parse};
 
 use super::Shared;
 use crate::{
+    guest::handover,
     sandbox::Sandbox,
     setup::{self, SetupError},
     version,
@@ -50,6 +51,11 @@ pub(super) async fn init(State(sandbox): Shared, request: Request) -> Response<B
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(VERSION_HEADER, HeaderValue::from_static(version::E2B));
+    if let Some(taken) = &sandbox.handover
+        && let Ok(report) = HeaderValue::try_from(taken.report.to_json())
+    {
+        headers.insert(handover::HEADER, report);
+    }
     if status == StatusCode::NO_CONTENT {
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     } else if !text.is_empty() {

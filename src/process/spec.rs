@@ -99,6 +99,12 @@ impl StartSpec {
             && self.limits == other.limits
     }
 
+    /// Whether it starts in the home directory because nobody has named another one. When that does not
+    /// exist it starts in `/`.
+    pub(super) fn starts_at_home(&self) -> bool {
+        self.requested_cwd.as_deref().is_none_or(str::is_empty) && self.cwd == self.user.home
+    }
+
     /// Roughly, what it takes in memory, without the environment as it was given to the process.
     pub fn size(&self) -> usize {
         const STRING: usize = size_of::<String>();

@@ -188,17 +188,24 @@ struct Ends {
 /// Does what [`Manager::start`] says.
 pub(super) async fn start(
     manager: Arc<Manager>,
-    spec: StartSpec,
+    mut spec: StartSpec,
     slot: OwnedSemaphorePermit,
 ) -> Result<(Arc<Process>, Subscription), StartError> {
-    let cwd = spec.cwd.clone();
+    let (cwd, at_home) = (spec.cwd.clone(), spec.starts_at_home());
     // Starts are bounded by their slots; a burst of them waits.
     let looking = manager.directories.run_next_step(move || {
         stand_on_path(&cwd).map_err(Busy::from)?;
-        shown_directory(&cwd)
+        match shown_directory(&cwd) {
+            Err(StartError::NoDirectory(_)) if at_home => Ok((PathBuf::from("/"), "/".to_owned())),
+            shown => shown.map(|shown| (cwd, shown)),
+        }
     });
     let pwd = match timeout(DIRECTORY_PATIENCE, looking).await {
-        Ok(looked) => looked??,
+        Ok(looked) => {
+            let (cwd, shown) = looked??;
+            spec.cwd = cwd;
+            shown
+        }
         // It hangs, or others that do are in the way: the child's own chdir decides.
         Err(_) => spec.cwd.to_string_lossy().into_owned(),
     };

@@ -30,7 +30,7 @@ use libc::{c_char, c_int, c_long, c_void};
 
 use super::{
     low_fds::LowFds,
-    spawn::{Rlimit, Spec, Stage},
+    spawn::{self, Rlimit, Spec, Stage},
 };
 
 /// The search path of a command whose environment has no PATH, and the PATH that processes get where
@@ -91,6 +91,8 @@ pub(super) struct Plan {
     credentials: Option<(u32, u32)>,
     groups: Vec<u32>,
     rlimits: Vec<(u32, libc::rlimit64)>,
+    /// The umask, where the daemon has changed its own.
+    umask: Option<u32>,
     /// `cgroup.procs` of the group to move to.
     moved_to: Option<OwnedFd>,
 }
@@ -119,6 +121,7 @@ impl Plan {
             credentials: spec.credentials.map(|to| (to.uid, to.gid)),
             groups: spec.credentials.map(|to| to.groups.clone()).unwrap_or_default(),
             rlimits: spec.rlimits.iter().map(for_kernel).collect(),
+            umask: spawn::umask_of_children(),
             moved_to,
         };
         let cmd = plan.own(spec.cmd.as_bytes().to_vec())?;
@@ -247,6 +250,9 @@ unsafe fn become_command(plan: &mut Plan) -> Result<Infallible, Failure> {
             let _ = raw(libc::SYS_close_range, [3, u32::MAX as usize, 0, 0, 0]);
         }
         set_priorities();
+        if let Some(umask) = plan.umask {
+            let _ = raw(libc::SYS_umask, [umask as usize, 0, 0, 0, 0]);
+        }
         // Before the user changes: the right to raise a limit goes with it.
         for (place, (resource, limit)) in (0..).zip(&plan.rlimits) {
             let args = [0, *resource as usize, addr(limit), 0, 0];

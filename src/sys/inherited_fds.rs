@@ -20,11 +20,7 @@ pub fn set_close_on_exec() -> io::Result<()> {
     if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, flag) } == 0 {
         return Ok(());
     }
-    let listed = fs::read_dir("/proc/self/fd").map(|entries| {
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        names.collect::<Vec<c_int>>()
-    });
-    for fd in listed.unwrap_or_else(|_| (3..MAX_GUESSED).collect()) {
+    for fd in listed() {
         // SAFETY: the call takes three integers and touches no memory; whoever owns the descriptor
         // goes on owning it.
         if fd > 2 && unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
@@ -36,4 +32,27 @@ pub fn set_close_on_exec() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Closes every descriptor but stdin, stdout and stderr. Only at the start, before the daemon has opened any
+/// of its own.
+pub fn close_all() {
+    // SAFETY: the call takes three integers and touches no memory; nothing in the daemon owns a descriptor
+    // yet.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) } == 0 {
+        return;
+    }
+    for fd in listed().into_iter().filter(|fd| *fd > 2) {
+        // SAFETY: as above. One that is not open is an error that says nothing.
+        unsafe { libc::close(fd) };
+    }
+}
+
+/// The descriptors that are open, or may be.
+fn listed() -> Vec<c_int> {
+    let listed = fs::read_dir("/proc/self/fd").map(|entries| {
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        names.collect()
+    });
+    listed.unwrap_or_else(|_| (3..MAX_GUESSED).collect())
 }

@@ -26,7 +26,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::Path,
     ptr,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use libc::c_int;
@@ -193,6 +193,18 @@ pub enum SpawnError {
         /// Which one of several, counted from 0.
         detail: i32,
     },
+}
+
+/// The umask of children; beyond all of them where they inherit the daemon's.
+static UMASK: AtomicU32 = AtomicU32::new(u32::MAX);
+
+/// Gives all children this umask instead of the daemon's.
+pub fn set_umask_of_children(umask: u32) {
+    UMASK.store(umask & 0o777, Ordering::Relaxed);
+}
+
+pub(super) fn umask_of_children() -> Option<u32> {
+    Some(UMASK.load(Ordering::Relaxed)).filter(|umask| *umask <= 0o777)
 }
 
 /// Starts a process, in the fast way where the system lets us.

@@ -5,25 +5,33 @@
 
 mod common;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use common::{
+    able, eventually,
     house::{House, set_mode},
-    process::{run, start},
+    process::{With, run, start},
     rpc::{Client, Messages, Wire},
+    soon,
 };
 use envd::proto::filesystem::{
     CopyRequest, CopyResponse, ExtractRequest, ExtractResponse, WriteRequest, WriteResponse,
     extract_request, write_request,
 };
+use futures_util::{StreamExt, stream};
 use serde_json::json;
+use tokio::sync::oneshot;
 
 /// Programs that are written in each way.
-const TRIES: usize = 100;
+const TRIES: usize = 30;
 /// Commands that are started all the time.
 const OTHERS: usize = 4;
 /// A way to write a program: all that the daemon has.
@@ -157,5 +165,70 @@ async fn a_file_that_was_just_written_can_be_executed_while_others_start() {
     done.store(true, Ordering::Relaxed);
     for other in others {
         other.await.unwrap();
+    }
+}
+
+/// A search path on which a child tries tens of thousands of files before it executes its command.
+fn long_search() -> String {
+    format!("{}/usr/bin:/bin", "a:".repeat(60_000))
+}
+
+/// The children of a daemon that have not executed their command yet: what they run is still the daemon.
+fn not_executed(daemon: u32) -> usize {
+    let exe = |pid: u32| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let own = exe(daemon).unwrap();
+    let tasks = std::fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
+    let lists =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let pids = lists.flat_map(|list| {
+        list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<u32>>()
+    });
+    pids.filter(|pid| exe(*pid).as_ref() == Some(&own)).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_was_made_during_an_upload_does_not_keep_the_file_open() {
+    if !able("lists of children", Path::new("/proc/thread-self/children").exists()) {
+        return;
+    }
+    let programs = Programs::new();
+    for number in 0..5 {
+        let to = programs.house.at(&format!("slow{number}"));
+        let (first, rest) = programs.content.split_at(1000);
+        let (go_on, wait) = oneshot::channel::<()>();
+        let rest = rest.to_vec();
+        let body = stream::iter([first.to_vec()]).chain(stream::once(async move {
+            wait.await.unwrap();
+            rest
+        }));
+        let request = programs.house.http.post(programs.house.files(&[("path", &to)]));
+        let request = request.header("content-type", "application/octet-stream");
+        let body = reqwest::Body::wrap_stream(body.map(Ok::<_, std::io::Error>));
+        let upload = tokio::spawn(request.body(body).send());
+        eventually("the file is being written", || Path::new(&to).exists().then_some(()));
+        let seen = Arc::new(AtomicBool::new(false));
+        let slow = tokio::spawn({
+            let (seen, client) = (Arc::clone(&seen), programs.client.clone());
+            async move {
+                let request = start("true", &[]).env("PATH", &long_search());
+                while !seen.load(Ordering::Relaxed) {
+                    assert_eq!(run(&client, &request).await.1.exit_code, 0);
+                }
+            }
+        });
+        // It has what the daemon had open when it was made.
+        soon("a child that has not executed", async {
+            while not_executed(programs.house.daemon.pid()) == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        seen.store(true, Ordering::Relaxed);
+        go_on.send(()).unwrap();
+        assert_eq!(upload.await.unwrap().unwrap().status(), 200);
+        set_mode(&to, 0o755);
+        let (said, end) = run(&programs.client, &start(&to, &[])).await;
+        assert_eq!((end.exit_code, said.stderr()), (0, ""), "{number}");
+        slow.await.unwrap();
     }
 }

@@ -57,7 +57,8 @@ pub fn router(sandbox: &Arc<Sandbox>) -> Result<(Router, Methods), prost::Decode
         .mark_transfer("/filesystem.Filesystem/Read")
         .mark_transfer("/filesystem.Filesystem/Write")
         .mark_transfer("/filesystem.Filesystem/Archive")
-        .mark_transfer("/filesystem.Filesystem/Extract");
+        .mark_transfer("/filesystem.Filesystem/Extract")
+        .mark_finite("/filesystem.Filesystem/Search");
 
     // The wire has checked every message already.
     let process = ProcessServer::new(process::Processes::new(Arc::clone(sandbox)))

@@ -1,6 +1,7 @@
 //! What happens on a connection: how many calls run, and else what it waits for since when.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -9,7 +10,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use super::Limits;
 
@@ -27,6 +31,12 @@ const MIN_HEAD_TIME: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Activity {
     calls: AtomicUsize,
+    /// Of the calls, the bodies of requests that have not come whole, or are being thrown away.
+    bodies: AtomicUsize,
+    /// Whether the client has sent its last byte.
+    read_closed: watch::Sender<bool>,
+    /// Whether the connection is read to its end before it is closed.
+    drain_at_end: AtomicBool,
     evicted: AtomicBool,
     /// Since when it waits, and for what; of no meaning while calls run.
     waiting: Mutex<(Instant, Waiting)>,
@@ -36,8 +46,15 @@ pub(super) struct Activity {
 impl Activity {
     pub(super) fn new(waiting: Waiting) -> Self {
         let waiting = Mutex::new((Instant::now(), waiting));
-        let (calls, evicted) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Self { calls, evicted, waiting, changed: Notify::new() }
+        Self {
+            calls: AtomicUsize::new(0),
+            bodies: AtomicUsize::new(0),
+            read_closed: watch::Sender::new(false),
+            drain_at_end: AtomicBool::new(false),
+            evicted: AtomicBool::new(false),
+            waiting,
+            changed: Notify::new(),
+        }
     }
 
     /// Since when it has been idle, or slow with the head of a request; `None` while it must stay.
@@ -94,10 +111,39 @@ impl Activity {
         }
     }
 
+    /// Whether calls run whose requests have come whole.
+    pub(super) fn is_answering(&self) -> bool {
+        self.has_calls() && self.bodies.load(Ordering::Acquire) == 0
+    }
+
+    /// Notes that the client has sent its last byte.
+    pub(super) fn read_side_closed(&self) {
+        self.read_closed.send_replace(true);
+    }
+
+    /// Has the connection read to its end before it is closed, so that its answer arrives
+    /// ([`super::drain`]).
+    pub(super) fn drain_at_end(&self) {
+        self.drain_at_end.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_drained_at_end(&self) -> bool {
+        self.drain_at_end.load(Ordering::Acquire)
+    }
+
+    /// A call begins.
     pub(super) fn begin(self: &Arc<Self>) -> Running {
         self.calls.fetch_add(1, Ordering::AcqRel);
         self.changed.notify_one();
-        Running(Arc::clone(self))
+        Running { activity: Arc::clone(self), body: false }
+    }
+
+    /// The body of a request begins.
+    pub(super) fn begin_body(self: &Arc<Self>) -> Running {
+        self.bodies.fetch_add(1, Ordering::AcqRel);
+        let mut running = self.begin();
+        running.body = true;
+        running
     }
 
     /// From now on it waits for a request.
@@ -109,12 +155,38 @@ impl Activity {
 /// A running call: one is dropped with its response's body, another with its request's, of which
 /// more may come, and be thrown away, after the answer.
 #[derive(Debug)]
-pub(super) struct Running(Arc<Activity>);
+pub(super) struct Running {
+    activity: Arc<Activity>,
+    body: bool,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.rest();
-        self.0.calls.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_one();
+        self.activity.rest();
+        if self.body {
+            self.activity.bodies.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.activity.calls.fetch_sub(1, Ordering::AcqRel);
+        self.activity.changed.notify_one();
+    }
+}
+
+/// In the extensions of an HTTP/1.1 request: what tells that its client has closed its sending side.
+#[derive(Debug, Clone)]
+pub(super) struct ReadSide(watch::Receiver<bool>);
+
+impl ReadSide {
+    pub(super) fn new(activity: &Activity) -> Self {
+        Self(activity.read_closed.subscribe())
+    }
+
+    /// Completes when the client has sent its last byte.
+    pub(super) fn closed(mut self) -> Pin<Box<dyn Future<Output = ()> + Send + Sync>> {
+        Box::pin(async move {
+            // The connection is gone when nobody can tell, and every call with it.
+            if self.0.wait_for(|closed| *closed).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        })
     }
 }

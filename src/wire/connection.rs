@@ -12,43 +12,29 @@
 //!   newcomer ([`super::eviction`]); where there is none, a call of the newcomer is answered with
 //!   `unavailable` or 503.
 
-use std::{
-    convert::Infallible,
-    io,
-    panic::AssertUnwindSafe,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::{convert::Infallible, io, pin::Pin, sync::Arc, time::Duration};
 
-use bytes::{Buf, Bytes, BytesMut};
-use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderValue, Request, Response, StatusCode, Version, header};
-use http_body::{Frame, SizeHint};
-use hyper::{
-    body::Incoming,
-    server::conn::{http1, http2},
-};
+use bytes::{Bytes, BytesMut};
+use http::{Request, Response};
+use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{OwnedSemaphorePermit, watch},
-    time::Sleep,
 };
 use tower::Service;
 
 use super::{
     Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
     MAX_SEND_BUFFER,
-    activity::{Activity, Running, Waiting},
-    drain::DrainOnDrop,
-    error,
+    activity::{Activity, Waiting},
+    calls::Calls,
+    drain::{MAX_DRAIN_TIME, MAX_DRAINED_BYTES},
     heads::Heads,
-    loopback::ViaLoopback,
     memory::Memory,
     peer::Peer,
     translate::Refused,
+    watched_io::Watched,
 };
 use crate::telemetry::rate_limit;
 
@@ -134,14 +120,8 @@ pub async fn serve<I, S>(
         activity.rest();
         heads.http2();
     }
-    let io = Watched {
-        io: Rewound { start, io },
-        activity: Arc::clone(&activity),
-        heads: !http2,
-        stall_timeout: limits.stall_timeout,
-        stalled: None,
-        count: Arc::clone(&heads),
-    };
+    let counted = (Arc::clone(&activity), Arc::clone(&heads));
+    let io = Watched::new(start, io, counted, !http2, limits.stall_timeout);
     let service = Calls {
         inner: service,
         activity: Arc::clone(&activity),
@@ -174,6 +154,8 @@ pub async fn serve<I, S>(
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(None)
+            // Without it a client that closes its sending side behind a request gets no answer.
+            .half_close(true)
             .max_header_size(MAX_HEADER_BYTES)
             .max_headers(MAX_HEADER_LINES)
             .max_buf_size(MAX_HTTP1_BUFFER);
@@ -187,6 +169,9 @@ pub async fn serve<I, S>(
             let mut io = connection.into_parts().io.into_inner();
             let _ = tokio::time::timeout(HEADER_TIMEOUT, io.write_all(REQUEST_TIMEOUT)).await;
             let _ = io.shutdown().await;
+        } else if activity.is_drained_at_end() {
+            let io = connection.into_parts().io.into_inner().into_inner();
+            let _ = tokio::time::timeout(MAX_DRAIN_TIME, discard(io)).await;
         }
     }
     drop(place.slot);
@@ -247,6 +232,16 @@ where
     }
 }
 
+/// Reads what a client sends that nobody wants: unread bytes would make the kernel reset the connection, and
+/// the client might not see its answer.
+async fn discard(mut io: impl AsyncRead + AsyncWrite + Unpin) {
+    // hyper has flushed the answer, or has failed to.
+    if io.shutdown().await.is_ok() {
+        let mut unwanted = io.take(MAX_DRAINED_BYTES as u64);
+        let _ = tokio::io::copy(&mut unwanted, &mut tokio::io::sink()).await;
+    }
+}
+
 /// Reads until the client's HTTP version is known.
 async fn sniff(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
     let mut start = BytesMut::with_capacity(PREFACE.len());
@@ -257,209 +252,4 @@ async fn sniff(io: &mut (impl AsyncRead + Unpin)) -> io::Result<Bytes> {
         }
     }
     Ok(start.freeze())
-}
-
-/// A connection whose first bytes were read already.
-#[derive(Debug)]
-struct Rewound<I> {
-    start: Bytes,
-    io: I,
-}
-
-/// Sees bytes arrive on an HTTP/1.1 connection.
-#[derive(Debug)]
-struct Watched<I> {
-    io: Rewound<I>,
-    activity: Arc<Activity>,
-    heads: bool,
-    /// See [`super::STALL_TIMEOUT`].
-    stall_timeout: Duration,
-    /// Runs while the client takes nothing that is there for it.
-    stalled: Option<Pin<Box<Sleep>>>,
-    /// What heads take.
-    count: Arc<Heads>,
-}
-
-impl<I> Watched<I> {
-    /// What becomes of a write: an error when it has waited for too long.
-    fn progress<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        written: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.stalled = None;
-            return written;
-        }
-        let timeout = self.stall_timeout;
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
-    }
-}
-
-impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.io.start.has_remaining() {
-            let some = self.io.start.len().min(buf.remaining());
-            buf.put_slice(&self.io.start.split_to(some));
-            return Poll::Ready(Ok(()));
-        }
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.io.io).poll_read(cx, buf))?;
-        let came = buf.filled().get(before..).unwrap_or_default();
-        if self.heads && !came.is_empty() {
-            self.activity.bytes_came();
-        }
-        self.count.came(came, self.heads && !self.activity.has_calls())?;
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io.io).poll_write(cx, bytes);
-        self.progress(cx, written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.io.io).poll_write_vectored(cx, slices);
-        self.progress(cx, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io.io).poll_shutdown(cx)
-    }
-}
-
-/// The service of one connection: counts its calls.
-#[derive(Debug, Clone)]
-struct Calls<S> {
-    inner: S,
-    activity: Arc<Activity>,
-    peer: Peer,
-    log_peer: rate_limit::Peer,
-    via_loopback: bool,
-    from_inside: bool,
-    refused: Option<Refused>,
-    heads: Arc<Heads>,
-    memory: Memory,
-}
-
-/// In a request's extensions: what to tell when its caller has shown the token.
-#[derive(Debug, Clone)]
-pub(super) struct Unproven(Arc<Heads>);
-
-impl Unproven {
-    /// The caller has shown it.
-    pub(super) fn proven(&self) {
-        self.0.proven();
-    }
-}
-
-impl<S> hyper::service::Service<Request<Incoming>> for Calls<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone,
-    S::Future: Send + 'static,
-{
-    type Response = Response<CallBody>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Response<CallBody>, Infallible>>;
-
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let large_head = self.heads.ended();
-        let running = self.activity.begin();
-        let refused = self.refused.clone();
-        let http1 = request.version() < Version::HTTP_2;
-        let mut request = request.map(|body| match http1 {
-            true => Body::new(DrainOnDrop::new(body, self.activity.begin())),
-            false => Body::new(body),
-        });
-        request.extensions_mut().insert(self.peer);
-        request.extensions_mut().insert(self.log_peer);
-        if self.via_loopback {
-            request.extensions_mut().insert(ViaLoopback);
-        }
-        request.extensions_mut().insert(Unproven(Arc::clone(&self.heads)));
-        if self.from_inside {
-            request.extensions_mut().insert(Inner);
-        }
-        // A buffer that has grown stays as large as it is.
-        let close = http1 && (refused.is_some() || large_head);
-        if let Some(refused) = refused {
-            request.extensions_mut().insert(refused);
-        }
-        let memory = self.memory.clone();
-        let response = self.inner.clone().call(request);
-        Box::pin(async move {
-            // A fault of ours is that call's misfortune, and no other's.
-            let mut response = match AssertUnwindSafe(response).catch_unwind().await {
-                Ok(response) => response?,
-                Err(_) => error::rest(StatusCode::INTERNAL_SERVER_ERROR, "the call failed"),
-            };
-            if close {
-                let close = HeaderValue::from_static("close");
-                response.headers_mut().insert(header::CONNECTION, close);
-            }
-            Ok(response.map(|body| CallBody { body, running: Some(running), memory }))
-        })
-    }
-}
-
-/// A response's body; the call runs until it has been sent.
-#[derive(Debug)]
-struct CallBody {
-    body: Body,
-    running: Option<Running>,
-    memory: Memory,
-}
-
-impl Drop for CallBody {
-    fn drop(&mut self) {
-        self.memory.freed();
-    }
-}
-
-impl http_body::Body for CallBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if frame.is_none() {
-            self.running = None;
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }

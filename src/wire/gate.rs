@@ -27,7 +27,7 @@ use tower::Service;
 
 use super::{
     Body,
-    connection::Unproven,
+    calls::Unproven,
     error,
     peer::{Peer, Trust},
     protocol::{Framing, Protocol},

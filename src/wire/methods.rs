@@ -29,12 +29,19 @@ pub struct Method {
     pub transfer: bool,
     /// Whether upstream does not have it: who calls it knows the extensions.
     pub extension: bool,
+    /// Whether its stream ends by itself, as the results of a search do.
+    pub finite: bool,
 }
 
 impl Method {
     /// One message each way.
     pub fn is_unary(self) -> bool {
         !self.client_stream && !self.server_stream
+    }
+
+    /// Whether its stream carries what happens, for as long as the client listens.
+    pub fn is_events(self) -> bool {
+        self.server_stream && !self.transfer && !self.finite
     }
 
     /// The phase of a shutdown at which a call of it ends.
@@ -75,6 +82,7 @@ impl Methods {
                         input: self.types.named(method.input_type()),
                         transfer: false,
                         extension: true,
+                        finite: false,
                     };
                     self.by_path.insert(path, method);
                 }
@@ -102,6 +110,14 @@ impl Methods {
     pub fn mark_transfer(mut self, path: &str) -> Self {
         if let Some(method) = self.by_path.get_mut(path) {
             method.transfer = true;
+        }
+        self
+    }
+
+    /// Marks a method whose stream ends by itself: a client that has closed its sending side gets all of it.
+    pub fn mark_finite(mut self, path: &str) -> Self {
+        if let Some(method) = self.by_path.get_mut(path) {
+            method.finite = true;
         }
         self
     }

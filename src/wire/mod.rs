@@ -4,6 +4,7 @@
 //!
 //! 1. [`listen`] binds TCP (with TLS, [`tls`]), unix and vsock sockets and [`server`] accepts from them; [`connection`]
 //!    decides between HTTP/1.1 and HTTP/2 and holds the limits on headers, idle and slow clients.
+//!    [`watched_io`] is its socket, [`calls`] its service, [`request_rules`] what HTTP demands.
 //!    [`spans`] tells a collector of each request, if there is one.
 //! 2. [`loopback`] keeps web pages out where a daemon without a token listens on loopback only.
 //!    [`cors`] answers browsers.
@@ -23,6 +24,7 @@
 
 mod activity;
 pub mod budget;
+mod calls;
 pub mod codec;
 pub mod connection;
 pub mod cors;
@@ -44,6 +46,7 @@ pub mod offload;
 pub mod peer;
 pub mod protocol;
 pub mod request;
+mod request_rules;
 pub mod response;
 pub mod server;
 pub mod shutdown;
@@ -52,6 +55,7 @@ pub mod timeout;
 pub mod tls;
 pub mod translate;
 mod trim;
+mod watched_io;
 
 use std::{sync::Arc, time::Duration};
 

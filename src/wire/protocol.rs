@@ -169,6 +169,7 @@ mod tests {
             input: None,
             transfer: false,
             extension: false,
+            finite: false,
         };
         let accepted = accepted(stream);
         assert!(accepted.starts_with("application/connect+json, application/connect+proto, "));

@@ -60,6 +60,8 @@ pub struct Writer {
     pub(super) ends: Option<Reached>,
     /// Whether the names of gRPC's trailers have to be in the head, as HTTP/1.1 wants it.
     pub announces_trailers: bool,
+    /// When a stream of events ends because its client has closed its sending side, if it may.
+    pub(super) departed: Option<Reached>,
 }
 
 impl fmt::Debug for Writer {
@@ -87,6 +89,7 @@ impl Writer {
             share: None,
             ends: None,
             announces_trailers: false,
+            departed: None,
         }
     }
 
@@ -182,6 +185,7 @@ impl Writer {
             metadata: self.metadata,
             deadline: self.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
             ends: self.ends,
+            departed: self.departed,
             ready: VecDeque::new(),
             share: self.share,
         };
@@ -307,6 +311,7 @@ struct Outgoing {
     metadata: ResponseMetadata,
     deadline: Option<Pin<Box<Sleep>>>,
     ends: Option<Reached>,
+    departed: Option<Reached>,
     ready: VecDeque<Frame<Bytes>>,
     /// What the only message borrows from.
     share: Option<Share>,
@@ -352,6 +357,7 @@ impl Outgoing {
         self.inner = None;
         self.deadline = None;
         self.ends = None;
+        self.departed = None;
         append_all(&mut trailers, self.metadata.take_trailers());
         match self.framing {
             Framing::Grpc => self.ready.push_back(Frame::trailers(trailers)),
@@ -410,6 +416,12 @@ impl http_body::Body for Outgoing {
                 self.fail(&shutdown::status());
                 continue;
             }
+            if let Some(departed) = &mut self.departed
+                && departed.as_mut().poll(cx).is_ready()
+            {
+                self.fail(&departed_status());
+                continue;
+            }
             let Some(inner) = &mut self.inner else {
                 return Poll::Ready(None);
             };
@@ -427,6 +439,12 @@ impl http_body::Body for Outgoing {
             }
         }
     }
+}
+
+/// The status of a stream of events whose client has closed its sending side: it may have left, and what
+/// it started must not wait for it.
+pub(super) fn departed_status() -> Status {
+    Status::cancelled("the client closed its sending side, which ends a stream of events")
 }
 
 /// A body that is only trailers.

@@ -30,6 +30,7 @@ use tower::Service;
 
 use super::{
     Body, Limits, MAX_ORDINARY_BYTES,
+    activity::ReadSide,
     budget::Share,
     codec,
     envelope::Encoding,
@@ -42,7 +43,7 @@ use super::{
     offload::Offload,
     protocol::{self, Framing, Protocol},
     request::Reader,
-    response::{Writer, response_with},
+    response::{Writer, departed_status, response_with},
     shutdown::{self, Phase, Phases, SHUTTING_DOWN},
     timeout,
 };
@@ -217,6 +218,9 @@ impl Call {
         let ends_at = self.method.ends_at();
         writer.ends = Some(self.phases.reached(ends_at));
         let ends = self.phases.reached(ends_at);
+        let read_side = parts.extensions.get::<ReadSide>().filter(|_| self.method.is_events());
+        writer.departed = read_side.cloned().map(ReadSide::closed);
+        let departed = read_side.cloned().map(ReadSide::closed);
         let reader = Reader {
             protocol: self.protocol.clone(),
             encoding,
@@ -254,11 +258,18 @@ impl Call {
                 None => std::future::pending().await,
             }
         };
+        let departed = async {
+            match departed {
+                Some(departed) => departed.await,
+                None => std::future::pending().await,
+            }
+        };
         let status = tokio::select! {
             biased;
             response = call => return response,
             () = exceeded => timeout::exceeded(),
             () = ends => shutdown::status(),
+            () = departed => departed_status(),
         };
         Ok(Writer::plain(self.protocol).error(&status))
     }

@@ -148,7 +148,7 @@ pub struct Signed<'a> {
     /// What may be done.
     pub operation: Operation,
     /// The path, unresolved; empty when there is none.
-    pub path: &'a str,
+    pub path: &'a [u8],
     /// The user's name; empty when there is none.
     pub username: &'a str,
     /// The last moment of its validity, in seconds since 1970.
@@ -284,7 +284,7 @@ fn sign(token: &Token, signed: Signed<'_>) -> Zeroizing<String> {
         Operation::Write => "write",
     };
     let mut digest = Sha256::new();
-    for part in [signed.path, operation, signed.username] {
+    for part in [signed.path, operation.as_bytes(), signed.username.as_bytes()] {
         digest.update(part);
         digest.update(":");
     }
@@ -389,7 +389,7 @@ mod tests {
     fn signatures_are_upstreams() {
         let signed = Signed {
             operation: Operation::Read,
-            path: "/home/user/a b.txt",
+            path: b"/home/user/a b.txt",
             username: "user",
             expiration: None,
             signature: None,

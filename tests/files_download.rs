@@ -93,8 +93,6 @@ async fn what_cannot_be_downloaded() {
     mkfifo(fifo.as_str(), Mode::from_bits_truncate(0o666)).unwrap();
     let response = house.download(&fifo).await;
     assert_eq!(rest_error(response, 400).await, format!("path '{fifo}' is not a regular file"));
-    let response = house.download("/dev/zero").await;
-    assert_eq!(rest_error(response, 400).await, "path '/dev/zero' is not a regular file");
 
     let below = format!("{}/x", house.put("file", ""));
     let text = rest_error(house.download(&below).await, 500).await;
@@ -140,7 +138,30 @@ async fn the_query_of_files() {
         let response = house.http.get(house.files(&twice)).send().await.unwrap();
         assert_eq!(response.status(), 400, "{twice:?}");
     }
+    for query in ["fsync=1", "mode=rw", "username=%ff"] {
+        let path = format!("/files?path={file}&{query}");
+        let text = rest_error(house.call(Method::GET, &path, &[]).await, 400).await;
+        let (name, _) = query.split_once('=').unwrap();
+        assert!(text.starts_with("invalid query: ") && text.contains(name), "{text}");
+    }
     assert_eq!(fs::read(&file).unwrap(), b"x");
+}
+
+#[tokio::test]
+async fn the_type_of_a_file_is_that_of_its_name_or_of_its_content() {
+    let house = House::new();
+    for (name, content, wanted) in [
+        ("a.mjs", &b"x"[..], "text/javascript; charset=utf-8"),
+        ("a.HTML", b"", "text/html; charset=utf-8"),
+        ("a.wasm", b"", "application/wasm"),
+        ("page", b"\n<!DOCTYPE html>", "text/html; charset=utf-8"),
+        ("latin", b"caf\xe9", "text/plain; charset=utf-8"),
+        ("program", b"\x7fELF\x02", "application/octet-stream"),
+        ("font.no-such-extension", b"wOF2\0\x01", "font/woff2"),
+    ] {
+        let answer = house.download(&house.put(name, content)).await;
+        assert_eq!(answer.headers()["content-type"], wanted, "{name}");
+    }
 }
 
 // Parts, conditions and compression.

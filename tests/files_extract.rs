@@ -237,6 +237,19 @@ async fn sparse_files_of_every_tar_come_back_with_their_holes() {
 }
 
 #[tokio::test]
+async fn compressions_that_are_not_known_are_named() {
+    let house = House::new();
+    for (start, name) in [(&b"BZh91AY&SY"[..], "bzip2"), (b"\xfd7zXZ\0\0\x04", "xz")] {
+        let archive = [start, &noise(2000)].concat();
+        let error = extract(&house, &house.at("to"), &archive).await.unwrap_err();
+        assert_eq!(error.code, "invalid_argument", "{error:?}");
+        let told = format!("compression not supported: {name}");
+        assert!(error.message.contains(&told), "{error:?}");
+        assert_eq!(names(&house.at("to")), [""; 0]);
+    }
+}
+
+#[tokio::test]
 async fn maps_of_sparse_files_that_lie_are_refused() {
     let house = House::new();
     let pax = |records: &[(&str, &str)], content: &[u8]| {

@@ -124,11 +124,15 @@ async fn a_fifo_and_a_socket_block_nobody() {
 }
 
 #[tokio::test]
-async fn a_device_takes_an_upload_and_nothing_else() {
+async fn a_device_takes_an_upload_and_is_as_empty_as_it_says() {
     let house = House::new();
     let not_regular = "path '/dev/null' is not a regular file";
-    let text = rest_error(house.download("/dev/null").await, 400).await;
-    assert_eq!(text, not_regular);
+    for device in ["/dev/null", "/dev/zero"] {
+        let answer = house.download(device).await;
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["content-length"], "0");
+        assert_eq!(answer.bytes().await.unwrap(), "");
+    }
     let told = written(house.upload("/dev/null", &[], "x").await).await;
     assert_eq!(told[0]["path"], "/dev/null");
     let expected = failure("invalid_argument", not_regular);

@@ -6,8 +6,12 @@ mod common;
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fs,
-    os::unix::fs::{MetadataExt, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, symlink},
+    },
     path::{Path, PathBuf},
 };
 
@@ -154,6 +158,120 @@ async fn a_form_uploads_files_under_their_full_names() {
 
     let form = multipart::Form::new().text("comment", "alone");
     assert_eq!(written(house.upload_form(&[], form).await).await, json!([]));
+}
+
+/// A form as written, whose parts are headers and content.
+async fn post_form(house: &House, line_end: &str, parts: &[(&str, &[u8])]) -> reqwest::Response {
+    let mut body = Vec::new();
+    for (head, content) in parts {
+        let head = format!("--BOUND\n{head}\n\n").replace('\n', line_end);
+        body.extend_from_slice(head.as_bytes());
+        body.extend_from_slice(content);
+        body.extend_from_slice(line_end.as_bytes());
+    }
+    body.extend_from_slice(b"--BOUND--");
+    let request = house.http.post(house.files(&[]));
+    let request = request.header("content-type", "multipart/form-data; boundary=\"BOUND\"");
+    common::soon("an upload", request.body(body).send()).await.unwrap()
+}
+
+#[tokio::test]
+async fn names_in_forms_are_what_their_senders_meant() {
+    let house = House::new();
+    let dir = house.at("d");
+    let escaped: String = dir.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    for (parameters, wanted) in [
+        (format!(r#"filename="{dir}/a b+c%41;d.txt""#), "a b+c%41;d.txt"),
+        (format!(r#"filename="{dir}/back\\slash""#), r"back\slash"),
+        (format!(r#"filename="{dir}/one\slash""#), r"one\slash"),
+        (format!(r#"filename="{dir}/esc\"quote""#), r#"esc"quote"#),
+        (format!(r#"filename="{dir}/q%22uote""#), "q%22uote"),
+        (format!(r#"filename="{dir}/é漢""#), "é漢"),
+        (format!("filename*=UTF-8''{escaped}/%E7%8E%B0%41"), "现A"),
+        (format!(r#"filename="/no/such"; filename*=utf-8'en'{escaped}/%C3%A9"#), "é"),
+    ] {
+        for line_end in ["\r\n", "\n"] {
+            let head = format!("Content-Disposition: form-data; name=\"file\"; {parameters}");
+            let content = b"line\r\n--BOUNDless\n";
+            let answer = post_form(&house, line_end, &[(&head, content)]).await;
+            let told = written(answer).await;
+            assert_eq!(told[0]["path"], format!("{dir}/{wanted}"), "{parameters}");
+            assert_eq!(fs::read(format!("{dir}/{wanted}")).unwrap(), content, "{parameters}");
+            fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+    // Bytes that are not UTF-8, and a part that is encoded for mail.
+    let mut name = house.at("caf").into_bytes();
+    name.push(0xe9);
+    let body = [
+        b"--BOUND\r\nContent-Transfer-Encoding: quoted-printable\r\n\
+          Content-Disposition: form-data; name=file; filename=\"",
+        &name[..],
+        b"\"\r\n\r\na=3Db=\r\nc\r\n--BOUND--\r\n",
+    ]
+    .concat();
+    let request = house.http.post(house.files(&[])).body(body);
+    let request = request.header("content-type", "multipart/form-data; boundary=BOUND");
+    written(common::soon("an upload", request.send()).await.unwrap()).await;
+    assert_eq!(fs::read(OsStr::from_bytes(&name)).unwrap(), b"a=bc");
+    // A part of another name is not stored.
+    let other = format!("Content-Disposition: form-data; name=\"other\"; filename=\"{dir}\"");
+    assert_eq!(written(post_form(&house, "\r\n", &[(&other, b"x")]).await).await, json!([]));
+    assert_eq!(fs::metadata(&dir).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn a_new_file_has_the_mode_that_was_asked_for() {
+    let house = House::new();
+    let mode = |path: &str| fs::metadata(path).unwrap().mode() & 0o7777;
+    let path = house.at("new");
+    let upload = |asked: &str, body: &'static str| {
+        let request = house.http.post(house.files(&[("path", &path), ("mode", asked)]));
+        let request = request.header("content-type", "application/octet-stream").body(body);
+        common::soon("an upload", request.send())
+    };
+    for (asked, wanted) in [("0600", 0o600), ("777", 0o777), ("0o4755", 0o755), ("0", 0)] {
+        written(upload(asked, "x").await.unwrap()).await;
+        assert_eq!(mode(&path), wanted, "{asked}");
+        fs::remove_file(&path).unwrap();
+    }
+    let form = multipart::Form::new().part("file", part("x", &path));
+    written(house.upload_form(&[("mode", "640")], form).await).await;
+    assert_eq!(mode(&path), 0o640);
+    // One that exists keeps its own.
+    written(upload("777", "y").await.unwrap()).await;
+    assert_eq!((mode(&path), fs::read(&path).unwrap()), (0o640, b"y".to_vec()));
+}
+
+#[tokio::test]
+async fn names_that_are_not_utf_8_are_the_bytes_that_were_escaped() {
+    let house = House::new();
+    let dir = house.at("d");
+    let file = |name: &[u8]| [dir.as_bytes(), b"/", name].concat();
+    let read = |name: &[u8]| fs::read(OsStr::from_bytes(&file(name))).unwrap();
+    let url = |name: &str| house.daemon.url(&format!("/files?path={dir}/{name}"));
+    let send = |name: &str, body: &'static str| {
+        let request = house.http.post(url(name));
+        request.header("content-type", "application/octet-stream").body(body).send()
+    };
+    written(send("caf%e9", "latin").await.unwrap()).await;
+    written(send("caf%C3%A9", "utf-8").await.unwrap()).await;
+    assert_eq!(read(b"caf\xe9"), b"latin");
+    assert_eq!(read("café".as_bytes()), b"utf-8");
+    let got = common::soon("a download", house.http.get(url("caf%e9")).send()).await.unwrap();
+    assert_eq!(got.headers()["content-disposition"], "inline; filename*=utf-8''caf%E9");
+    assert_eq!(got.text().await.unwrap(), "latin");
+    let form = multipart::Form::new().part("file", part("form", "ignored"));
+    let request = house.http.post(url("%ff")).multipart(form);
+    written(common::soon("an upload", request.send()).await.unwrap()).await;
+    assert_eq!(read(b"\xff"), b"form");
+    // JSON has no bytes: Python writes each as a lone surrogate.
+    let body = r#"{"source_paths":["DIR/caf\udce9","DIR/\udcff"],"destination":"DIR/whole\udcfe"}"#;
+    let request = house.http.post(house.daemon.url("/files/compose"));
+    let request = request.body(body.replace("DIR", &dir));
+    let answer = common::soon("a composition", request.send()).await.unwrap();
+    assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+    assert_eq!(read(b"whole\xfe"), b"latinform");
 }
 
 #[tokio::test]

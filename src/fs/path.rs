@@ -30,24 +30,32 @@ const DIR_MODE: u32 = 0o755;
 /// # Errors
 /// [`FsError::ExpandHome`] for `~name`, [`FsError::NulByte`] for a path that holds one,
 /// [`FsError::PathTooLong`] for one of [`PATH_MAX`] bytes or more, as written or made absolute.
-pub fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf, FsError> {
-    let path = if path.is_empty() { workdir.unwrap_or_default() } else { path };
-    if path.contains('\0') {
-        return Err(FsError::NulByte(quote::text(path).into_owned()));
+pub fn resolve(
+    path: impl AsRef<OsStr>,
+    user: &User,
+    workdir: Option<&str>,
+) -> Result<PathBuf, FsError> {
+    let path = path.as_ref();
+    let path = if path.is_empty() { OsStr::new(workdir.unwrap_or_default()) } else { path };
+    let bytes = path.as_bytes();
+    if bytes.contains(&0) {
+        return Err(FsError::NulByte(quote::path(Path::new(path))));
     }
     // As written, before anything is done for each part of it.
     let fits = |length: usize| match length < PATH_MAX {
         true => Ok(()),
-        false => Err(FsError::PathTooLong(quote::text(path).into_owned())),
+        false => Err(FsError::PathTooLong(quote::path(Path::new(path)))),
     };
-    fits(path.len())?;
+    fits(bytes.len())?;
     // login(1)'s rule for a user without a home directory.
     let home = if user.home.is_absolute() { user.home.as_path() } else { Path::new("/") };
-    let resolved = match path.strip_prefix('~') {
+    let resolved = match bytes.strip_prefix(b"~") {
         // Go's `~\x` keeps the backslash as part of a name.
-        Some(rest) if rest.is_empty() || rest.starts_with(['/', '\\']) => join(home, rest),
+        Some(rest) if rest.is_empty() || rest.starts_with(b"/") || rest.starts_with(b"\\") => {
+            join(home, OsStr::from_bytes(rest))
+        }
         Some(_) => return Err(FsError::ExpandHome(user.name.clone())),
-        None if path.starts_with('/') => PathBuf::from(path),
+        None if bytes.starts_with(b"/") => PathBuf::from(path),
         None => join(home, path),
     };
     fits(resolved.as_os_str().len())?;
@@ -55,7 +63,7 @@ pub fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<PathBuf
 }
 
 /// Go's `filepath.Join` of two elements: an absolute second one is not taken as absolute.
-fn join(base: &Path, rest: &str) -> PathBuf {
+fn join(base: &Path, rest: &OsStr) -> PathBuf {
     let mut joined = base.as_os_str().to_owned();
     joined.push("/");
     joined.push(rest);

@@ -49,9 +49,25 @@ pub struct Opened {
 /// Opens a regular file for reading.
 ///
 /// # Errors
-/// [`FsError::NotThere`], [`FsError::ReadOfDirectory`], [`FsError::NotRegular`] for devices, FIFOs
-/// and sockets, or the call that failed.
+/// As [`open_any`], and [`FsError::NotRegular`] for character devices.
 pub fn open(path: &Path, actor: &Actor) -> Result<Opened, FsError> {
+    open_if(path, actor, &|kind| kind == libc::S_IFREG)
+}
+
+/// Opens a regular file or a character device for reading.
+///
+/// # Errors
+/// [`FsError::NotThere`], [`FsError::ReadOfDirectory`], [`FsError::NotRegular`] for block devices, FIFOs
+/// and sockets, or the call that failed.
+pub fn open_any(path: &Path, actor: &Actor) -> Result<Opened, FsError> {
+    open_if(path, actor, &|kind| matches!(kind, libc::S_IFREG | libc::S_IFCHR))
+}
+
+fn open_if(
+    path: &Path,
+    actor: &Actor,
+    wanted: &dyn Fn(libc::mode_t) -> bool,
+) -> Result<Opened, FsError> {
     let checked = |errno| match errno {
         Errno::ENOENT => FsError::NotThere(path.to_owned()),
         errno => FsError::CheckPath { error: PathError::new("stat", path, errno) },
@@ -66,23 +82,28 @@ pub fn open(path: &Path, actor: &Actor) -> Result<Opened, FsError> {
         let place = place.map_err(|error| error.or_busy(|error| checked(error.errno)))?;
         // Before it is opened: opening a device can do things.
         let found = place.found().ok_or_else(|| FsError::NotThere(path.to_owned()))?;
-        readable(path, found.stat.st_mode)?;
-        let (file, stat, rights) = match place.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
-            Ok(opened) => opened,
-            Err(Errno::ELOOP) => continue,
-            Err(errno) => return Err(failed(errno)),
-        };
+        readable(path, found.stat.st_mode, wanted)?;
+        let (file, stat, rights) =
+            match place.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY) {
+                Ok(opened) => opened,
+                Err(Errno::ELOOP) => continue,
+                Err(errno) => return Err(failed(errno)),
+            };
         // Again: it may be another file by now.
-        readable(path, stat.st_mode)?;
+        readable(path, stat.st_mode, wanted)?;
         let meta = file.metadata().map_err(|error| failed(errno::of(&error)))?;
         return Ok(Opened { file, meta, rights });
     }
     Err(failed(Errno::ELOOP))
 }
 
-fn readable(path: &Path, mode: libc::mode_t) -> Result<(), FsError> {
+fn readable(
+    path: &Path,
+    mode: libc::mode_t,
+    wanted: &dyn Fn(libc::mode_t) -> bool,
+) -> Result<(), FsError> {
     match mode & libc::S_IFMT {
-        libc::S_IFREG => Ok(()),
+        kind if wanted(kind) => Ok(()),
         libc::S_IFDIR => Err(FsError::ReadOfDirectory(path.to_owned())),
         _ => Err(FsError::NotRegular(path.to_owned())),
     }

@@ -23,9 +23,9 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, Metadata},
+    fs::{File, Metadata, Permissions},
     io::{self, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -90,6 +90,8 @@ pub struct Writer {
     made: usize,
     expected: Option<u64>,
     fsync: bool,
+    /// The permissions of a new file, if not the usual ones.
+    mode: Option<u32>,
     sink: Sink,
     /// The file that the user was found to be allowed to write.
     allowed: Option<Key>,
@@ -144,6 +146,7 @@ impl Writer {
                 made,
                 expected: None,
                 fsync: false,
+                mode: None,
                 sink,
                 allowed,
                 writers: Arc::clone(writers),
@@ -156,6 +159,11 @@ impl Writer {
     /// Tells how many bytes the client announced, for the message when they do not fit.
     pub fn expect_bytes(&mut self, bytes: u64) {
         self.expected = (bytes > 0).then_some(bytes);
+    }
+
+    /// Gives these permissions to a file that did not exist; one that exists keeps its own.
+    pub fn mode_of_new(&mut self, mode: u32) {
+        self.mode = Some(mode);
     }
 
     /// Makes [`Self::finish`] wait until content and name are on the disk.
@@ -266,6 +274,10 @@ impl Writer {
         }
         let Body::New(new) = &mut *body else { return Ok(None) };
         rights.act(|| metadata::replace(new.file(), &self.path, metadata))?;
+        if let Some(mode) = self.mode {
+            let changed = rights.act(|| new.file().set_permissions(Permissions::from_mode(mode)));
+            changed.map_err(|error| self.write_failed(&error))?;
+        }
         if self.fsync {
             // First: the name must not lead to less.
             new.file().sync_all().map_err(|error| self.write_failed(&error))?;

@@ -1,5 +1,12 @@
 //! `POST /files/compose`: one file from parts that were uploaded before.
 
+use std::{
+    ffi::{OsStr, OsString},
+    fmt,
+    os::unix::ffi::OsStringExt,
+    path::Path,
+};
+
 use axum::{
     body::Body,
     extract::State,
@@ -8,7 +15,7 @@ use axum::{
 use bytes::BytesMut;
 use futures_util::StreamExt;
 use http::{StatusCode, header};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
 use super::{FilesQuery, Refusal, Shared, blocking, upload::too_many_uploads, user};
 use crate::{
@@ -25,9 +32,50 @@ use crate::{
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Request {
-    source_paths: Option<Vec<String>>,
-    destination: Option<String>,
+    source_paths: Option<Vec<FileName>>,
+    destination: Option<FileName>,
     username: Option<String>,
+}
+
+/// A path, byte for byte: bytes that are not UTF-8 come as they are, or each as the lone surrogate that
+/// Python's `os.fsdecode` makes of it (U+DC80 to U+DCFF; PEP 383).
+#[derive(Debug, Default)]
+struct FileName(OsString);
+
+impl<'de> Deserialize<'de> for FileName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = FileName;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<FileName, E> {
+                Ok(FileName(OsString::from_vec(without_surrogates(bytes))))
+            }
+        }
+        // Of a string with what is not UTF-8 the parser gives the bytes, with surrogates as if they were
+        // characters.
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
+/// Puts back the bytes that stand as surrogates, each in three bytes.
+fn without_surrogates(mut bytes: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(bytes.len());
+    while let [first, rest @ ..] = bytes {
+        match bytes {
+            [0xed, second @ 0xb2..=0xb3, third @ 0x80..=0xbf, rest @ ..] => {
+                plain.push(second << 6 | third & 0x3f);
+                bytes = rest;
+            }
+            _ => {
+                plain.push(*first);
+                bytes = rest;
+            }
+        }
+    }
+    plain
 }
 
 /// The most bytes of a request.
@@ -87,19 +135,19 @@ pub(super) async fn compose(
         return Err(Refusal::bad("source_paths must not be empty"));
     }
     let destination = request.destination.unwrap_or_default();
-    if destination.is_empty() {
+    if destination.0.is_empty() {
         return Err(Refusal::bad("destination is required"));
     }
     let query = FilesQuery { username: request.username, ..FilesQuery::default() };
     let user = user(&sandbox, &query)?;
     let defaults = sandbox.defaults.get();
-    let resolve = |path: &str| path::resolve(path, &user, defaults.workdir.as_deref());
-    let to = resolve(&destination)
+    let resolve = |path: &OsStr| path::resolve(path, &user, defaults.workdir.as_deref());
+    let to = resolve(&destination.0)
         .map_err(|error| Refusal::bad(format!("error resolving destination path: {error}")))?;
-    let parts = sources.into_iter().map(|name| match resolve(&name) {
-        Ok(path) => Ok(Part { name, path }),
+    let parts = sources.into_iter().map(|FileName(name)| match resolve(&name) {
+        Ok(path) => Ok(Part { name: name.to_string_lossy().into_owned(), path }),
         Err(error) => {
-            let name = quote::text(&name);
+            let name = quote::path(Path::new(&name));
             Err(Refusal::bad(format!("error resolving source path \"{name}\": {error}")))
         }
     });
@@ -116,4 +164,24 @@ pub(super) async fn compose(
     let mut text = serde_json::to_string(&composed.await?).unwrap_or_default();
     text.push('\n');
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_the_bytes_that_were_written() {
+        for (json, wanted) in [
+            (&br#"["/a"]"#[..], &b"/a"[..]),
+            (b"[\"/caf\xe9\"]", b"/caf\xe9"),
+            (br#"["/caf\udce9"]"#, b"/caf\xe9"),
+            (br#"["/\udc80\udcff"]"#, b"/\x80\xff"),
+            ("[\"/é\u{10ffff}\"]".as_bytes(), "/é\u{10ffff}".as_bytes()),
+            (br#"["/\ud83d\ude00"]"#, "/😀".as_bytes()),
+        ] {
+            let names: Vec<FileName> = serde_json::from_slice(json).unwrap();
+            assert_eq!(names[0].0.as_encoded_bytes(), wanted, "{}", json.escape_ascii());
+        }
+    }
 }

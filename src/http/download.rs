@@ -13,13 +13,14 @@ use std::{
     fs::Metadata,
     hash::{BuildHasher, Hasher, RandomState},
     io::{self, Write},
+    os::unix::fs::FileTypeExt,
     path::Path,
     sync::Arc,
 };
 
 use axum::{
     Extension,
-    extract::State,
+    extract::{RawQuery, State},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -29,7 +30,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
-use super::{FilesParams, Refusal, Shared, blocking, check_signature, query, resolve, user};
+use super::{FilesQuery, Refusal, Shared, blocking, check_signature, resolve, user};
 use crate::{
     access::Operation,
     blocking::{MountId, Pool, stand_on_again},
@@ -50,7 +51,9 @@ use range::Range;
 mod conditions;
 pub mod encoding;
 mod kind;
+mod mime_types;
 pub mod range;
+mod sniff;
 
 /// The shortest file that is compressed: shorter ones fit in a few packets anyway.
 pub const MIN_GZIP: u64 = 64 << 10;
@@ -72,14 +75,14 @@ const CONDITIONAL: [HeaderName; 6] = [
 
 pub(super) async fn download(
     State(sandbox): Shared,
-    params: FilesParams,
+    RawQuery(query): RawQuery,
     granted: Option<Extension<Granted>>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let query = query(params)?;
+    let query = FilesQuery::parse(&query.unwrap_or_default())?;
     check_signature(&sandbox, Operation::Read, &query, &headers, granted.as_deref())?;
     let user = user(&sandbox, &query)?;
-    let path = resolve(&sandbox, query.path.as_deref().unwrap_or_default(), &user)?;
+    let path = resolve(&sandbox, query.path(), &user)?;
     let actor = sandbox.actor(&user);
     let budget = sandbox.memory.downloads().clone();
     let answer =
@@ -107,7 +110,7 @@ impl Answer {
         request: &HeaderMap,
         budget: &Budget,
     ) -> Result<Self, Refusal> {
-        let read::Opened { file, meta, .. } = read::open(path, actor)?;
+        let read::Opened { file, meta, .. } = read::open_any(path, actor)?;
         let not_acceptable = |text: String| Refusal(StatusCode::NOT_ACCEPTABLE, text);
         let accepted =
             encoding::accepted(request).map_err(|error| not_acceptable(error.to_string()))?;
@@ -122,6 +125,9 @@ impl Answer {
             let text = format!("error reading file '{shown}': {error}");
             Refusal(StatusCode::INTERNAL_SERVER_ERROR, text)
         };
+        if meta.file_type().is_char_device() {
+            return Ok(Self::of_device(path));
+        }
         let size = meta.len();
         // A file of /proc says that it is empty and is not, one of /sys that it has a page.
         let length = if size == 0 { u64::MAX } else { size };
@@ -184,6 +190,22 @@ impl Answer {
         let first = charged(first, lease);
         answer.plain(request, &meta, &kind, first, content).map_err(failed)?;
         Ok(answer)
+    }
+
+    /// The answer for a character device, which has the size 0: no more is read than the size says, as with
+    /// upstream. What a device like `/dev/zero` gives never ends.
+    fn of_device(path: &Path) -> Self {
+        let mut answer = Self {
+            status: StatusCode::OK,
+            headers: HeaderMap::new(),
+            first: Bytes::new(),
+            content: None,
+        };
+        answer.headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+        answer.headers.insert(header::CONTENT_TYPE, kind::content_type(path, &[]));
+        answer.set(header::CONTENT_DISPOSITION, &kind::disposition(path));
+        answer.set(header::CONTENT_LENGTH, "0");
+        answer
     }
 
     /// The answer with the file as it is: all of it, some of it, or that nothing has changed.

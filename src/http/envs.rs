@@ -17,6 +17,6 @@ pub(super) async fn envs(State(sandbox): Shared) -> Response {
     // Maps of strings always serialise.
     let mut text = error::without_html(serde_json::to_string(&env).unwrap_or_default());
     text.push('\n');
-    let json = HeaderValue::from_static("application/json; charset=utf-8");
+    let json = HeaderValue::from_static("application/json");
     ([(header::CONTENT_TYPE, json), (header::CACHE_CONTROL, NO_STORE)], text).into_response()
 }

@@ -5,6 +5,7 @@
 mod compose;
 pub mod download;
 mod envs;
+mod files_query;
 mod health;
 pub mod init;
 mod metrics;
@@ -12,16 +13,20 @@ mod upload;
 
 pub use upload::UPLOAD_STALL;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use axum::{
     Router,
-    extract::{Query, State, rejection::QueryRejection},
+    extract::State,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use http::{HeaderMap, HeaderValue, StatusCode};
-use serde::Deserialize;
 
 use crate::{
     access::{Operation, Signed},
@@ -35,6 +40,7 @@ use crate::{
         gate::{self, Granted},
     },
 };
+use files_query::FilesQuery;
 
 /// The paths of the routes.
 pub const ROUTES: [&str; 8] = [
@@ -70,19 +76,6 @@ pub async fn not_found() -> Response {
     error::not_found()
 }
 
-/// The query of `/files`.
-#[derive(Debug, Default, Deserialize)]
-struct FilesQuery {
-    path: Option<String>,
-    username: Option<String>,
-    signature: Option<String>,
-    signature_expiration: Option<String>,
-    /// Of our own: whether an upload is answered once it is on the disk.
-    #[serde(default)]
-    fsync: bool,
-}
-
-type FilesParams = Result<Query<FilesQuery>, QueryRejection>;
 type Shared = State<Arc<Sandbox>>;
 
 /// An answer that is not a success.
@@ -124,14 +117,6 @@ impl From<FsError> for Refusal {
     }
 }
 
-/// The query's parameters, each at most once.
-fn query(params: FilesParams) -> Result<FilesQuery, Refusal> {
-    match params {
-        Ok(Query(query)) => Ok(query),
-        Err(rejection) => Err(Refusal::bad(format!("invalid query: {}", rejection.body_text()))),
-    }
-}
-
 /// Whether the request may touch files: by its token, its signature, or its peer.
 fn check_signature(
     sandbox: &Sandbox,
@@ -155,7 +140,7 @@ fn check_signature(
     }
     let signed = Signed {
         operation,
-        path: query.path.as_deref().unwrap_or_default(),
+        path: query.path().as_bytes(),
         username: query.username.as_deref().unwrap_or_default(),
         expiration,
         signature: query.signature.as_deref(),
@@ -173,9 +158,9 @@ fn user(sandbox: &Sandbox, query: &FilesQuery) -> Result<User, Refusal> {
     })
 }
 
-fn resolve(sandbox: &Sandbox, path: &str, user: &User) -> Result<PathBuf, Refusal> {
+fn resolve(sandbox: &Sandbox, path: &OsStr, user: &User) -> Result<PathBuf, Refusal> {
     path::resolve(path, user, sandbox.defaults.get().workdir.as_deref()).map_err(|error| {
-        let path = quote::text(path);
+        let path = quote::path(Path::new(path));
         Refusal::bad(format!("error expanding and resolving path '{path}': {error}"))
     })
 }

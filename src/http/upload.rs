@@ -5,18 +5,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     io::{self, Write},
+    os::unix::ffi::OsStrExt,
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
-    task::{Poll, ready},
     time::Duration,
 };
 
 use axum::{
-    extract::{Request, State},
+    extract::{RawQuery, Request, State},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -25,7 +26,7 @@ use futures_util::{FutureExt, Stream, StreamExt};
 use http::{HeaderMap, StatusCode, header};
 use serde::Serialize;
 
-use super::{FilesParams, FilesQuery, Refusal, Shared, check_signature, query, resolve, user};
+use super::{FilesQuery, Refusal, Shared, check_signature, resolve, user};
 use crate::{
     access::Operation,
     fs::transfer::{self},
@@ -35,16 +36,18 @@ use crate::{
     slots::Slot,
 };
 
+mod disposition;
+mod form;
+mod quoted_printable;
 mod sink;
 
+use form::{Form, FormError};
 use sink::{Sink, cut};
 
 /// How long an upload may bring no byte before it is ended.
 pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
 /// Bytes of a body that one job writes, as long as they are there; the last chunk may exceed it.
 const MAX_BATCH: usize = 256 << 10;
-/// The most bytes between two parts of a form: boundary and headers.
-const MAX_PART_HEAD: usize = 64 << 10;
 /// Compressed bytes that are decompressed at a time: they may grow a thousandfold in memory.
 const MAX_GZIP_PIECE: usize = 8 << 10;
 /// The most bytes of paths, names and metadata of one form's files: they are told in one answer, at
@@ -65,10 +68,10 @@ struct Written {
 
 pub(super) async fn upload(
     State(sandbox): Shared,
-    params: FilesParams,
+    RawQuery(query): RawQuery,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let query = query(params)?;
+    let query = FilesQuery::parse(&query.unwrap_or_default())?;
     let (parts, body) = request.into_parts();
     let granted = parts.extensions.get();
     check_signature(&sandbox, Operation::Write, &query, &parts.headers, granted)?;
@@ -162,14 +165,14 @@ async fn write_all(
         let length = length.and_then(|value| value.to_str().ok()?.parse().ok());
         Ok(vec![raw(target, chunks, gzip, length).await?])
     } else if essence.starts_with("multipart/") {
-        let boundary =
-            multer::parse_boundary(content_type.replacen(&essence, "multipart/form-data", 1))
-                .map_err(|error| {
-                    Refusal(
-                        StatusCode::INTERNAL_SERVER_ERROR,
-                        format!("error parsing multipart form: {error}"),
-                    )
-                })?;
+        let (_, parameters) = disposition::parse(content_type.as_bytes());
+        let Some(boundary) = parameters.get("boundary").filter(|name| !name.is_empty()) else {
+            return Err(Refusal(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "error parsing multipart form: no multipart boundary param in Content-Type"
+                    .to_owned(),
+            ));
+        };
         match gzip {
             true => multipart(target, gunzip(chunks), boundary).await,
             false => multipart(target, chunks, boundary).await,
@@ -192,7 +195,7 @@ struct Target {
 }
 
 impl Target {
-    fn resolve(&self, path: &str) -> Result<PathBuf, Refusal> {
+    fn resolve(&self, path: &OsStr) -> Result<PathBuf, Refusal> {
         resolve(&self.sandbox, path, &self.user)
     }
 }
@@ -203,8 +206,8 @@ async fn raw<E: std::fmt::Display>(
     gzip: bool,
     length: Option<u64>,
 ) -> Result<Written, Refusal> {
-    let path = match target.query.path.as_deref() {
-        Some(path) if !path.is_empty() => target.resolve(path)?,
+    let path = match target.query.path() {
+        path if !path.is_empty() => target.resolve(path)?,
         _ => {
             return Err(Refusal::bad("path query parameter is required for raw body upload"));
         }
@@ -226,42 +229,33 @@ async fn raw<E: std::fmt::Display>(
     sink.finish().await
 }
 
-async fn multipart<E>(
+async fn multipart<E: std::fmt::Display>(
     target: Target,
-    chunks: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
-    boundary: String,
-) -> Result<Vec<Written>, Refusal>
-where
-    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
-{
-    let head = Arc::new(AtomicUsize::new(0));
-    let chunks = bound_heads(one_by_one(chunks), Arc::clone(&head));
-    let mut form = multer::Multipart::new(chunks, boundary);
+    chunks: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    boundary: &[u8],
+) -> Result<Vec<Written>, Refusal> {
+    let mut form = Form::new(chunks, boundary);
     let mut written = Vec::new();
     let mut seen = BTreeSet::new();
     let mut told = 0;
     loop {
-        head.store(0, Ordering::Relaxed);
-        let field = form.next_field().await.map_err(|error| broken_form(&error))?;
-        let Some(mut field) = field else {
+        let part = form.next_part().await.map_err(|error| broken_form(&error))?;
+        let Some(part) = part else {
             return Ok(written);
         };
-        // Only the way from one part to the next is bounded, not what is in it.
-        head.store(usize::MAX, Ordering::Relaxed);
-        if field.name() != Some("file") {
-            while field.chunk().await.map_err(|error| broken_form(&error))?.is_some() {}
+        if part.name() != Some(b"file") {
             continue;
         }
-        let name = match (target.query.path.as_deref(), field.file_name()) {
-            (Some(path), _) if !path.is_empty() => path.to_owned(),
-            (_, Some(name)) => name.to_owned(),
+        let name = match (target.query.path(), part.file_name()) {
+            (path, _) if !path.is_empty() => path,
+            (_, Some(name)) => OsStr::from_bytes(name),
             (_, None) => {
                 return Err(Refusal::bad(
                     "error getting multipart custom part file name: filename not found in Content-Disposition header",
                 ));
             }
         };
-        let path = target.resolve(&name)?;
+        let path = target.resolve(name)?;
         let metadata: usize =
             target.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
         // The name is a part of the path, and the path is also among those seen.
@@ -283,51 +277,11 @@ where
             )));
         }
         let mut sink = Sink::open(&target, path, false, None).await?;
-        while let Some(chunk) = field.chunk().await.map_err(|error| cut(&error))? {
+        while let Some(chunk) = form.chunk().await.map_err(|error| cut(&error))? {
             sink.send(vec![chunk]).await?;
         }
         written.push(sink.finish().await?);
     }
-}
-
-/// Has nothing ready right after each chunk. multer reads as long as something is ready and keeps
-/// it all in memory, and a body can be ready to its end: decompressed, it may be a thousand times
-/// what was sent.
-fn one_by_one<T>(chunks: impl Stream<Item = T> + Send + 'static) -> impl Stream<Item = T> + Send {
-    let mut chunks = Box::pin(chunks);
-    let mut pause = false;
-    futures_util::stream::poll_fn(move |context| {
-        if std::mem::take(&mut pause) {
-            context.waker().wake_by_ref();
-            return Poll::Pending;
-        }
-        let chunk = ready!(chunks.as_mut().poll_next(context));
-        pause = true;
-        Poll::Ready(chunk)
-    })
-}
-
-/// Lets no more bytes pass than [`MAX_PART_HEAD`] while `head` counts, which it does unless it is
-/// `usize::MAX`.
-fn bound_heads<E>(
-    chunks: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
-    head: Arc<AtomicUsize>,
-) -> impl Stream<Item = Result<Bytes, Box<dyn std::error::Error + Send + Sync>>> + Send + 'static
-where
-    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
-{
-    chunks.map(move |chunk| {
-        let chunk = chunk.map_err(Into::into)?;
-        let passed = head.load(Ordering::Relaxed);
-        if passed != usize::MAX {
-            // The chunk in which the limit is reached may be mostly content.
-            if passed > MAX_PART_HEAD {
-                return Err("the headers of a part are too long".into());
-            }
-            head.store(passed + chunk.len(), Ordering::Relaxed);
-        }
-        Ok(chunk)
-    })
 }
 
 /// Decompresses a body that is read, not written: a form.
@@ -401,7 +355,7 @@ fn metadata(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Refusal> {
     Ok(metadata)
 }
 
-fn broken_form(error: &multer::Error) -> Refusal {
+fn broken_form(error: &FormError) -> Refusal {
     Refusal(StatusCode::INTERNAL_SERVER_ERROR, format!("error reading form: {error}"))
 }
 

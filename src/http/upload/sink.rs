@@ -51,7 +51,7 @@ impl Sink {
     ) -> Result<Self, Refusal> {
         let (actor, slot) = (target.sandbox.actor(&target.user), Arc::clone(&target.slot));
         let writers = Arc::clone(&target.sandbox.writers);
-        let fsync = target.query.fsync;
+        let (fsync, mode) = (target.query.fsync, target.query.mode);
         let open = blocking(&target.sandbox.files, move || {
             slot.use_here();
             let mut writer = Writer::create(&writers, &path, &actor)?;
@@ -60,6 +60,9 @@ impl Sink {
             }
             if fsync {
                 writer.fsync();
+            }
+            if let Some(mode) = mode {
+                writer.mode_of_new(mode);
             }
             let output = Output { writer, failed: None };
             let coder = match gzip {

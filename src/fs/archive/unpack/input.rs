@@ -12,11 +12,34 @@ use crate::fs::archive::Compression;
 
 /// The largest window of Zstandard: what a decoder has to hold. `zstd -19` makes 8 MiB.
 pub const MAX_ZSTD_WINDOW: u64 = 32 << 20;
+
+/// What bzip2 data goes on with behind its first four bytes: a block, or the end.
+const BZIP2_BLOCKS: [&[u8]; 2] = [b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90"];
+
 /// How an archive is compressed, by its first bytes.
+///
+/// # Errors
+/// In a way that is not known here, or the input cannot be read.
 pub(super) fn guess(input: &mut impl BufRead) -> io::Result<Compression> {
+    let unsupported = |name: &str| {
+        let text = format!("compression not supported: {name}; supported are gzip and Zstandard");
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
+    };
     Ok(match input.fill_buf()? {
         [0x1f, 0x8b, ..] => Compression::Gzip,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Compression::Zstd,
+        // A tar may begin with a file of that name, but not of that and these bytes.
+        [b'B', b'Z', b'h', b'1'..=b'9', rest @ ..]
+            if BZIP2_BLOCKS
+                .iter()
+                .any(|block| rest.starts_with(block) || block.starts_with(rest)) =>
+        {
+            return unsupported("bzip2");
+        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => return unsupported("xz"),
+        [0x5d, 0, 0, _, _, ..] => return unsupported("lzma"),
+        [0x1f, 0x9d, ..] => return unsupported("compress"),
+        [0x04, 0x22, 0x4d, 0x18, ..] => return unsupported("lz4"),
         _ => Compression::None,
     })
 }
@@ -81,6 +104,30 @@ impl<R: BufRead> Read for Zstd<R> {
                     *self = Self::Between(Some(rest));
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compressions_are_known_by_their_first_bytes() {
+        let of = |mut bytes: &[u8]| guess(&mut bytes).map_err(|error| error.to_string());
+        assert_eq!(of(b"\x1f\x8b\x08"), Ok(Compression::Gzip));
+        assert_eq!(of(b"\x28\xb5\x2f\xfd\0"), Ok(Compression::Zstd));
+        for tar in [&b""[..], b"name\0\0", b"BZh9/name\0\0\0", b"BZhx"] {
+            assert_eq!(of(tar), Ok(Compression::None));
+        }
+        for (bytes, name) in [
+            (&b"BZh91AY&SY\x01"[..], "bzip2"),
+            (b"BZh6", "bzip2"),
+            (b"\xfd7zXZ\0\0\x04", "xz"),
+            (b"\x5d\0\0\x80\0\xff", "lzma"),
+        ] {
+            let text = of(bytes).unwrap_err();
+            assert!(text.starts_with(&format!("compression not supported: {name};")), "{text}");
         }
     }
 }

@@ -9,10 +9,16 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::Path,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use common::{
-    Daemon, in_time,
+    Daemon, able, in_time,
     rpc::{Client, Failure, Messages, Wire},
 };
 use envd::proto::filesystem::{
@@ -284,6 +290,55 @@ async fn entries_come_with_events_when_asked_for() {
     }
 }
 
+/// As upstream: entries show a clean path, whatever the client wrote.
+#[tokio::test]
+async fn the_paths_of_entries_are_clean() {
+    let (_daemon, client, dir) = house();
+    let root = dir.path().join("sub");
+    fs::create_dir_all(root.join("deep")).unwrap();
+    for recursive in [false, true] {
+        let odd = format!("{}//./sub/../sub/", dir.path().to_str().unwrap());
+        let request =
+            WatchDirRequest { include_entry: true, ..watching(Path::new(&odd), recursive) };
+        let mut watch = Watch::try_new(&client, &request).await.unwrap();
+        let name = if recursive { "deep/file" } else { "file" };
+        fs::write(root.join(name), "12345").unwrap();
+        let event = watch.next().await;
+        assert_eq!(event.name, name);
+        assert_eq!(event.entry.unwrap().path, root.join(name).to_str().unwrap());
+    }
+    // Errors name what the client wrote.
+    let missing = format!("{}//missing/", dir.path().to_str().unwrap());
+    let refused = create_watcher(&client, Path::new(&missing), false).await.unwrap_err();
+    assert!(refused.message.starts_with(&format!("path {missing} not found: ")), "{refused:?}");
+}
+
+/// Images without /dev: the ids of watchers are random all the same.
+#[tokio::test]
+async fn a_watch_needs_no_dev_urandom() {
+    let unshare = |script: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script, env!("CARGO_BIN_EXE_envd")]);
+        command
+    };
+    let possible = unshare("mount -t tmpfs none /dev").output();
+    if !able("root and unshare", possible.is_ok_and(|output| output.status.success())) {
+        return;
+    }
+    let script = "mount -t tmpfs none /dev && \
+                  exec \"$0\" --listen tcp://127.0.0.1:0 --mmds=none --no-clock";
+    let daemon = Daemon::spawn(&mut unshare(script));
+    let dev = fs::read_dir(format!("/proc/{}/root/dev", daemon.pid())).unwrap();
+    assert_eq!(dev.count(), 0, "there is no device");
+    let (client, dir) = (client(&daemon), tempfile::tempdir().unwrap());
+    let id = create_watcher(&client, dir.path(), true).await.unwrap();
+    let other = create_watcher(&client, dir.path(), true).await.unwrap();
+    assert_ne!(id, other);
+    fs::File::create(dir.path().join("file")).unwrap();
+    let events = watcher_events(&client, &id).await.unwrap();
+    assert_eq!(brief(&events), told(&[("file", EventType::Create)]));
+}
+
 #[tokio::test]
 async fn silence_is_broken_by_keepalives() {
     let (_daemon, client, dir) = house();
@@ -504,6 +559,56 @@ async fn a_storm_of_new_directories_loses_no_file() {
         let unique = unique.iter().filter(|name| !name.contains(LAST)).count();
         assert_eq!(known, unique, "none is told twice");
     }
+}
+
+/// Lessons: a watched directory was added again with each new one in it, to learn which it is, and the
+/// kernel dropped what happened in that moment. An overflow of its queue would make up for that, so the
+/// writers are never far ahead of what is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_directory_of_four_writers_is_missed() {
+    const DIRS: usize = 25_000;
+    const WRITERS: usize = 4;
+    const MAX_AHEAD: usize = 2000;
+    let (_daemon, client, dir) = house();
+    let (_, mut messages) = with_cursors(&client, dir.path(), "").await.unwrap();
+    let seen = Arc::new(AtomicUsize::new(0));
+    let writers = (0..WRITERS).map(|writer| {
+        let (root, seen) = (dir.path().to_owned(), Arc::clone(&seen));
+        tokio::task::spawn_blocking(move || {
+            for i in (writer..DIRS).step_by(WRITERS) {
+                while i > seen.load(Ordering::Relaxed) + MAX_AHEAD {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let path = root.join(format!("d{i}"));
+                fs::create_dir(&path).unwrap();
+                fs::File::create(path.join("file")).unwrap();
+            }
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    let last = dir.path().join(LAST);
+    tokio::spawn(async move {
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        fs::File::create(last).unwrap();
+    });
+    let names = (0..DIRS).flat_map(|i| [format!("d{i}"), format!("d{i}/file")]);
+    let mut missing: BTreeSet<String> = names.chain([LAST.to_owned()]).collect();
+    while missing.contains(LAST) {
+        let message = messages.next().await.unwrap().expect("it goes on");
+        match message.event.unwrap() {
+            Event::Filesystem(event) if event.r#type() == EventType::Create => {
+                let is_dir = !event.name.contains('/');
+                assert!(missing.remove(&event.name), "{} is told once", event.name);
+                seen.fetch_add(usize::from(is_dir), Ordering::Relaxed);
+            }
+            // Of the files that were made before their directory was watched.
+            Event::Filesystem(_) | Event::Keepalive(_) => {}
+            other => panic!("not all was told one by one: {other:?}"),
+        }
+    }
+    assert!(missing.is_empty(), "{} were not told: {missing:?}", missing.len());
 }
 
 #[tokio::test]

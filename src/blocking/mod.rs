@@ -13,6 +13,7 @@
 
 mod job;
 mod job_slots;
+mod keep_out;
 mod mount;
 mod mount_table;
 mod pool;
@@ -23,10 +24,11 @@ use std::time::Duration;
 pub use self::{
     job::{OVERDUE, progress},
     job_slots::{JobSlot, JobSlots, MAX_HUNG_FACTOR},
+    keep_out::{is_keeping_out, keep_out_of, keep_out_of_served},
     mount::{
-        MAX_PROBES, MAX_STALLED_JOBS, MAX_UNPROBED_JOBS, MountBusy, MountId, PROBE_VALID,
-        PROBE_WAIT, QUIET, STALLED, SUSPECT, leave_mount, stand_on, stand_on_again, stand_on_also,
-        stand_on_child,
+        LOOKUP_WAIT, MAX_PROBES, MAX_STALLED_JOBS, MAX_UNPROBED_JOBS, MountBusy, MountId,
+        PROBE_VALID, PROBE_WAIT, QUIET, STALLED, SUSPECT, leave_mount, stand_on, stand_on_again,
+        stand_on_also, stand_on_child,
     },
     mount_table::{mount_inside, mounts_in},
     pool::Pool,

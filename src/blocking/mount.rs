@@ -8,7 +8,12 @@
 //! the next job that would enter it waits for a probe: a thread of its own asks the file system for
 //! the attributes of one directory. A mount whose probe has no answer within [`PROBE_WAIT`] does
 //! not answer; jobs that would enter it fail with [`MountBusy`], which names it. The probe's thread
-//! stays in its call, and the moment it returns the mount is usable again: there is no timer.
+//! stays in its call, and the moment it returns the mount is usable again: there is no timer. Where a
+//! program or another machine serves the mount, the same thread then looks a name up: a mount that
+//! answers for attributes but not for a name within [`LOOKUP_WAIT`] does not answer either.
+//!
+//! The local file system at `/` is never probed: its root is in the kernel's memory, so that the
+//! answer says nothing, and without `/` nothing would work anyway.
 //!
 //! A file system may answer that question and still not complete others (a frozen disk, one hanging
 //! file): a mount other than `/` on which [`MAX_STALLED_JOBS`] jobs have shown no progress for
@@ -25,16 +30,20 @@ use std::{
 };
 
 use nix::{
-    fcntl::{OFlag, open, openat},
+    fcntl::{OFlag, openat},
     sys::stat::Mode,
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{
     job::{self, Job, millis, now},
-    mount_table,
+    keep_out, mount_table,
 };
-use crate::sys::{fs_credentials, mounts};
+use crate::sys::mounts;
+
+mod probe;
+
+use probe::Target;
 
 /// A job of a mount without progress for this long is the reason to probe the mount.
 pub const QUIET: Duration = Duration::from_millis(500);
@@ -48,6 +57,9 @@ pub const PROBE_VALID: Duration = Duration::from_secs(1);
 /// A probe without an answer for this long makes a mount suspect: what its jobs hold besides their
 /// threads is given to others.
 pub const SUSPECT: Duration = Duration::from_millis(250);
+/// How long the look-up of a name by a probe may take before its mount counts as one that does not
+/// answer. Longer than [`PROBE_WAIT`]: it waits for calls that change the same directory.
+pub const LOOKUP_WAIT: Duration = STALLED;
 /// The probes that may run at a time, one for each mount. Beyond it mounts count as answering.
 pub const MAX_PROBES: usize = 64;
 /// A job without progress for this long is stalled, whatever the probe says.
@@ -76,6 +88,8 @@ impl From<MountBusy> for io::Error {
 struct Mount {
     jobs: Vec<Arc<Job>>,
     probe: Probe,
+    /// Since when a probe waits for the look-up of a name.
+    lookup: Option<u64>,
 }
 
 /// Times are those of [`now`].
@@ -112,6 +126,17 @@ static ANSWERED: Condvar = Condvar::new();
 
 impl Mount {
     fn verdict(&self, id: u64) -> Verdict {
+        match self.judge(id) {
+            Verdict::Free => Verdict::Free,
+            _ if mount_table::is_local_root(id) => Verdict::Free,
+            verdict => verdict,
+        }
+    }
+
+    fn judge(&self, id: u64) -> Verdict {
+        if self.lookup.is_some_and(|since| now().saturating_sub(since) >= millis(LOOKUP_WAIT)) {
+            return Verdict::Busy;
+        }
         let quiet = |limit: Duration| {
             self.jobs.iter().filter(|job| job.quiet_for() > millis(limit)).count()
         };
@@ -139,6 +164,12 @@ impl Mount {
         }
     }
 
+    /// The threads of its probes.
+    fn probes(&self) -> usize {
+        usize::from(matches!(self.probe, Probe::Running { .. }))
+            + usize::from(self.lookup.is_some())
+    }
+
     fn busy(&self, id: u64) -> MountBusy {
         MountBusy { mount: mount_table::name_of(id), calls: self.jobs.len().max(1) }
     }
@@ -161,9 +192,7 @@ impl Registry {
     }
 
     fn forget_if_unused(&mut self, id: u64) {
-        let unused =
-            |mount: &Mount| mount.jobs.is_empty() && !matches!(mount.probe, Probe::Running { .. });
-        if self.mounts.get(&id).is_some_and(unused) {
+        if self.mounts.get(&id).is_some_and(|mount| mount.jobs.is_empty() && mount.probes() == 0) {
             self.mounts.remove(&id);
         }
     }
@@ -171,8 +200,7 @@ impl Registry {
     /// Begins a probe of a mount, unless one runs. Where that cannot be, the mount counts as
     /// answering: it is only the bounds of the pools that hold then.
     fn probe(&mut self, id: u64, target: Option<OwnedFd>) {
-        let running = |mount: &&Mount| matches!(mount.probe, Probe::Running { .. });
-        let probes = self.mounts.values().filter(running).count();
+        let probes: usize = self.mounts.values().map(Mount::probes).sum();
         let mount = self.mounts.entry(id).or_default();
         if matches!(mount.probe, Probe::Running { .. }) {
             return;
@@ -181,39 +209,13 @@ impl Registry {
             Some(fd) => Some(Target::Fd(fd)),
             None => mount_table::point_of(id).map(Target::Path),
         };
-        let started = probes < MAX_PROBES
-            && place.is_some_and(|place| {
-                let probe = std::thread::Builder::new().name("envd-probe".to_owned());
-                probe.spawn(move || run_probe(id, &place)).is_ok()
-            });
+        let started =
+            probes < MAX_PROBES && place.is_some_and(|place| probe::start(id, place).is_ok());
         mount.probe = match started {
             true => Probe::Running { since: now() },
             false => Probe::Answered { at: now() },
         };
     }
-}
-
-enum Target {
-    Fd(OwnedFd),
-    Path(PathBuf),
-}
-
-/// The life of a probe's thread. Whatever the file system says is an answer.
-fn run_probe(id: u64, target: &Target) {
-    // A job that acts as a user may have started it, and a refusal to that user is no answer.
-    let _ = fs_credentials::begin_thread();
-    let _ = match target {
-        Target::Fd(fd) => mounts::ask(fd.as_fd()),
-        Target::Path(path) => open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-            .and_then(|fd| mounts::ask(fd.as_fd())),
-    };
-    let mut registry = REGISTRY.lock();
-    if let Some(mount) = registry.mounts.get_mut(&id) {
-        mount.probe = Probe::Answered { at: now() };
-    }
-    registry.forget_if_unused(id);
-    drop(registry);
-    ANSWERED.notify_all();
 }
 
 /// Declares that the job on this thread works on the mount of `fd` from now on. Call it before the
@@ -225,7 +227,7 @@ fn run_probe(id: u64, target: &Target) {
 pub fn stand_on(fd: BorrowedFd<'_>) -> Result<(), MountBusy> {
     match id_of(fd) {
         Some(id) => enter(id, Some(fd), false),
-        None => Ok(()),
+        None => keep_out::check(None),
     }
 }
 
@@ -237,7 +239,7 @@ pub fn stand_on(fd: BorrowedFd<'_>) -> Result<(), MountBusy> {
 pub fn stand_on_also(fd: BorrowedFd<'_>) -> Result<(), MountBusy> {
     match id_of(fd) {
         Some(id) => enter(id, Some(fd), true),
-        None => Ok(()),
+        None => keep_out::check(None),
     }
 }
 
@@ -304,7 +306,7 @@ pub(super) fn leave(job: &Arc<Job>) {
 
 /// The mount of a descriptor: from statx(2), from /proc where that has no such answer, and from the
 /// path of the descriptor where /proc has none either.
-fn id_of(fd: BorrowedFd<'_>) -> Option<u64> {
+pub(super) fn id_of(fd: BorrowedFd<'_>) -> Option<u64> {
     if let Ok(id) = mounts::mount_id(fd) {
         return Some(id);
     }
@@ -318,6 +320,9 @@ fn id_of(fd: BorrowedFd<'_>) -> Option<u64> {
 }
 
 fn enter(id: u64, fd: Option<BorrowedFd<'_>>, also: bool) -> Result<(), MountBusy> {
+    if keep_out::is_keeping_out() {
+        return keep_out::check(Some(id));
+    }
     let job = job::current();
     if let Some(job) = &job {
         job.progress();
@@ -426,7 +431,9 @@ pub(super) fn is_suspect(job: &Arc<Job>) -> bool {
     suspect
 }
 
-/// Of these jobs, the mount on which most of them are overdue.
+/// Of these jobs, the mount on which most of them are overdue: one that does not answer, if there is
+/// one, and `/` only if they are on no other. A start that waits for a working directory is on the
+/// mount of its command as well, so that both count alike.
 pub(super) fn busiest<'a>(jobs: impl Iterator<Item = &'a Arc<Job>>) -> Option<MountBusy> {
     let mut counts: HashMap<u64, usize> = HashMap::new();
     for job in jobs.filter(|job| job.is_overdue()) {
@@ -434,6 +441,44 @@ pub(super) fn busiest<'a>(jobs: impl Iterator<Item = &'a Arc<Job>>) -> Option<Mo
             *counts.entry(id).or_default() += 1;
         }
     }
-    let (id, calls) = counts.into_iter().max_by_key(|(_, calls)| *calls)?;
+    let registry = REGISTRY.lock();
+    let hangs = |id| registry.mounts.get(&id).is_some_and(|m| m.verdict(id) == Verdict::Busy);
+    let rank = |(id, calls): &(u64, usize)| (!mount_table::is_root(*id), hangs(*id), *calls);
+    let (id, calls) = counts.into_iter().max_by_key(rank)?;
+    drop(registry);
     Some(MountBusy { mount: mount_table::name_of(id), calls })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job_on(mounts: &[u64]) -> Arc<Job> {
+        let job = Arc::new(Job::default());
+        for id in mounts {
+            job.add_mount(*id);
+        }
+        job.set_asking(true);
+        job
+    }
+
+    #[test]
+    fn the_mount_that_jobs_wait_for_is_named_and_not_the_one_of_their_command() {
+        let root = mount_table::id_of(std::path::Path::new("/")).unwrap();
+        let proc = mount_table::id_of(std::path::Path::new("/proc")).unwrap();
+        let jobs = [job_on(&[proc, root]), job_on(&[root, proc]), job_on(&[root])];
+        assert_eq!(busiest(jobs.iter()).unwrap().mount, "/proc");
+        assert_eq!(busiest(jobs[2..].iter()).unwrap().mount, "/");
+    }
+
+    #[test]
+    fn the_local_root_is_free_whatever_its_probe_does() {
+        let root = mount_table::id_of(std::path::Path::new("/")).unwrap();
+        if !mount_table::is_local_root(root) {
+            return;
+        }
+        let waits = Mount { probe: Probe::Running { since: 0 }, ..Mount::default() };
+        assert_ne!(waits.judge(root), Verdict::Free);
+        assert_eq!(waits.verdict(root), Verdict::Free);
+    }
 }

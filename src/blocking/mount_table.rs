@@ -100,6 +100,31 @@ pub(super) fn is_any_served() -> bool {
     table.served
 }
 
+/// Whether a program or another machine serves a mount other than `/`. True where that is not known.
+pub(super) fn is_served(id: u64) -> bool {
+    let mut table = TABLE.lock();
+    table.refresh();
+    let line = table.lines.iter().find(|line| line.id == id);
+    line.is_none_or(|line| line.is_risky() && line.is_served())
+}
+
+/// Whether names in a mount are looked up by a program or another machine, and nothing is mounted by
+/// that.
+pub(super) fn looks_names_up_elsewhere(id: u64) -> bool {
+    let mut table = TABLE.lock();
+    table.refresh();
+    let line = table.lines.iter().find(|line| line.id == id);
+    line.is_some_and(|line| line.is_served() && line.kind != "autofs")
+}
+
+/// Whether a mount is the one at `/`, and the kernel serves it by itself.
+pub(super) fn is_local_root(id: u64) -> bool {
+    let mut table = TABLE.lock();
+    table.refresh();
+    let line = table.lines.iter().find(|line| line.id == id);
+    table.root == Some(id) && line.is_some_and(|line| !line.is_served())
+}
+
 /// Whether a mount is the one at `/`.
 pub(super) fn is_root(id: u64) -> bool {
     let mut table = TABLE.lock();

@@ -459,8 +459,13 @@ fn stream_of(files: Arc<Pool>, content: Content, first: Bytes) -> Body {
                 let piece = piece.and_then(|()| content.next(lease));
                 (content, piece)
             });
-            let (content, piece) = read.await.map_err(io::Error::other)?;
-            let piece = piece?;
+            // The status has been sent, so that only the log can say why the body ends early.
+            let cut_short = |error: io::Error| {
+                tracing::warn!(%error, "a download is cut short");
+                error
+            };
+            let (content, piece) = read.await.map_err(|busy| cut_short(io::Error::other(busy)))?;
+            let piece = piece.map_err(cut_short)?;
             Ok::<_, io::Error>((!piece.is_empty()).then_some((piece, content)))
         }
     });

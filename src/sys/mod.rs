@@ -22,6 +22,7 @@ pub mod path_fd;
 pub mod pidfd;
 pub mod procfs;
 pub mod pty;
+pub mod random;
 pub mod ready;
 pub mod reflink;
 pub mod rename;

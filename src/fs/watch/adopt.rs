@@ -226,7 +226,7 @@ impl Tree {
             return self.open(id, rel);
         };
         let up = self.open(id, above)?;
-        match self.found_at(&up, above)? == wanted {
+        match self.is_dir(&up, wanted) {
             true => up.below(name),
             false => Err(Errno::ENOENT),
         }
@@ -287,7 +287,7 @@ impl Tree {
             if announce && self.fresh.len() < MAX_KNOWN_NAMES {
                 self.fresh.extend(found.iter().map(|(name, _)| (wd, name.clone())));
             }
-            self.dirs.insert(wd, Dir { subs: Vec::new(), known: None });
+            self.dirs.insert(wd, Dir { id: place.id(), subs: Vec::new(), known: None });
             self.set_known(wd, found);
         }
         let Some(dir) = self.dirs.get_mut(&wd) else {

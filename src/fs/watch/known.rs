@@ -4,13 +4,22 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use nix::{
+    dir::{Dir, Type},
+    fcntl::{OFlag, openat},
+    sys::stat::{Mode, SFlag, fstat},
+};
+
 use super::tree::{Tree, Wd};
-use crate::fs::unnamed::is_temporary;
+use crate::{blocking::keep_out_of, fs::unnamed::is_temporary};
 
 /// How far the time of a change may lie behind the clock: the kernel takes it from its last tick,
 /// and there are 100 in a second at the least.
@@ -67,16 +76,44 @@ impl Tree {
 
 /// The sorted names in a directory, with whether each is a directory; empty when it is gone.
 pub(super) fn scan(path: &Path) -> Vec<(OsString, bool)> {
-    let Ok(entries) = fs::read_dir(path) else {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let Ok(mut dir) = Dir::open(path, flags, Mode::empty()) else {
         return Vec::new();
     };
-    let readable = entries.take(MAX_KNOWN_NAMES + 1).filter_map(Result::ok);
-    let mut found: Vec<_> = readable
-        .filter(|entry| !is_temporary(&entry.file_name()))
-        .map(|entry| (entry.file_name(), entry.file_type().is_ok_and(|kind| kind.is_dir())))
+    let entries = dir.iter().map_while(Result::ok).take(MAX_KNOWN_NAMES + 3);
+    let named = entries.filter(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."));
+    let names: Vec<(OsString, Option<Type>)> = named
+        .map(|entry| {
+            (OsStr::from_bytes(entry.file_name().to_bytes()).to_owned(), entry.file_type())
+        })
+        .collect();
+    let is_dir = |name: &OsStr, kind: Option<Type>| match kind {
+        Some(kind) => kind == Type::Directory,
+        None => is_dir(dir.as_fd(), name),
+    };
+    let mut found: Vec<_> = names
+        .into_iter()
+        .filter(|(name, _)| !is_temporary(name))
+        .map(|(name, kind)| {
+            let is_dir = is_dir(&name, kind);
+            (name, is_dir)
+        })
         .collect();
     found.sort_unstable();
     found
+}
+
+/// Whether a name is a directory's, where the file system does not say so in the listing.
+fn is_dir(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let Ok(fd) = openat(dir, name, flags, Mode::empty()) else {
+        return false;
+    };
+    // It can be the root of a mount.
+    keep_out_of(Some(fd.as_fd())).is_ok()
+        && fstat(&fd).is_ok_and(|stat| {
+            SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR
+        })
 }
 
 /// Whether a file may have changed since then, by the one time that no program can set.

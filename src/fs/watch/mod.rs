@@ -65,7 +65,7 @@ use self::{
     queue::{Next, Queue},
     thread::{Command, Shared},
 };
-use super::{FsError, PathError, actor::Actor, entry::Entry, resolve::Walk};
+use super::{FsError, PathError, actor::Actor, entry::Entry, path, resolve::Walk};
 use crate::{blocking::Pool, guest::users::Users, sys::path_fd};
 
 /// The file systems on which others make changes that inotify does not tell: statfs(2) types of
@@ -264,11 +264,13 @@ impl Hub {
         actor: &Actor,
         options: WatchOptions,
     ) -> Result<Watcher, FsError> {
-        let (path, actor) = (path.to_owned(), actor.clone());
+        let (asked, actor) = (path.to_owned(), actor.clone());
         // A network mount can take its time to answer; neither an async worker nor the watching
         // thread, which serves everyone, shall wait for it.
-        let check = move || check(&path, &actor, options).map(|network| (path, actor, network));
-        let (path, actor, network) = self.files.run(check).await??;
+        let check = move || check(&asked, &actor, options).map(|network| (asked, actor, network));
+        let (asked, actor, network) = self.files.run(check).await??;
+        // As upstream: entries show what is below the cleaned path, so that it is what is watched.
+        let path = path::clean(&asked);
         let queue = Arc::new(Queue::new(options));
         let files = Arc::clone(&self.files);
         if network {
@@ -283,9 +285,14 @@ impl Hub {
         let source = Source::Kernel { id, shared };
         let watcher = Watcher { source, queue: Arc::clone(&queue), files, _cover: cover };
         let (done, added) = oneshot::channel();
+        let root = path.clone();
         self.shared.send_or_start(Command::Add { id, path, actor, options, queue, done })?;
         match added.await {
-            Ok(result) => result.map(|()| watcher),
+            Ok(Ok(())) => Ok(watcher),
+            Ok(Err(FsError::WatchAdd { path, errno })) if path == root => {
+                Err(FsError::WatchAdd { path: asked, errno })
+            }
+            Ok(Err(error)) => Err(error),
             Err(_) => Err(FsError::WatchStart("the watching thread has ended".to_owned())),
         }
     }

@@ -5,9 +5,7 @@
 //! for it.
 
 use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -15,7 +13,10 @@ use std::{
 use tokio::{task::AbortHandle, time::Instant};
 
 use super::{Hub, Told, WatchOptions, Watcher};
-use crate::fs::{FsError, PathError, actor::Actor};
+use crate::{
+    fs::{FsError, PathError, actor::Actor},
+    sys::random,
+};
 
 /// The watchers that clients poll.
 pub const MAX_POLLED_WATCHERS: usize = 1024;
@@ -129,11 +130,11 @@ async fn expire(hub: Weak<Hub>, id: String) {
 /// `w` and 20 characters that nobody can guess.
 fn new_id() -> Result<String, FsError> {
     const LETTERS: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
-    let source = PathBuf::from("/dev/urandom");
     let mut random = [0_u8; 20];
-    File::open(&source)
-        .and_then(|mut file| file.read_exact(&mut random))
-        .map_err(|error| FsError::WatchStart(PathError::io("read", &source, &error).to_string()))?;
+    random::fill(&mut random).map_err(|error| {
+        let source = Path::new("getrandom(2) and /dev/urandom");
+        FsError::WatchStart(PathError::io("read", source, &error).to_string())
+    })?;
     let letters = random.iter().filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()));
     Ok(std::iter::once('w').chain(letters.map(|letter| char::from(*letter))).collect())
 }

@@ -72,8 +72,8 @@ impl Tree {
     fn verify(&mut self, wd: Wd) {
         let subs = self.dirs.get(&wd).map(|dir| dir.subs.clone()).unwrap_or_default();
         for sub in subs {
-            let found = self.look_up(sub.watcher, &sub.rel);
-            if found == Ok(wd) {
+            let found = self.is_still_watched(sub.watcher, &sub.rel, wd);
+            if found == Ok(true) {
                 continue;
             }
             if sub.rel.as_os_str().is_empty() {
@@ -104,9 +104,9 @@ impl Tree {
             else {
                 continue;
             };
-            match self.look_up(id, &rel) {
-                Ok(found) if found == wd => {}
-                Ok(_) => self.replace(id, &rel),
+            match self.look_up(id, &rel, wd) {
+                Ok(true) => {}
+                Ok(false) => self.replace(id, &rel),
                 // It has just moved on, or gone, and the event that says so is on its way.
                 Err(_) => _ = self.arrivals.insert((id, rel)),
             }
@@ -134,7 +134,7 @@ impl Tree {
         }
         let (known, subs, rel) = (known.clone(), dir.subs.clone(), sub.rel.clone());
         let place = self.open(sub.watcher, &rel);
-        let Some(place) = place.ok().filter(|place| self.found_at(place, &rel) == Ok(wd)) else {
+        let Some(place) = place.ok().filter(|place| self.is_dir(place, wd)) else {
             return false;
         };
         let found = place.scan();

@@ -126,6 +126,12 @@ pub async fn run(config: Config) -> Result<Ended, DaemonError> {
     sandbox
         .processes
         .on_exhaustion(move || idle.upgrade().is_some_and(|server| server.evict_idle()));
+    let stalled = Arc::downgrade(&server);
+    sandbox.memory.on_shortage(move || {
+        if let Some(server) = stalled.upgrade() {
+            server.evict_stalled();
+        }
+    });
     let retaining = Arc::downgrade(&sandbox.processes);
     sandbox.files.before_each_job(move || {
         if let Some(retaining) = retaining.upgrade() {

@@ -9,9 +9,11 @@ use std::{
     net::{Shutdown, TcpStream},
     os::unix::ffi::OsStrExt,
     path::Path,
+    time::Duration,
 };
 
 use common::{Daemon, PATIENCE, eventually, noise, rpc::envelope};
+use prost::Message;
 
 struct Client(TcpStream);
 
@@ -259,4 +261,66 @@ fn a_stream_of_events_ends_with_its_client_and_what_it_was_to_stop_too() {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
         stat.map_or(true, |stat| stat.contains(") Z ")).then_some(())
     });
+}
+
+/// More than a minute: debuggers, laptop lids and slow consumers take as long.
+const PAUSE: Duration = Duration::from_secs(65);
+
+#[test]
+fn a_client_that_pauses_for_more_than_a_minute_loses_nothing() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(16 << 20);
+    let (large, copy) = (dir.path().join("large"), dir.path().join("copy"));
+    std::fs::write(&large, &content).unwrap();
+
+    let mut download = Client::of(&daemon);
+    download.send(get(&format!("/files?path={}", escaped(&large))));
+    assert_eq!(download.head().0, 200);
+    let upload = post(&format!("/files?path={}", escaped(&copy)), RAW, &content);
+    let (first, rest) = upload.split_at(upload.len() / 2);
+    let mut uploading = Client::of(&daemon);
+    uploading.send(first);
+    // More than the sockets and the window hold, so that the process has to wait.
+    let start = common::process::sh(&format!("cat '{0}' '{0}'", large.display()));
+    let start = envelope(0, &start.encode_to_vec());
+    let mut stream = Client::of(&daemon);
+    let connect = "content-type: application/connect+proto\r\nconnection: close";
+    stream.send(post("/process.Process/Start", connect, &start));
+    assert_eq!(stream.head().0, 200);
+    // What is tested is that nothing happens while that time passes.
+    std::thread::sleep(PAUSE);
+
+    let mut body = vec![0; content.len()];
+    download.0.read_exact(&mut body).unwrap();
+    assert!(body == content);
+    let answer = uploading.send(rest).answer();
+    assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
+    assert!(std::fs::read(&copy).unwrap() == content);
+    let stream = stream.rest();
+    assert!(stream.len() > 2 * content.len(), "{} bytes of the stream", stream.len());
+    assert!(stream.ends_with(b"\r\n0\r\n\r\n"), "the stream has its end");
+    let end = String::from_utf8_lossy(&stream[stream.len() - 60..]).into_owned();
+    assert!(end.contains("{}") && !end.contains("error"), "{end}");
+}
+
+#[test]
+fn a_client_that_pauses_makes_room_for_others_and_is_told_so() {
+    let daemon = Daemon::start(&["--max-connections", "1"]);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(256 << 20).unwrap();
+    let mut paused = Client::of(&daemon);
+    let read = format!(r#"{{"path":"{}"}}"#, file.path().display());
+    let connect = "content-type: application/connect+json";
+    paused.send(post("/filesystem.Filesystem/Read", connect, &envelope(0, read.as_bytes())));
+    assert_eq!(paused.head().0, 200);
+    // It keeps its place for a while, and then not.
+    eventually("another client has its place", || {
+        (Client::of(&daemon).send(get("/envs")).answer().status == 200).then_some(())
+    });
+    let rest = paused.rest();
+    assert!(rest.len() < 256 << 20, "{} bytes", rest.len());
+    let end = String::from_utf8_lossy(&rest[rest.len().saturating_sub(300)..]).into_owned();
+    assert!(end.contains("resource_exhausted"), "{end}");
+    assert!(rest.ends_with(b"\r\n0\r\n\r\n"), "{end}");
 }

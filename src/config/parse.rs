@@ -140,7 +140,7 @@ impl Config {
                         args.size(MIN_OUTPUT_WINDOW as u64, MAX_OUTPUT_WINDOW as u64)?;
                 }
                 "output-total" => config.processes.output_total = args.size(0, 1 << 40)?,
-                "output-stall-timeout" => config.processes.stall_limit = args.seconds(1)?,
+                "output-stall-timeout" => config.processes.stall = args.seconds(1)?.into(),
                 "spill-dir" => config.processes.spill_dir = args.path()?,
                 "drain-grace" => {
                     let grace = args.number(0, MAX_DRAIN_GRACE)?;

@@ -49,8 +49,8 @@ Limits:
   --max-buffered-bytes N  all request messages that wait in memory, together
                           (default 268435456)
   --header-timeout N      seconds that a client may take for the head of a request (default 30)
-  --stall-timeout N       seconds that a client may take nothing, or send nothing of a message
-                          that it has begun (default 60)
+  --stall-timeout N       seconds that a client may take nothing while nothing is short (default
+                          14400), or send nothing of a message that it has begun (at most 60)
   --idle-timeout N        seconds that a connection without a call stays open (default 640)
   --shutdown-grace N      seconds that unary calls and transfers may go on after SIGTERM (default:
                           they end at once, as streams do)
@@ -70,7 +70,7 @@ Processes:
   --output-total N        bytes of output of all processes in memory; beyond it what nobody reads
                           goes sooner (default 268435456)
   --output-stall-timeout N  seconds that a reader may hold up a process without taking anything
-                          (default 30)
+                          (default 30 while another reader waits or memory is short, else 14400)
   --spill-dir PATH        where output goes that a client wants kept on disk
                           (default /run/envd/journal)
   --drain-grace N         milliseconds that the end of a process waits for background children

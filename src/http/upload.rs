@@ -34,6 +34,7 @@ use crate::{
     quote,
     sandbox::{MAX_UPLOADS, Sandbox},
     slots::Slot,
+    wire::STALL_TIMEOUT,
 };
 
 mod disposition;
@@ -44,8 +45,9 @@ mod sink;
 use form::{Form, FormError};
 use sink::{Sink, cut};
 
-/// How long an upload may bring no byte before it is ended.
-pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
+/// How long an upload may bring no byte before it is ended. One that stalls holds a slot and no thread, and
+/// makes room for a newcomer when there is none left ([`crate::slots`]).
+pub const UPLOAD_STALL: Duration = STALL_TIMEOUT;
 /// Bytes of a body that one job writes, as long as they are there; the last chunk may exceed it.
 const MAX_BATCH: usize = 256 << 10;
 /// Compressed bytes that are decompressed at a time: they may grow a thousandfold in memory.

@@ -4,6 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
+use super::journal::Stall;
+
 /// The most processes at a time. One that has ended counts for as long as a background child of it
 /// holds its output open, since that is still read.
 pub const MAX_PROCESSES: usize = 4096;
@@ -23,8 +25,11 @@ pub const MAX_SPILL: u64 = 16 * 1024 * 1024 * 1024;
 /// [`LEAN_WINDOW`](super::journal::LEAN_WINDOW) a process, and that of ended processes wholly.
 pub const OUTPUT_TOTAL: usize = 256 * 1024 * 1024;
 
-/// How long a subscriber may hold up the process without taking anything.
+/// How long a subscriber may hold up the process without taking anything, while another one waits for it or
+/// memory is short.
 pub const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// The same where nobody else is hit: a client that is stopped for a while loses nothing.
+pub const LONE_STALL_LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// How long the end of a process waits for descendants that hold its output open, while they are silent
 /// and use no processor time.
@@ -77,8 +82,8 @@ pub struct Options {
     pub output_window: usize,
     /// See [`OUTPUT_TOTAL`].
     pub output_total: usize,
-    /// See [`STALL_LIMIT`].
-    pub stall_limit: Duration,
+    /// See [`STALL_LIMIT`] and [`LONE_STALL_LIMIT`].
+    pub stall: Stall,
     /// See [`DRAIN_GRACE`].
     pub drain_grace: Duration,
     /// See [`DRAIN_LIMIT`]; at least the grace.
@@ -106,7 +111,7 @@ impl Default for Options {
             max_processes: MAX_PROCESSES,
             output_window: OUTPUT_WINDOW,
             output_total: OUTPUT_TOTAL,
-            stall_limit: STALL_LIMIT,
+            stall: Stall { shared: STALL_LIMIT, alone: LONE_STALL_LIMIT },
             drain_grace: DRAIN_GRACE,
             drain_limit: DRAIN_LIMIT,
             retention: RETENTION,

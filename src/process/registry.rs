@@ -338,7 +338,7 @@ impl Manager {
         let (dir, pool) = (Arc::clone(&self.spill_dir), Arc::clone(&self.spillers));
         let disk = Disk { dir, pool, relief };
         let pressure = Arc::clone(&self.pressure);
-        Arc::new(Journal::new(bounds, self.options.stall_limit, pressure, Some(disk)))
+        Arc::new(Journal::new(bounds, self.options.stall, pressure, Some(disk)))
     }
 
     /// Makes a new process known.

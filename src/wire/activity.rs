@@ -1,7 +1,6 @@
 //! What happens on a connection: how many calls run, and else what it waits for since when.
 
 use std::{
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -15,13 +14,22 @@ use tokio::{
     time::Instant,
 };
 
-use super::Limits;
+use super::{Limits, shutdown::Reached};
 
 /// What a connection without a call waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Waiting {
     ForRequest,
     ForHead,
+}
+
+/// What a connection makes room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Another connection.
+    Place,
+    /// Memory or descriptors, which it holds until it is closed.
+    Resources,
 }
 
 /// How long a connection has for the head of a request before it may be evicted like an idle one.
@@ -37,7 +45,10 @@ pub(super) struct Activity {
     read_closed: watch::Sender<bool>,
     /// Whether the connection is read to its end before it is closed.
     drain_at_end: AtomicBool,
-    evicted: AtomicBool,
+    /// Why it is to make room, once it is.
+    evicted: watch::Sender<Option<Why>>,
+    /// Since when the client has taken nothing of what is there for it.
+    stalled: Mutex<Option<Instant>>,
     /// Since when it waits, and for what; of no meaning while calls run.
     waiting: Mutex<(Instant, Waiting)>,
     pub(super) changed: Notify,
@@ -51,7 +62,8 @@ impl Activity {
             bodies: AtomicUsize::new(0),
             read_closed: watch::Sender::new(false),
             drain_at_end: AtomicBool::new(false),
-            evicted: AtomicBool::new(false),
+            evicted: watch::Sender::new(None),
+            stalled: Mutex::default(),
             waiting,
             changed: Notify::new(),
         }
@@ -59,7 +71,7 @@ impl Activity {
 
     /// Since when it has been idle, or slow with the head of a request; `None` while it must stay.
     pub(super) fn evictable_since(&self, now: Instant) -> Option<Instant> {
-        if self.calls.load(Ordering::Acquire) > 0 || self.is_evicted() {
+        if self.has_calls() || self.is_evicted() {
             return None;
         }
         let (since, waiting) = *self.waiting.lock();
@@ -70,14 +82,42 @@ impl Activity {
         (now.saturating_duration_since(since) >= min).then_some(since)
     }
 
-    /// Asks the connection to close, because another one waits for its place.
-    pub(super) fn evict(&self) {
-        self.evicted.store(true, Ordering::Release);
+    /// Since when its client has stalled a call, if that is at least `min`.
+    pub(super) fn stalled_since(&self, now: Instant, min: Duration) -> Option<Instant> {
+        if !self.has_calls() || self.is_evicted() {
+            return None;
+        }
+        let since = *self.stalled.lock();
+        since.filter(|since| now.saturating_duration_since(*since) >= min)
+    }
+
+    /// Whether the client takes nothing of what is there for it.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalled.lock().is_some()
+    }
+
+    /// The client has begun to take nothing of what is there for it, or takes it again.
+    pub(super) fn set_stalled(&self, stalled: bool) {
+        let mut since = self.stalled.lock();
+        match stalled {
+            true => _ = since.get_or_insert_with(Instant::now),
+            false => *since = None,
+        }
+    }
+
+    /// Asks the connection to close.
+    pub(super) fn evict(&self, why: Why) {
+        self.evicted.send_replace(Some(why));
         self.changed.notify_one();
     }
 
+    /// Why it is to close for others, if it is.
+    pub(super) fn eviction(&self) -> Option<Why> {
+        *self.evicted.borrow()
+    }
+
     pub(super) fn is_evicted(&self) -> bool {
-        self.evicted.load(Ordering::Acquire)
+        self.eviction().is_some()
     }
 
     /// Completes when the connection is to close for another one.
@@ -171,22 +211,38 @@ impl Drop for Running {
     }
 }
 
-/// In the extensions of an HTTP/1.1 request: what tells that its client has closed its sending side.
+/// In the extensions of a request: what happens to its connection.
 #[derive(Debug, Clone)]
-pub(super) struct ReadSide(watch::Receiver<bool>);
+pub(super) struct Connection {
+    read_closed: watch::Receiver<bool>,
+    evicted: watch::Receiver<Option<Why>>,
+}
 
-impl ReadSide {
+impl Connection {
     pub(super) fn new(activity: &Activity) -> Self {
-        Self(activity.read_closed.subscribe())
+        let (read_closed, evicted) = (&activity.read_closed, &activity.evicted);
+        Self { read_closed: read_closed.subscribe(), evicted: evicted.subscribe() }
     }
 
-    /// Completes when the client has sent its last byte.
-    pub(super) fn closed(mut self) -> Pin<Box<dyn Future<Output = ()> + Send + Sync>> {
-        Box::pin(async move {
-            // The connection is gone when nobody can tell, and every call with it.
-            if self.0.wait_for(|closed| *closed).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        })
+    /// Completes when the client has sent its last byte, over HTTP/1.1.
+    pub(super) fn read_closed(&self) -> Reached {
+        reached(self.read_closed.clone(), |closed| *closed)
     }
+
+    /// Completes when the connection is to close for others.
+    pub(super) fn evicted(&self) -> Reached {
+        reached(self.evicted.clone(), Option::is_some)
+    }
+}
+
+fn reached<T: Send + Sync + 'static>(
+    mut state: watch::Receiver<T>,
+    wanted: fn(&T) -> bool,
+) -> Reached {
+    Box::pin(async move {
+        // The connection is gone when nobody can tell, and every call with it.
+        if state.wait_for(wanted).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    })
 }

@@ -5,11 +5,16 @@
 //! request that finds it used up fails at once and can be tried again: waiting would let half-sent
 //! messages hold each other up for ever.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    fmt,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tonic::Status;
 
 /// What a request may hold without touching the large part of the budget. Nearly all requests stay
@@ -19,6 +24,40 @@ pub const SMALL_BYTES: usize = 64 << 10;
 /// The part of the budget, one in so many, that is kept for what is small.
 const SMALL_PART: usize = 8;
 
+/// How often at most a budget that is used up asks for more.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
+
+/// What is asked to free something when a budget is used up.
+#[derive(Default)]
+pub struct Shortage {
+    relief: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    last: Mutex<Option<Instant>>,
+}
+
+impl fmt::Debug for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shortage").finish_non_exhaustive()
+    }
+}
+
+impl Shortage {
+    /// Has `relief` called from now on; the first one stays.
+    pub fn set(&self, relief: impl Fn() + Send + Sync + 'static) {
+        let _ = self.relief.set(Box::new(relief));
+    }
+
+    fn relieve(&self) {
+        let Some(relief) = self.relief.get() else { return };
+        let now = Instant::now();
+        let mut last = self.last.lock();
+        if last.is_none_or(|last| now.saturating_duration_since(last) >= SHORTAGE_PAUSE) {
+            *last = Some(now);
+            drop(last);
+            relief();
+        }
+    }
+}
+
 /// The budget of one server; clones share it.
 #[derive(Debug, Clone)]
 pub struct Budget {
@@ -27,6 +66,7 @@ pub struct Budget {
     limit: usize,
     /// Up to which size a share is small; 0 where there is no part for those.
     small_bytes: usize,
+    shortage: Arc<Shortage>,
 }
 
 impl Budget {
@@ -38,13 +78,19 @@ impl Budget {
             large: Arc::new(AtomicUsize::new(limit - small)),
             limit,
             small_bytes: SMALL_BYTES,
+            shortage: Arc::default(),
         }
     }
 
     /// A budget of so many bytes, none of which are kept for what is small.
     pub fn undivided(limit: usize) -> Self {
         let (small, large) = (Arc::default(), Arc::new(AtomicUsize::new(limit)));
-        Self { small, large, limit, small_bytes: 0 }
+        Self { small, large, limit, small_bytes: 0, shortage: Arc::default() }
+    }
+
+    /// The same budget, which asks `shortage` when it is used up.
+    pub fn relieved_by(self, shortage: &Arc<Shortage>) -> Self {
+        Self { shortage: Arc::clone(shortage), ..self }
     }
 
     /// A share of it, empty at first.
@@ -84,6 +130,7 @@ impl Share {
         let credit = if std::ptr::eq(from, self.budget.part(self.held)) { self.held } else { 0 };
         let take = |left: usize| (left + credit).checked_sub(bytes);
         from.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).map_err(|_| {
+            self.budget.shortage.relieve();
             Status::resource_exhausted(format!(
                 "requests that are under way hold all of {} bytes; try again later",
                 self.budget.limit

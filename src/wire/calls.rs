@@ -18,7 +18,7 @@ use tower::Service;
 
 use super::{
     Body,
-    activity::{Activity, ReadSide, Running},
+    activity::{Activity, Connection, Running},
     connection::Inner,
     drain::DrainOnDrop,
     error,
@@ -89,9 +89,7 @@ where
             request.extensions_mut().insert(ViaLoopback);
         }
         request.extensions_mut().insert(Unproven(Arc::clone(&self.heads)));
-        if http1 {
-            request.extensions_mut().insert(ReadSide::new(&self.activity));
-        }
+        request.extensions_mut().insert(Connection::new(&self.activity));
         if self.from_inside {
             request.extensions_mut().insert(Inner);
         }

@@ -9,8 +9,9 @@
 //!   none while calls run.
 //! * A client that takes nothing of what is there for it for [`super::STALL_TIMEOUT`] is let go.
 //! * At the limit on connections the one that has been without a call for longest is closed for a
-//!   newcomer ([`super::eviction`]); where there is none, a call of the newcomer is answered with
-//!   `unavailable` or 503.
+//!   newcomer ([`super::eviction`]), else the one whose client has taken nothing for longest: it gives up its
+//!   place at once, and has [`super::EVICTED_TIME`] to read on, for its streams to their error. Where there
+//!   is neither, a call of the newcomer is answered with `unavailable` or 503.
 
 use std::{convert::Infallible, io, pin::Pin, sync::Arc, time::Duration};
 
@@ -20,14 +21,15 @@ use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::{OwnedSemaphorePermit, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
 };
 use tower::Service;
 
 use super::{
-    Body, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, MAX_HEADER_LINES,
-    MAX_SEND_BUFFER,
-    activity::{Activity, Waiting},
+    Body, EVICTED_TIME, HEADER_TIMEOUT, Limits, MAX_CONCURRENT_STREAMS, MAX_EVICTED,
+    MAX_HEADER_BYTES, MAX_HEADER_LINES, MAX_SEND_BUFFER,
+    activity::{Activity, Waiting, Why},
     calls::Calls,
     drain::{MAX_DRAIN_TIME, MAX_DRAINED_BYTES},
     heads::Heads,
@@ -44,13 +46,16 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const REQUEST_TIMEOUT: &[u8] =
     b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
-/// How often HTTP/2 clients are asked whether they are there, and how long they may take to
-/// answer. A client that vanished without closing would hold its calls for ever.
+/// How often HTTP/2 clients are asked whether they are there. They may take as long to answer as they may
+/// take nothing: a client that is stopped for a while answers when it goes on. TCP finds out by itself whether
+/// the client's machine is there.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The most that HTTP/1.1 buffers of a request and of an answer: a head, and what it takes to find its end.
 const MAX_HTTP1_BUFFER: usize = MAX_HEADER_BYTES + (32 << 10);
+
+/// The connections that read on without a place.
+static EVICTED: Semaphore = Semaphore::const_new(MAX_EVICTED);
 
 /// How long a connection without a call may take to end once that was asked of it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -134,6 +139,7 @@ pub async fn serve<I, S>(
         memory: place.memory.clone(),
     };
     let memory = place.memory;
+    let mut slot = Some(place.slot);
     let io = TokioIo::new(io);
     if http2 {
         let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -143,9 +149,9 @@ pub async fn serve<I, S>(
             .max_send_buf_size(MAX_SEND_BUFFER)
             .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT);
+            .keep_alive_timeout(limits.stall_timeout);
         let connection = std::pin::pin!(builder.serve_connection(io, service));
-        supervise(connection, &activity, limits, shutdown, |connection| {
+        supervise(connection, &activity, limits, shutdown, &mut slot, |connection| {
             connection.graceful_shutdown();
         })
         .await;
@@ -161,8 +167,8 @@ pub async fn serve<I, S>(
             .max_buf_size(MAX_HTTP1_BUFFER);
         let mut connection = builder.serve_connection(io, service);
         let late =
-            supervise(Pin::new(&mut connection), &activity, limits, shutdown, |connection| {
-                connection.graceful_shutdown();
+            supervise(Pin::new(&mut connection), &activity, limits, shutdown, &mut slot, |it| {
+                it.graceful_shutdown();
             })
             .await;
         if late {
@@ -174,7 +180,7 @@ pub async fn serve<I, S>(
             let _ = tokio::time::timeout(MAX_DRAIN_TIME, discard(io)).await;
         }
     }
-    drop(place.slot);
+    drop(slot);
     memory.freed();
 }
 
@@ -184,15 +190,23 @@ async fn supervise<C>(
     activity: &Activity,
     limits: &Limits,
     mut shutdown: watch::Receiver<bool>,
+    slot: &mut Option<Slot>,
     close: impl Fn(Pin<&mut C>),
 ) -> bool
 where
     C: Future<Output = hyper::Result<()>>,
 {
     let mut closing = false;
+    // Held, with the end of its time, by a connection that has given up its place.
+    let mut without_slot = None;
     loop {
         let timer = activity.timer(limits);
+        let without_slot_until = without_slot.as_ref().map(|(at, _)| *at);
         let expired = async {
+            if let Some(at) = without_slot_until {
+                // What was sent is given time to be read, also when its call has ended.
+                return tokio::time::sleep_until(at).await;
+            }
             match timer {
                 // The end that was announced is given time to be read.
                 Some(_) if closing && activity.is_evicted() => {
@@ -210,11 +224,24 @@ where
                 }
                 return false;
             }
-            () = activity.changed.notified() => if activity.is_evicted() && !closing {
+            () = activity.changed.notified() => if let Some(why) = activity.eviction()
+                && !closing
+            {
                 closing = true;
+                // Its streams may have ended by now, and what is left of them waits for the client.
+                if activity.is_stalled() {
+                    let permit = EVICTED.try_acquire().ok().filter(|_| why == Why::Place);
+                    let Some(permit) = permit else {
+                        tracing::debug!("connection closed for others: its client takes nothing");
+                        return false;
+                    };
+                    without_slot = Some((Instant::now() + EVICTED_TIME, permit));
+                    drop(slot.take());
+                }
                 close(connection.as_mut());
             },
             () = expired => match timer {
+                _ if without_slot_until.is_some() => return false,
                 // The state may have changed while the timer fired.
                 now if now != activity.timer(limits) => {}
                 Some((_, Waiting::ForHead)) => return true,

@@ -10,7 +10,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{budget::Budget, trim::Trimmer};
+use super::{
+    budget::{Budget, Shortage},
+    trim::Trimmer,
+};
 use crate::blocking::Pool;
 
 /// The most bytes of requests that have not shown the token, over all connections.
@@ -33,19 +36,29 @@ pub struct Memory {
     unproven_outside: Budget,
     decoders: Arc<Pool>,
     trimmer: Arc<Trimmer>,
+    shortage: Arc<Shortage>,
 }
 
 impl Memory {
     /// With a buffer of so many bytes.
     pub fn new(buffered_bytes: usize) -> Self {
+        let shortage = Arc::default();
+        let downloads = Budget::undivided(buffered_bytes / DOWNLOADS_PART);
         Self {
-            requests: Budget::new(buffered_bytes),
-            downloads: Budget::undivided(buffered_bytes / DOWNLOADS_PART),
+            requests: Budget::new(buffered_bytes).relieved_by(&shortage),
+            downloads: downloads.relieved_by(&shortage),
             unproven_inside: Budget::undivided(MAX_UNPROVEN_BYTES - UNPROVEN_OUTSIDE),
             unproven_outside: Budget::undivided(UNPROVEN_OUTSIDE),
             decoders: Pool::new("decode", 1, MAX_DECODERS),
             trimmer: Arc::default(),
+            shortage,
         }
+    }
+
+    /// Has `relief` called when requests and answers, or downloads, hold all that they may: what a client
+    /// that takes nothing holds can be freed. The first one stays.
+    pub fn on_shortage(&self, relief: impl Fn() + Send + Sync + 'static) {
+        self.shortage.set(relief);
     }
 
     /// Remembers how much the daemon takes that does nothing.

@@ -106,9 +106,26 @@ pub const MAX_CONCURRENT_STREAMS: u32 = 256;
 /// The most bytes of one HTTP/2 response that wait for the client to take them.
 pub const MAX_SEND_BUFFER: usize = 64 << 10;
 
-/// How long a client may take nothing while there is something for it, and how long it may send
-/// nothing in the middle of a message.
-pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may take nothing while there is something for it, where nothing is short. A debugger, a
+/// laptop's lid or a slow consumer is no reason to lose data.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
+
+/// How long a client must have taken nothing before its connection makes room for another one.
+pub const MIN_STALL: Duration = Duration::from_secs(10);
+
+/// The same where memory for requests, answers and downloads is used up: downloads go on in small pieces then.
+pub const MIN_STALL_FOR_MEMORY: Duration = Duration::from_secs(60);
+
+/// How long a client may send nothing in the middle of the message of a unary call, which is held in memory;
+/// or [`STALL_TIMEOUT`], if that is shorter.
+pub const MESSAGE_STALL: Duration = Duration::from_secs(60);
+
+/// How long a connection that has given up its place for another one may take to read what it has been sent,
+/// and why it ends. There are at most [`MAX_EVICTED`] of them.
+pub const EVICTED_TIME: Duration = Duration::from_secs(600);
+
+/// See [`EVICTED_TIME`]; more are closed at once.
+pub const MAX_EVICTED: usize = 32;
 
 /// How long a connection without a call stays open. E2B's proxies keep theirs for 620 s.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(640);

@@ -62,6 +62,8 @@ pub struct Writer {
     pub announces_trailers: bool,
     /// When a stream of events ends because its client has closed its sending side, if it may.
     pub(super) departed: Option<Reached>,
+    /// When a stream ends because its client has stalled and others need the connection.
+    pub(super) evicted: Option<Reached>,
 }
 
 impl fmt::Debug for Writer {
@@ -90,6 +92,7 @@ impl Writer {
             ends: None,
             announces_trailers: false,
             departed: None,
+            evicted: None,
         }
     }
 
@@ -186,6 +189,7 @@ impl Writer {
             deadline: self.deadline.map(|at| Box::pin(tokio::time::sleep_until(at))),
             ends: self.ends,
             departed: self.departed,
+            evicted: self.evicted,
             ready: VecDeque::new(),
             share: self.share,
         };
@@ -301,6 +305,9 @@ fn shorten(trailers: &mut HeaderMap) {
     }
 }
 
+/// What a stream ends with whose connection others need.
+const EVICTED: &str = "the client took nothing for too long while others waited for its connection";
+
 /// The body of a response with envelopes.
 struct Outgoing {
     framing: Framing,
@@ -312,6 +319,7 @@ struct Outgoing {
     deadline: Option<Pin<Box<Sleep>>>,
     ends: Option<Reached>,
     departed: Option<Reached>,
+    evicted: Option<Reached>,
     ready: VecDeque<Frame<Bytes>>,
     /// What the only message borrows from.
     share: Option<Share>,
@@ -358,6 +366,7 @@ impl Outgoing {
         self.deadline = None;
         self.ends = None;
         self.departed = None;
+        self.evicted = None;
         append_all(&mut trailers, self.metadata.take_trailers());
         match self.framing {
             Framing::Grpc => self.ready.push_back(Frame::trailers(trailers)),
@@ -420,6 +429,12 @@ impl http_body::Body for Outgoing {
                 && departed.as_mut().poll(cx).is_ready()
             {
                 self.fail(&departed_status());
+                continue;
+            }
+            if let Some(evicted) = &mut self.evicted
+                && evicted.as_mut().poll(cx).is_ready()
+            {
+                self.fail(&Status::resource_exhausted(EVICTED));
                 continue;
             }
             let Some(inner) = &mut self.inner else {

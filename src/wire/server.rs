@@ -20,7 +20,7 @@ use tower::Service;
 
 use super::{
     Body, KEPT_SHARE, Limits, MAX_REFUSALS, REFUSAL_TIME,
-    activity::{Activity, Waiting},
+    activity::{Activity, Waiting, Why},
     connection::{self, Place},
     eviction::Connections,
     listen::Listener,
@@ -155,9 +155,15 @@ where
     /// were any. It does not wait until they are closed.
     pub fn evict_idle(&self) -> bool {
         // Each call picks another one.
-        let evicted =
-            (0..EVICTED_FOR_DESCRIPTORS).take_while(|_| self.connections.evict_for(false));
+        let evicted = (0..EVICTED_FOR_DESCRIPTORS)
+            .take_while(|_| self.connections.evict_for(false, Why::Resources));
         evicted.count() > 0
+    }
+
+    /// Closes the connection whose client has taken nothing for longest, for the memory that it holds;
+    /// whether there was one that had stalled for long enough.
+    pub fn evict_stalled(&self) -> bool {
+        self.connections.evict_stalled()
     }
 
     /// A place for a connection.
@@ -172,7 +178,7 @@ where
 
     /// The place of the connection that has been idle for longest, which is closed for it.
     async fn make_room(&self, inner: bool) -> Option<connection::Slot> {
-        if !self.connections.evict_for(inner) {
+        if !self.connections.evict_for(inner, Why::Place) {
             return None;
         }
         let freed = async {

@@ -29,8 +29,8 @@ use tonic::Status;
 use tower::Service;
 
 use super::{
-    Body, Limits, MAX_ORDINARY_BYTES,
-    activity::ReadSide,
+    Body, Limits, MAX_ORDINARY_BYTES, MESSAGE_STALL,
+    activity::Connection,
     budget::Share,
     codec,
     envelope::Encoding,
@@ -77,7 +77,7 @@ impl<S> Translate<S> {
             inner,
             methods: Arc::new(methods),
             message_bytes: limits.message_bytes,
-            stall_timeout: limits.stall_timeout,
+            stall_timeout: limits.stall_timeout.min(MESSAGE_STALL),
             memory: memory.clone(),
             phases,
         }
@@ -218,9 +218,12 @@ impl Call {
         let ends_at = self.method.ends_at();
         writer.ends = Some(self.phases.reached(ends_at));
         let ends = self.phases.reached(ends_at);
-        let read_side = parts.extensions.get::<ReadSide>().filter(|_| self.method.is_events());
-        writer.departed = read_side.cloned().map(ReadSide::closed);
-        let departed = read_side.cloned().map(ReadSide::closed);
+        let connection = parts.extensions.get::<Connection>();
+        let events = connection.filter(|_| self.method.is_events());
+        writer.departed = events.map(Connection::read_closed);
+        let departed = events.map(Connection::read_closed);
+        let stream = connection.filter(|_| self.method.server_stream);
+        writer.evicted = stream.map(Connection::evicted);
         let reader = Reader {
             protocol: self.protocol.clone(),
             encoding,

@@ -10,8 +10,11 @@ use std::time::Duration;
 
 use tonic::{Status, Streaming};
 
-/// How long a client that sends a stream may send no message.
-const MESSAGE_STALL: Duration = Duration::from_secs(60);
+use crate::wire::STALL_TIMEOUT;
+
+/// How long a client that sends a stream may send no message. Its slot, if it has one, goes to another before
+/// that when there is none left.
+const MESSAGE_STALL: Duration = STALL_TIMEOUT;
 
 /// The next message of a client that may not take for ever.
 async fn next_message<T>(requests: &mut Streaming<T>) -> Result<Option<T>, Status> {

@@ -26,9 +26,7 @@ mod spill_dir;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::VecDeque, fmt, future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration,
-};
+use std::{collections::VecDeque, fmt, future::poll_fn, pin::pin, sync::Arc, task::Poll};
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep_until};
@@ -36,7 +34,7 @@ use tokio::time::{Instant, sleep_until};
 use self::core::{Append, Fanout, Taken};
 pub use self::core::{
     Attach, Beyond, Bounds, CHUNK_COST, Channel, JOIN_LIMIT, LEAN_WINDOW, MAX_EVENT, MAX_READERS,
-    Piece, Pressure,
+    Piece, Pressure, Stall,
 };
 use self::spill::Spill;
 pub(super) use self::spill_dir::SpillDir;
@@ -91,7 +89,7 @@ const MAX_RELIEFS: usize = 16;
 /// The output of one process.
 #[derive(Debug)]
 pub(super) struct Journal {
-    stall_limit: Duration,
+    stall: Stall,
     fanout: Fanout<Ending>,
     disk: Option<Spill>,
     /// Held while the oldest output is put on disk: the channels are read by two tasks.
@@ -99,18 +97,23 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// An empty journal that lets subscribers go after `stall_limit`. Without a `disk` all is kept
+    /// An empty journal that lets subscribers go after `stall`. Without a `disk` all is kept
     /// in memory, whatever `bounds` say.
     pub(super) fn new(
         bounds: Bounds,
-        stall_limit: Duration,
+        stall: impl Into<Stall>,
         pressure: Arc<Pressure>,
         disk: Option<Disk>,
     ) -> Self {
         let disk = disk.filter(|_| bounds.disk > 0);
         let bounds = Bounds { disk: if disk.is_some() { bounds.disk } else { 0 }, ..bounds };
         let disk = disk.map(|disk| Spill::new(disk, bounds.disk));
-        Self { stall_limit, fanout: Fanout::new(bounds, pressure), disk, turn: Default::default() }
+        Self {
+            stall: stall.into(),
+            fanout: Fanout::new(bounds, pressure),
+            disk,
+            turn: Default::default(),
+        }
     }
 
     /// Attaches a subscriber. What one who only looks on (`counts` is false) has been given is still
@@ -147,7 +150,7 @@ impl Journal {
                     channel,
                     &data,
                     Instant::now(),
-                    self.stall_limit,
+                    self.stall,
                     Some(cx.waker()),
                 );
                 match tried {

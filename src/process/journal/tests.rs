@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -283,6 +285,46 @@ async fn a_subscriber_that_takes_nothing_is_let_go_and_a_slow_one_is_not() {
     let (earliest, _) = journal.range();
     assert_eq!(back.next().await, Some(Event::Gap { from: 0, to: earliest }));
     assert!(matches!(back.next().await, Some(Event::Output(piece)) if piece.offset == earliest));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscriber_that_stops_is_let_go_only_where_others_wait() {
+    let stall = Stall { shared: STALL_LIMIT, alone: STALL_LIMIT * 100 };
+    let journal = Arc::new(Journal::new(bounds(WINDOW), stall, Pressure::new(usize::MAX), None));
+    let mut stopped = subscribe(&journal);
+    let chunk = Bytes::from(vec![7; 32 * 1024]);
+    let mut appended = 0;
+    while append_now(&journal, Channel::Stdout, &chunk).await {
+        appended += chunk.len();
+    }
+    let append = |journal: &Arc<Journal>| {
+        let (journal, chunk) = (Arc::clone(journal), chunk.clone());
+        tokio::spawn(async move { journal.append(Channel::Stdout, chunk).await })
+    };
+    let blocked = append(&journal);
+    tokio::time::sleep(STALL_LIMIT * 50).await;
+    assert!(!blocked.is_finished(), "it is alone");
+    // It goes on, and has lost nothing.
+    let mut read = 0;
+    while read < appended {
+        match stopped.next().await {
+            Some(Event::Output(piece)) => read += piece.data.len(),
+            other => panic!("{other:?}"),
+        }
+    }
+    blocked.await.unwrap();
+    // Another one waits for the process.
+    while append_now(&journal, Channel::Stdout, &chunk).await {}
+    let blocked = append(&journal);
+    let _waits = journal.subscribe(Attach::Now, true).unwrap();
+    tokio::time::sleep(STALL_LIMIT * 2).await;
+    assert!(blocked.is_finished(), "the other one does not wait for ever");
+    while let Some(event) = stopped.next().await {
+        if matches!(event, Event::Detached) {
+            return;
+        }
+    }
+    panic!("it has been let go, and was not told");
 }
 
 #[tokio::test]

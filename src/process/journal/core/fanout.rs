@@ -3,7 +3,8 @@
 //! * A reader gets a gapless sequence of pieces from where it was attached, or a declared gap at
 //!   its beginning. What an attached reader still needs is not dropped.
 //! * An append has to wait while it would leave the slowest reader more than the window behind;
-//!   one that has taken nothing for the stall limit meanwhile is detached.
+//!   one that has taken nothing for the stall limit meanwhile is detached. The limit is a short one only
+//!   where that helps somebody ([`Stall`]).
 //! * Nobody's wake-up is lost: wakers are registered under the same lock under which was seen that
 //!   there is nothing to do.
 
@@ -60,6 +61,21 @@ pub struct Bounds {
     pub disk: u64,
     /// Whether the process waits for a reader rather than lose output.
     pub block: bool,
+}
+
+/// How long a reader may hold up the process without taking anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// While another reader waits for the process, or all journals together hold more than they should.
+    pub shared: Duration,
+    /// Otherwise: its client may be stopped for a while, and loses nothing.
+    pub alone: Duration,
+}
+
+impl From<Duration> for Stall {
+    fn from(both: Duration) -> Self {
+        Self { shared: both, alone: both }
+    }
 }
 
 /// Where a reader begins.
@@ -216,12 +232,12 @@ impl<E: Clone> Fanout<E> {
         channel: Channel,
         data: &Bytes,
         now: Instant,
-        stall: Duration,
+        stall: impl Into<Stall>,
         waker: Option<&Waker>,
     ) -> Append {
         let mut state = self.state.lock();
         let (appended, woken) =
-            state.append(channel, data, (now, stall), waker, self.pressure.is_high());
+            state.append(channel, data, (now, stall.into()), waker, self.pressure.is_high());
         state.account(&self.pressure);
         drop(state);
         wake(woken);

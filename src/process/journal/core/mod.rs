@@ -11,7 +11,7 @@ mod fanout;
 mod log;
 mod state;
 
-pub use fanout::{Append, Attach, Beyond, Bounds, Fanout, Pressure, Taken};
+pub use fanout::{Append, Attach, Beyond, Bounds, Fanout, Pressure, Stall, Taken};
 pub use log::{Channel, Piece};
 
 /// What a chunk costs beyond its bytes.

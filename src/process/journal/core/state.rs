@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     LEAN_WINDOW, MAX_EVENT, SPILL_BATCH,
-    fanout::{Append, Bounds, Pressure, Taken},
+    fanout::{Append, Bounds, Pressure, Stall, Taken},
     log::{Channel, Log, Piece},
 };
 
@@ -67,7 +67,7 @@ impl<E: Clone> State<E> {
         &mut self,
         channel: Channel,
         data: &Bytes,
-        (now, stall): (Instant, Duration),
+        (now, stall): (Instant, Stall),
         waker: Option<&Waker>,
         high: bool,
     ) -> (Append, Vec<Waker>) {
@@ -78,17 +78,26 @@ impl<E: Clone> State<E> {
         });
         let mut woken = Vec::new();
         let mut full = None;
-        for reader in self.readers.values_mut().filter(|reader| reader.needs(self.log.end())) {
+        // One that waits for the process is hit by who holds it up.
+        let end = self.log.end();
+        let others_wait = self.readers.values().any(|reader| {
+            let room = behind(&self.log, reader.cursor).saturating_add(added) <= window;
+            reader.needs(end) && room
+        });
+        let patience = if others_wait || high { stall.shared } else { stall.alone };
+        for reader in self.readers.values_mut().filter(|reader| reader.needs(end)) {
             let behind = behind(&self.log, reader.cursor);
             // Whoever has everything takes a chunk of any size.
             if behind == 0 || behind.saturating_add(added) <= window {
                 continue;
             }
-            let limit = *reader.holding_since.get_or_insert(now) + stall;
-            if limit <= now {
+            let since = *reader.holding_since.get_or_insert(now);
+            if since + patience <= now {
                 reader.detached = true;
                 woken.extend(reader.waker.take());
             } else {
+                // Who waits, and how much memory there is, may change until then.
+                let limit = next_look(since, now, stall.shared).min(since + patience);
                 full = Some(full.map_or(limit, |other: Instant| other.min(limit)));
             }
         }
@@ -226,6 +235,12 @@ fn behind(log: &Log, cursor: u64) -> usize {
     let start = log.start();
     let before = usize::try_from(start.saturating_sub(cursor)).unwrap_or(usize::MAX);
     log.cost_from(cursor.max(start)).saturating_add(before)
+}
+
+/// The first time after `now` that is a multiple of `step` behind `since`.
+fn next_look(since: Instant, now: Instant, step: Duration) -> Instant {
+    let steps = now.saturating_duration_since(since).as_nanos() / step.as_nanos().max(1) + 1;
+    since + step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
 }
 
 impl Reader {

@@ -205,7 +205,13 @@ async fn a_child_that_was_made_during_an_upload_does_not_keep_the_file_open() {
         let request = request.header("content-type", "application/octet-stream");
         let body = reqwest::Body::wrap_stream(body.map(Ok::<_, std::io::Error>));
         let upload = tokio::spawn(request.body(body).send());
-        eventually("the file is being written", || Path::new(&to).exists().then_some(()));
+        // It may have no name before it is whole.
+        let is_file = |opened: &Path| {
+            opened.starts_with(programs.house.dir()) && opened != programs.house.dir()
+        };
+        eventually("the file is being written", || {
+            (programs.house.opened(is_file) > 0).then_some(())
+        });
         let seen = Arc::new(AtomicBool::new(false));
         let slow = tokio::spawn({
             let (seen, client) = (Arc::clone(&seen), programs.client.clone());

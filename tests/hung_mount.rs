@@ -4,6 +4,12 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "hung_mount/servers.rs"]
+mod servers;
+#[path = "hung_mount/streams.rs"]
+mod streams;
+#[path = "hung_mount/watches.rs"]
+mod watches;
 
 use std::{fs, time::Duration};
 
@@ -42,7 +48,11 @@ struct Env {
 impl Env {
     /// A daemon, and in its directory `dir/hung`, which does not answer, and `plain/f`.
     fn new() -> Option<Self> {
-        let files = House::new();
+        Self::with(House::new())
+    }
+
+    /// The same with a daemon that runs already.
+    fn with(files: House) -> Option<Self> {
         for dir in ["dir/hung", "plain"] {
             fs::create_dir_all(files.at(dir)).unwrap();
         }

@@ -7,6 +7,10 @@
 //! a table of the descriptors below N alone. What a child needs has to be below N, and what the daemon opens
 //! later has to be above: [`reserve`] takes the lowest numbers at the start, and [`take`] puts the stdio of
 //! one child there.
+//!
+//! The kernel copies whole words of its bitmap of descriptors ([`WORD`]), and then closes what is not wanted.
+//! A copy of a file on a FUSE mount is flushed when it is closed, which hangs if the server of the mount
+//! does. So N is a multiple of that, and no file of the daemon has a number below.
 
 use std::{
     io,
@@ -23,10 +27,15 @@ use libc::c_int;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
+    sys::resource::{Resource, getrlimit},
     unistd::pipe2,
 };
 use parking_lot::Mutex;
 
+/// The descriptors of one word of the kernel's bitmap.
+const WORD: c_int = 64;
+/// The limit on descriptors from which on a whole word is kept for this. Below it some are copied.
+const MIN_LIMIT: u64 = 256;
 /// The children that can be between clone and their first step at a time; others wait.
 const SETS: usize = 4;
 /// How often a child waits for a set, and how long each time. A step of a few microseconds has to be awaited.
@@ -40,6 +49,8 @@ struct Reserved {
     /// What the numbers stand for while no child uses them.
     placeholder: OwnedFd,
     sets: [[OwnedFd; 3]; SETS],
+    /// The rest of the word.
+    _rest: Vec<OwnedFd>,
     /// Above all of them.
     above: c_int,
     users: Mutex<Users>,
@@ -80,7 +91,15 @@ pub fn reserve() -> io::Result<()> {
     };
     let mut set = || Ok::<_, Errno>([number()?, number()?, number()?]);
     let sets = [set()?, set()?, set()?, set()?];
-    let reserved = Reserved { placeholder, sets, above, users: Mutex::default() };
+    let mut rest = Vec::new();
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    while limit >= MIN_LIMIT && above % WORD != 0 {
+        let Ok(fd) = fcntl(&placeholder, FcntlArg::F_DUPFD_CLOEXEC(3)) else { break };
+        above = above.max(fd + 1);
+        // SAFETY: fcntl has just made this descriptor for us.
+        rest.push(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+    let reserved = Reserved { placeholder, sets, _rest: rest, above, users: Mutex::default() };
     // Somebody else may have been faster, who has the same.
     let _ = RESERVED.set(reserved);
     Ok(())

@@ -52,7 +52,7 @@ async fn a_read_fails_by_name_in_the_middle() {
     let (read, failure) = soon("a read", call).await;
     assert!(read > 0, "it hangs in the middle");
     env.check(&failure, "unavailable");
-    env.files.is_well().await;
+    env.is_well_elsewhere().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -66,7 +66,7 @@ async fn an_archive_fails_by_name_in_the_middle() {
     let (read, failure) = soon("an archive", call).await;
     assert!(read > 0, "it hangs in the middle");
     env.check(&failure, "unavailable");
-    env.files.is_well().await;
+    env.is_well_elsewhere().await;
 }
 
 /// The status has been sent, so that the body breaks off; the log names the mount.
@@ -90,7 +90,7 @@ async fn a_download_breaks_off_in_the_middle_and_the_log_names_the_mount() {
     let lines = env.files.daemon.wait_for_log("a download is cut short");
     let named = lines.iter().any(|line| line.to_string().contains(&env.named()));
     assert!(named, "{lines:#?}");
-    env.files.is_well().await;
+    env.is_well_elsewhere().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -113,7 +113,7 @@ async fn an_extraction_fails_by_name_in_the_middle() {
         answer.next().await.map(drop)
     };
     env.check(&soon("an extraction", call).await.unwrap_err(), "unavailable");
-    env.files.is_well().await;
+    env.is_well_elsewhere().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -139,5 +139,5 @@ async fn uploads_fail_by_name_in_the_middle() {
     let answer = env.files.upload(&path, &[], vec![b'x'; LONG]).await;
     let message = rest_error(answer, 503).await;
     assert!(message.contains(&env.named()), "{message}");
-    env.files.is_well().await;
+    env.is_well_elsewhere().await;
 }

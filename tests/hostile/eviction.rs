@@ -317,6 +317,14 @@ fn uploads_with_a_name_make_room() {
     let drip = |stream: &mut TcpStream| {
         let _ = stream.write_all(&frame(r#"{"chunk":{"data":"eA=="}}"#));
     };
+    // Before all have their slot, newcomers are served without an eviction.
+    eventually("all are under way", || {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+        let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+        let unnamed = |target: &Path| target.to_string_lossy().ends_with(" (deleted)");
+        let below = |target: &Path| target.starts_with(dir.path());
+        (targets.filter(|target| below(target) && unnamed(target)).count() >= 32).then_some(())
+    });
     served_beside(&mut dripping, drip, &whole("new"), &daemon, r#""received":"#);
     assert!(told_why(dripping));
 }

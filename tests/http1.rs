@@ -189,6 +189,45 @@ fn a_request_that_comes_while_a_call_runs_is_answered_after_it() {
 }
 
 #[test]
+fn requests_that_come_together_with_a_body_are_all_answered() {
+    let daemon = Daemon::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let upload = |name: &str| {
+        post(&format!("/files?path={}", escaped(&dir.path().join(name))), RAW, &noise(20_000))
+    };
+    // In one write, so that head, body and the next requests come with one read.
+    let mut client = Client::of(&daemon);
+    client.send([upload("a"), upload("b"), get("/health").into_bytes()].concat());
+    for wanted in [200, 200, 204] {
+        let answer = client.answer();
+        assert_eq!(answer.status, wanted);
+        assert!(!answer.head.contains("connection: close"), "{}", answer.head);
+    }
+    assert_eq!(std::fs::read(dir.path().join("b")).unwrap(), noise(20_000));
+    client.send(get("/health").repeat(400)).half_close();
+    for _ in 0..400 {
+        assert_eq!(client.answer().status, 204);
+    }
+}
+
+#[test]
+fn an_expectation_that_is_refused_closes_the_connection() {
+    let daemon = Daemon::start(&[]);
+    for expect in ["tea", "100-continue,", "100-continue, 100-continue"] {
+        let mut client = Client::of(&daemon);
+        let answer = client
+            .send(format!(
+                "POST /files?path=/x HTTP/1.1\r\nhost: localhost\r\n{RAW}\r\nexpect: {expect}\r\ncontent-length: 50\r\n\r\n"
+            ))
+            .answer();
+        assert_eq!(answer.status, 417, "{expect}");
+        // Nobody can tell whether the body or the next request follows.
+        assert!(answer.head.contains("\r\nconnection: close\r\n"), "{}", answer.head);
+        assert_eq!(client.rest(), b"");
+    }
+}
+
+#[test]
 fn an_upload_that_is_refused_before_its_body_closes_the_connection() {
     let daemon = Daemon::start(&[]);
     let waiting = "expect: 100-continue\r\ncontent-type: text/plain\r\ncontent-length: 60";

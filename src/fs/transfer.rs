@@ -5,7 +5,7 @@
 //!
 //! * The body of a **new** file goes to a file without a name ([`Unnamed`]), which gets its name at the
 //!   end. E2B's clients assert what a watcher sees of an upload: CREATE, CHMOD, WRITE. A link gives
-//!   CREATE alone, so the other two are caused afterwards ([`announce`]).
+//!   CREATE alone, so the other two are caused afterwards ([`announce()`]).
 //! * The body for an **existing** file waits in memory, and beyond [`MAX_BODY_IN_MEMORY`] in a file
 //!   without a name. Then that becomes a file with the old one's mode and attributes and is renamed
 //!   over it, so that whoever reads has the old content or the new, whole. Where that would not be the

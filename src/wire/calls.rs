@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
-use http::{HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version, header};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use tower::Service;
@@ -66,7 +66,7 @@ where
     type Future = BoxFuture<'static, Result<Response<CallBody>, Infallible>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let large_head = self.heads.ended();
+        let large_head = self.heads.ended(head_bytes(&request));
         let running = self.activity.begin();
         let refused = self.refused.clone();
         let http1 = request.version() < Version::HTTP_2;
@@ -127,6 +127,13 @@ where
             Ok(response.map(|body| CallBody { body, running: Some(running), memory }))
         })
     }
+}
+
+/// About how many bytes the head of a request took on HTTP/1.1.
+fn head_bytes<B>(request: &Request<B>) -> usize {
+    let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    let line = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 4;
+    target + request.headers().iter().map(line).sum::<usize>()
 }
 
 /// A response's body; the call runs until it has been sent.

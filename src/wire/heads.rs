@@ -78,14 +78,19 @@ impl Heads {
         Ok(())
     }
 
-    /// A call has begun: its head is whole. True when the connection should close behind the answer,
-    /// because its buffer is large and stays.
-    pub(super) fn ended(&self) -> bool {
+    /// A call has begun, with a head of this size. What came with it is its body, or the next request,
+    /// and costs nothing here. True when the connection should close behind the answer, because its buffer
+    /// is large and stays.
+    pub(super) fn ended(&self, head_bytes: usize) -> bool {
         let mut state = self.0.lock();
         if state.frames.is_some() {
             return false;
         }
-        let large = state.bytes > FREE_HEAD;
+        let large = head_bytes > FREE_HEAD;
+        if !large {
+            // To hold nothing cannot fail.
+            let _ = state.share.hold(0);
+        }
         state.bytes = 0;
         large
     }
@@ -180,7 +185,9 @@ mod tests {
         held[0].proven();
         Heads::new(&budget).came(&piece, true).unwrap();
         Heads::new(&budget).came(&piece[..FREE_HEAD], true).unwrap();
-        assert!(held[1].ended());
+        assert!(held[1].ended(FREE_HEAD + 1));
+        // The rest of what came was a body.
+        assert!(!held[2].ended(100));
         Heads::new(&budget).came(&piece, false).unwrap();
     }
 }

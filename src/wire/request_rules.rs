@@ -2,7 +2,7 @@
 //!
 //! | rule | else |
 //! |---|---|
-//! | `Expect` is `100-continue` or absent (RFC 9110, section 10.1.1) | 417 |
+//! | `Expect` is `100-continue`, once, or absent (RFC 9110, section 10.1.1) | 417 |
 //! | an HTTP/1.1 request has a `Host`, and no two different ones (RFC 9112, section 3.2) | 400 |
 //! | each `%` in the path and the query stands before two hexadecimal digits | 400 |
 
@@ -36,21 +36,23 @@ pub(super) fn check<B>(request: &Request<B>) -> Option<Response<Body>> {
     None
 }
 
-/// Whether the client waits for 100 before it sends the body.
+/// Whether the client may wait for 100, or for the refusal of its expectation, before it sends the body.
 pub(super) fn waits_for_continue(parts: &Parts) -> bool {
     let mut expected = parts.headers.get_all(header::EXPECT).iter();
     parts.version > Version::HTTP_10
-        && expected.any(|value| value.as_bytes().eq_ignore_ascii_case(CONTINUE))
+        && expected.any(|value| !value.as_bytes().trim_ascii().is_empty())
 }
 
+/// What is expected, unless that is nothing or 100-continue, once. hyper sends 100 in that case only, and a
+/// client would wait for it.
 fn unknown_expectation(headers: &HeaderMap) -> Option<String> {
-    let values = headers.get_all(header::EXPECT).iter();
-    let mut unknown = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-    let unknown = unknown.find(|expectation| {
-        let expectation = expectation.trim_ascii();
-        !expectation.is_empty() && !expectation.eq_ignore_ascii_case(CONTINUE)
-    })?;
-    Some(String::from_utf8_lossy(unknown.trim_ascii()).into_owned())
+    let values: Vec<&[u8]> =
+        headers.get_all(header::EXPECT).iter().map(|value| value.as_bytes().trim_ascii()).collect();
+    let known = match values.as_slice() {
+        [one] => one.is_empty() || one.eq_ignore_ascii_case(CONTINUE),
+        several => several.iter().all(|value| value.is_empty()),
+    };
+    (!known).then(|| String::from_utf8_lossy(&values.join(&b", "[..])).into_owned())
 }
 
 /// The first `%` that no two hexadecimal digits follow, with what follows it.
@@ -91,10 +93,14 @@ mod tests {
         let expect = |value: &str| {
             HeaderMap::from_iter([(header::EXPECT, http::HeaderValue::from_str(value).unwrap())])
         };
-        for known in ["100-continue", "100-Continue", " 100-continue ,"] {
+        for known in ["100-continue", "100-Continue", " 100-continue ", ""] {
             assert_eq!(unknown_expectation(&expect(known)), None, "{known}");
         }
-        let unknown = unknown_expectation(&expect("100-continue, x=1"));
-        assert_eq!(unknown.as_deref(), Some("x=1"));
+        for unknown in ["100-continue, x=1", "100-continue,", "x", "100-continue, 100-continue"] {
+            assert_eq!(unknown_expectation(&expect(unknown)).as_deref(), Some(unknown));
+        }
+        let mut twice = expect("100-continue");
+        twice.append(header::EXPECT, http::HeaderValue::from_static(""));
+        assert_eq!(unknown_expectation(&twice).as_deref(), Some("100-continue, "));
     }
 }

@@ -28,8 +28,7 @@ const HTML: [&[u8]; 17] = [
     b"<!--",
 ];
 
-/// What content begins with, in the order in which it is looked for; a `?` of the second list of
-/// [`MASKED`] stands for any byte.
+/// What content begins with, in the order of the comparison.
 const EXACT: [(&[u8], &str); 26] = [
     (b"%PDF-", "application/pdf"),
     (b"%!PS-Adobe-", "application/postscript"),

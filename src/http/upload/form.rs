@@ -194,16 +194,19 @@ where
             if self.dashed.starts_with(buffer) && !self.ended {
                 return Found::Content(0);
             }
-        } else if first && buffer.starts_with(&self.dashed) && self.is_boundary(self.dashed.len()) {
-            return Found::End(0, 0);
+        } else if first && buffer.starts_with(&self.dashed) {
+            match self.is_boundary(self.dashed.len()) {
+                Some(true) => return Found::End(0, 0),
+                Some(false) => {}
+                None => return Found::Content(0),
+            }
         }
         let line_end = self.delimiter.len() - self.dashed.len();
         for at in memmem::find_iter(buffer, &self.delimiter) {
-            if at + self.delimiter.len() == buffer.len() && !self.ended {
-                return Found::Content(at);
-            }
-            if self.is_boundary(at + self.delimiter.len()) {
-                return Found::End(at, line_end);
+            match self.is_boundary(at + self.delimiter.len()) {
+                Some(true) => return Found::End(at, line_end),
+                Some(false) => {}
+                None => return Found::Content(at),
             }
         }
         match self.ended {
@@ -214,9 +217,16 @@ where
         }
     }
 
-    /// Whether what stands in the buffer at `end` may come behind a boundary: another one may begin with it.
-    fn is_boundary(&self, end: usize) -> bool {
-        matches!(self.buffer.get(end), None | Some(b' ' | b'\t' | b'\r' | b'\n' | b'-'))
+    /// Whether what stands in the buffer at `end` may come behind a boundary: content, or the boundary of a
+    /// form inside, may begin with it. `None` until enough has come.
+    fn is_boundary(&self, end: usize) -> Option<bool> {
+        match (self.buffer.get(end), self.buffer.get(end + 1)) {
+            (Some(b'-'), Some(next)) => Some(*next == b'-'),
+            (Some(b'-'), None) => self.ended.then_some(false),
+            (Some(b' ' | b'\t' | b'\r' | b'\n'), _) => Some(true),
+            (Some(_), _) => Some(false),
+            (None, _) => self.ended.then_some(true),
+        }
     }
 
     /// Skips what stands before the first boundary, which begins a line.
@@ -374,6 +384,18 @@ mod tests {
             let parts = read(body.as_bytes(), piece).unwrap();
             assert_eq!(parts[0], part("file", Some("/a/b"), b"one\r\n--XXY\n"), "{piece}");
             assert_eq!(parts.len(), 2);
+        }
+    }
+
+    #[test]
+    fn a_boundary_and_one_dash_is_content() {
+        for content in ["--XX-foo\r\ny", "x\r\n--XX-foo\r\ny", "--XX-in\r\n\r\nz\r\n--XX-in--"] {
+            let head = "--XX\r\ncontent-disposition: form-data; name=\"file\"\r\n\r\n";
+            let body = format!("{head}{content}\r\n--XX--\r\n");
+            for piece in 1..=body.len() {
+                let parts = read(body.as_bytes(), piece).unwrap();
+                assert_eq!(parts, [part("file", None, content.as_bytes())], "{piece}");
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Generates an implementation of `wire::extensions::Extensible` for every message.
 //!
 //! Which fields are extensions is read from the descriptors, so a new field is covered by its
-//! number alone: nobody has to remember to leave it out of answers.
+//! number alone.
 
 use std::{collections::HashMap, error::Error, fmt::Write};
 
